@@ -1,0 +1,385 @@
+"""A dataset on disk: ``dataset.json``, ``tokenizer.json``, and MDS shards by split.
+
+One MDS sample is one document: its field ``tokens`` is an array of uint16 or uint32, without
+``<s>`` and ``</s>``, so that the sequence length stays the recipe's choice. ``data_tools`` writes
+these directories; ``batches`` reads them; preflight opens them with checks. A directory without
+``dataset.json`` is not a dataset: that file is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dualtrain.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from streaming import LocalDataset
+
+FORMAT = 1
+DATASET_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.json"
+LENGTHS_FILE = "lengths.npy"
+INDEX_FILE = "index.json"
+TOKENS_FIELD = "tokens"
+
+_CACHED_BYTES = 32 * 2**20
+_CHECKED_DOCUMENTS = 16
+_SHOWN_SHARDS = 10
+_REMAKE = "make it again with `dualtrain data convert`, or restore the file"
+
+Split = Literal["train", "val"]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitInfo(_Facts):
+    """Totals of one split."""
+
+    documents: int
+    tokens: int
+    """Tokens of all documents, without ``<s>`` and ``</s>``."""
+    bytes: int
+    """UTF-8 bytes of the text of all documents."""
+
+
+class SourceFile(_Facts):
+    """One file that the text came from."""
+
+    path: str
+    bytes: int
+
+
+class DatasetInfo(_Facts):
+    """``dataset.json``: what a dataset holds and how it was made."""
+
+    format: Literal[1]
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    special_tokens: dict[str, int]
+    """Ids of ``<unk>``, ``<s>``, ``</s>``, ``<pad>`` and ``<mask>``."""
+    special_ids: tuple[int, ...]
+    """Every reserved id: never masked, never in a document (but ``<unk>``)."""
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Split, SplitInfo]
+    skipped_documents: int
+    """Documents left out because they are empty."""
+    sources: tuple[SourceFile, ...]
+    arguments: dict[str, bool | int | float | str | None]
+    """The settings that the dataset was made with."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> DatasetInfo:
+        """Read the facts of the dataset in directory `path`; opens no shard, imports no torch.
+
+        Raises:
+            UserError: There is no dataset there, or only a part of one.
+        """
+        file = Path(path).expanduser() / DATASET_FILE
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise _absent(file.parent) from None
+        except OSError as error:
+            raise UserError(str(file), f"cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]
+            )
+            raise UserError(
+                str(file), f"is not a dataset of format {FORMAT}: {problems}", hint=_REMAKE
+            ) from None
+
+    @property
+    def bos_id(self) -> int:
+        return self.special_tokens["<s>"]
+
+    @property
+    def eos_id(self) -> int:
+        return self.special_tokens["</s>"]
+
+    @property
+    def pad_id(self) -> int:
+        return self.special_tokens["<pad>"]
+
+    @property
+    def mask_id(self) -> int:
+        return self.special_tokens["<mask>"]
+
+
+def _absent(path: Path) -> UserError:
+    if not path.exists():
+        return UserError(
+            str(path),
+            "there is no dataset",
+            "a directory made by `dualtrain data convert`",
+            "give data.build to have it made, or correct data.path",
+        )
+    if (path / INDEX_FILE).exists() or any(path.glob(f"*/{INDEX_FILE}")):
+        return UserError(
+            str(path),
+            f"has shards but no {DATASET_FILE}: it is half-written, or made by another tool",
+            "a directory made by `dualtrain data convert`",
+            "remove it and make it again",
+        )
+    return UserError(
+        str(path), f"is not a dataset: it has no {DATASET_FILE}", hint="correct data.path"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard file, as ``index.json`` describes it."""
+
+    name: str
+    bytes: int
+    documents: int
+    hashes: dict[str, str]
+    zip_name: str | None
+
+
+class TokenDataset:
+    """One split: random access to the tokens of its documents.
+
+    Made by :meth:`open`. Safe to use from several threads.
+    """
+
+    def __init__(self, path: str | Path, split: Split, info: DatasetInfo) -> None:
+        self.path = Path(path).expanduser()
+        self.split: Split = split
+        self.info = info
+        self.directory = self.path / split
+        self._check_split()
+        self.shards = self._read_index()
+        self.lengths = self._read_lengths()
+        self._shard_ends = list(accumulate(shard.documents for shard in self.shards))
+        self._recent: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._recent_bytes = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, split: Split = "train", *, check: bool = True) -> TokenDataset:
+        """Open a split of the dataset in directory `path`.
+
+        Args:
+            path: Directory that holds ``dataset.json``.
+            split: ``train`` or ``val``.
+            check: Also check the tokenizer's hash, the presence and size of every shard, and some
+                documents: cheap, whatever the size of the corpus.
+
+        Raises:
+            UserError: Missing, half-written or damaged dataset; names the shard or the file.
+        """
+        dataset = cls(path, split, DatasetInfo.load(path))
+        if check:
+            dataset.check_tokenizer()
+            dataset.check_shards()
+            dataset.check_documents()
+        return dataset
+
+    @property
+    def facts(self) -> SplitInfo:
+        return self.info.splits[self.split]
+
+    @property
+    def documents(self) -> int:
+        return self.facts.documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents, without ``<s>`` and ``</s>``."""
+        return self.facts.tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token, without ``<s>`` and ``</s>``."""
+        return self.facts.bytes / self.facts.tokens
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / self.info.tokenizer_file
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document, as (stop - start,) of the dataset's dtype.
+
+        Raises:
+            UserError: The document's shard is missing or damaged.
+        """
+        with self._lock:
+            tokens = self._recent.get(document)
+            if tokens is None:
+                tokens = self._remember(document, self._read_document(document))
+            else:
+                self._recent.move_to_end(document)
+        return tokens[start:stop]
+
+    def shard_of(self, document: int) -> Path:
+        """The shard file that holds a document."""
+        return self.directory / self.shards[bisect_right(self._shard_ends, document)].name
+
+    def check_tokenizer(self) -> None:
+        """Raise UserError if ``tokenizer.json`` is not the one the documents were encoded with."""
+        try:
+            found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(
+                str(self.tokenizer_path), f"cannot be read: {error.strerror}", hint=_REMAKE
+            ) from None
+        if found != self.info.tokenizer_sha256:
+            raise UserError(
+                str(self.tokenizer_path),
+                f"is not the tokenizer of these shards: its sha256 is {found[:12]}…",
+                f"{self.info.tokenizer_sha256[:12]}… as in {DATASET_FILE}",
+                _REMAKE,
+            )
+
+    def check_shards(self) -> None:
+        """Raise UserError naming each shard that is missing or has another size."""
+        errors = [error for shard in self.shards if (error := self._shard_error(shard))]
+        if len(errors) > _SHOWN_SHARDS:
+            more = UserError(
+                str(self.directory), f"{len(errors) - _SHOWN_SHARDS} more shards are damaged"
+            )
+            errors = [*errors[:_SHOWN_SHARDS], more]
+        if errors:
+            raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
+    def check_documents(self) -> None:
+        """Raise UserError if documents spread over the split do not fit dtype and vocabulary."""
+        picked = np.linspace(0, self.documents - 1, _CHECKED_DOCUMENTS).astype(np.int64)
+        for document in np.unique(picked).tolist():
+            self.check_document(document)
+
+    def check_document(self, document: int) -> None:
+        """Raise UserError if a document has an id outside the vocabulary, or a reserved one."""
+        tokens = self.read(document)
+        reserved = set(self.info.special_ids) - {self.info.special_tokens["<unk>"]}
+        wrong = int(tokens.max()) >= self.info.vocab_size
+        if wrong or not reserved.isdisjoint(np.unique(tokens).tolist()):
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} has "
+                + (f"token id {tokens.max()}" if wrong else "reserved token ids"),
+                f"ordinary ids below {self.info.vocab_size}, the tokenizer's vocabulary",
+                _REMAKE,
+            )
+
+    def _check_split(self) -> None:
+        if self.split not in self.info.splits:
+            raise UserError(
+                str(self.path / DATASET_FILE),
+                f"has no split '{self.split}'",
+                f"one of {', '.join(sorted(self.info.splits))}",
+            )
+
+    def _read_index(self) -> tuple[Shard, ...]:
+        file = self.directory / INDEX_FILE
+        column = [[TOKENS_FIELD], [f"ndarray:{self.info.dtype}"]]
+        shards = []
+        try:
+            for entry in json.loads(file.read_bytes())["shards"]:
+                if [entry["column_names"], entry["column_encodings"]] != column:
+                    raise UserError(
+                        str(file),
+                        f"holds {entry['column_names']} as {entry['column_encodings']}",
+                        f"only '{TOKENS_FIELD}' as ndarray:{self.info.dtype}",
+                        _REMAKE,
+                    )
+                raw, packed = entry["raw_data"], entry["zip_data"]
+                shards.append(
+                    Shard(
+                        name=raw["basename"],
+                        bytes=raw["bytes"],
+                        documents=entry["samples"],
+                        hashes=raw["hashes"],
+                        zip_name=packed["basename"] if packed else None,
+                    )
+                )
+        except OSError as error:
+            raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(str(file), f"is not an MDS index: {error!r}", hint=_REMAKE) from None
+        if (found := sum(shard.documents for shard in shards)) != self.documents:
+            raise UserError(
+                str(file), f"counts {found} documents", f"{self.documents} as in {DATASET_FILE}"
+            )
+        return tuple(shards)
+
+    def _read_lengths(self) -> np.ndarray:
+        file = self.directory / LENGTHS_FILE
+        try:
+            lengths = np.load(file, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
+        except (ValueError, EOFError) as error:
+            raise UserError(str(file), f"is damaged: {error}", hint=_REMAKE) from None
+        if lengths.dtype != np.int64 or lengths.shape != (self.documents,):
+            raise UserError(
+                str(file),
+                f"holds {lengths.shape} {lengths.dtype}",
+                f"({self.documents},) int64: the tokens of each document",
+                _REMAKE,
+            )
+        return lengths
+
+    def _shard_error(self, shard: Shard) -> UserError | None:
+        file = self.directory / shard.name
+        expected = f"{shard.bytes:,} bytes as in {INDEX_FILE}"
+        if not file.exists():
+            packed = shard.zip_name is not None and (self.directory / shard.zip_name).exists()
+            hint = f"only {shard.zip_name} is there: decompress it" if packed else _REMAKE
+            return UserError(str(file), "shard is missing", expected, hint)
+        if (size := file.stat().st_size) != shard.bytes:
+            return UserError(str(file), f"shard has {size:,} bytes", expected, _REMAKE)
+        return None
+
+    @cached_property
+    def _shards_reader(self) -> LocalDataset:
+        from streaming import LocalDataset
+
+        return LocalDataset(str(self.path), split=self.split)
+
+    def _read_document(self, document: int) -> np.ndarray:
+        try:
+            tokens = self._shards_reader[document][TOKENS_FIELD]
+        except FileNotFoundError:
+            raise UserError(
+                str(self.shard_of(document)), "shard is missing", hint=_REMAKE
+            ) from None
+        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} cannot be read: {error!r}",
+                hint=_REMAKE,
+            ) from None
+        if tokens.shape != (self.lengths[document],):
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} has {tokens.size} tokens",
+                f"{self.lengths[document]} as in {LENGTHS_FILE}",
+                _REMAKE,
+            )
+        return tokens
+
+    def _remember(self, document: int, tokens: np.ndarray) -> np.ndarray:
+        # Neighbouring sequences cut pieces out of the same document: a book is read once, not once
+        # for each of its sequences.
+        self._recent[document] = tokens
+        self._recent_bytes += tokens.nbytes
+        while self._recent_bytes > _CACHED_BYTES and len(self._recent) > 1:
+            self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
+        return tokens

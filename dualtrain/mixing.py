@@ -1,0 +1,262 @@
+"""How the two objectives share the slots of a step, the ranks, and the documents.
+
+A slot is one micro-batch of one rank in one optimizer step. :class:`Mixture` says which slots a
+step has and which rank runs them; ``data`` reads a slot's sequences, ``dual_objective`` makes the
+training example of its objective. Everything is a pure function of the step, in exact fractions:
+nothing to save, the same slots on any number of ranks.
+
+Quota. Up to step n, floor(n·α·S + 1/2) of the n·S slots are autoregressive (with a schedule, n·α is
+the sum of its values so far), so that the share is within one slot of α over any window of steps.
+
+Rotation. Document d belongs to group g of G and is autoregressive in epoch e iff
+(g + e) mod G < α·G, hence in exactly α·G of every G epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dualtrain.recipe.schema import AlphaSchedule
+
+Objective = Literal["ar", "diffusion"]
+Stream = Literal["ar", "diffusion", "all"]
+
+STREAM_NUMBERS: dict[Stream, int] = {"ar": 0, "diffusion": 1, "all": 2}
+"""Streams as they enter the keys of random numbers; part of what makes runs reproducible."""
+
+MAX_GROUPS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One micro-batch of a step.
+
+    Attributes:
+        index: Position among all slots of the step, the same for any number of ranks.
+        objective: What is trained on it.
+        stream: The stream that its sequences come from.
+        first_sequence: Absolute index in that stream of the first of its micro_batch sequences.
+        loss_scale: Factor on its loss; 2α or 2(1 - α) in a weighted sum, else 1.
+    """
+
+    index: int
+    objective: Objective
+    stream: Stream
+    first_sequence: int
+    loss_scale: float
+
+
+def rotation_groups(alpha: Fraction) -> int:
+    """Number of document groups G: the smallest that makes α·G whole, but at most 256."""
+    return min(Fraction(alpha).denominator, MAX_GROUPS)
+
+
+def is_autoregressive(
+    group: np.ndarray | int, epoch: int, groups: int, alpha: Fraction
+) -> np.ndarray | np.bool_:
+    """Tell whether documents are autoregressive in an epoch: (g + e) mod G < α·G.
+
+    Args:
+        group: Group of each document, 0..groups-1; any shape, or one number.
+        epoch: Pass over the unique subset, from 0.
+        groups: G, from :func:`rotation_groups`.
+        alpha: AR share.
+
+    Returns:
+        Booleans of the shape of `group`.
+    """
+    alpha = Fraction(alpha)
+    turn = (np.asarray(group, dtype=np.int64) + epoch) % groups
+    # For whole numbers, turn < α·G iff turn < ceil(α·G).
+    return turn < -(-alpha.numerator * groups // alpha.denominator)
+
+
+def alpha_at(schedule: AlphaSchedule | Fraction, step: int, steps: int) -> Fraction:
+    """Return the AR share of a step, exactly.
+
+    Step n stands at n / steps of the run. ``phases``: the alpha of the first phase whose ``until``
+    lies after that point. ``linear``: on the straight line from ``start`` at 0 through each
+    phase's alpha at its ``until``.
+
+    Args:
+        schedule: A constant share, or the recipe's schedule.
+        step: 0..steps-1.
+        steps: Steps of the run.
+    """
+    if isinstance(schedule, (Fraction, int)):
+        return Fraction(schedule)
+    position = Fraction(step, steps)
+    begin, before = Fraction(0), schedule.start
+    for phase in schedule.phases:
+        if position < phase.until:
+            if schedule.name == "phases":
+                return phase.alpha
+            share = (position - begin) / (phase.until - begin)
+            return before + share * (phase.alpha - before)
+        begin, before = phase.until, phase.alpha
+    return before
+
+
+class Mixture:
+    """The slots of every step: a pure function of (alpha, S, micro_batch, mixing).
+
+    ``slots``: each slot has one objective and takes the next sequences of that objective's stream.
+    ``weighted_sum``: each of the S micro-batches of stream ``all`` is trained with both objectives,
+    in two slots scaled by 2α and 2(1 - α): their mean over 2S slots is α·L_AR + (1 - α)·L_MD. A
+    constant alpha of 0 or 1 leaves one objective and S slots; a schedule that touches 0 or 1 keeps
+    2S, since the accumulation of an engine cannot change within a run.
+
+    Args:
+        alpha: AR share, or a function from the step to it (see :func:`alpha_at`).
+        steps: Steps of the run.
+        slots: S, micro-batches in a step: global_batch / micro_batch.
+        micro_batch: Sequences in a slot.
+        mixing: See above.
+        rotation: Whether documents rotate between the objectives' streams from epoch to epoch.
+
+    Raises:
+        ValueError: `rotation` with a schedule or a weighted sum, for which it means nothing; a
+            share outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: Callable[[int], Fraction] | Fraction,
+        steps: int,
+        slots: int,
+        micro_batch: int,
+        mixing: Literal["slots", "weighted_sum"] = "slots",
+        rotation: bool,
+    ) -> None:
+        self.steps, self.micro_batch, self.mixing, self.rotation = (
+            steps,
+            micro_batch,
+            mixing,
+            rotation,
+        )
+        self._batches = slots
+        self._alpha = alpha
+        constant = None if callable(alpha) else Fraction(alpha)
+        if rotation and (constant is None or mixing == "weighted_sum"):
+            raise ValueError("rotation needs a constant alpha and mixing by slots")
+        if constant is not None and not 0 <= constant <= 1:
+            raise ValueError(f"alpha {constant} is outside [0, 1]")
+        self._constant = constant
+        self._paired = mixing == "weighted_sum" and constant not in (0, 1)
+        self._scheduled = self._count_scheduled()
+        self.slots_per_step = 2 * slots if self._paired else slots
+
+    def alpha_at(self, step: int) -> Fraction:
+        """The AR share of a step."""
+        return Fraction(self._alpha(step) if callable(self._alpha) else self._alpha)
+
+    @property
+    def rotation_alpha(self) -> Fraction | None:
+        """The share by which documents rotate, as the training data wants it; None: they do not."""
+        return self._constant if self.rotation else None
+
+    def ar_slots_before(self, step: int) -> int:
+        """AR slots in steps 0..step-1: floor(n·α·S + 1/2), or S a step in a weighted sum.
+
+        Args:
+            step: 0..steps; at ``steps``, the number of the whole run.
+        """
+        if self._paired:
+            return step * self._batches
+        if self._constant is None:
+            return self._scheduled[step]
+        return _nearest(step * self._constant * self._batches)
+
+    def diffusion_slots_before(self, step: int) -> int:
+        """Diffusion slots in steps 0..step-1."""
+        return step * self.slots_per_step - self.ar_slots_before(step)
+
+    def slots(self, step: int) -> tuple[Slot, ...]:
+        """All slots of a step in their global order, which knows no ranks: AR first.
+
+        In a weighted sum the two slots of a micro-batch stand together instead, AR first.
+        """
+        return self.for_rank(step, 0, 1)
+
+    def for_rank(self, step: int, rank: int, world_size: int) -> tuple[Slot, ...]:
+        """The slots that a rank runs in a step, in the order of its micro-steps.
+
+        The ranks' slots are those of :meth:`slots`, divided. Diffusion slots, which cost more, are
+        dealt like cards, going on in each step where the last one ended: over any window of steps
+        the ranks' numbers differ by at most one. Every rank runs its AR slots first, so at most one
+        micro-step of a step has ranks with different objectives.
+
+        Args:
+            step: 0..steps-1.
+            rank: 0..world_size-1.
+            world_size: Ranks; a divisor of S.
+
+        Raises:
+            ValueError: The ranks do not divide S, or there is no such step or rank.
+        """
+        if self._batches % world_size or not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank {rank} of {world_size}: the ranks must divide {self._batches} slots"
+            )
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is outside the run's {self.steps} steps")
+        if self._paired:
+            return tuple(self._pairs(step, rank, world_size))
+        return tuple(self._deal(step, rank, world_size))
+
+    def _deal(self, step: int, rank: int, world_size: int) -> Iterator[Slot]:
+        ar_before = self.ar_slots_before(step)
+        ar_here = self.ar_slots_before(step + 1) - ar_before
+        diffusion_before = step * self._batches - ar_before
+        per_rank = self._batches // world_size
+        all_diffusion, rest = divmod(self._batches - ar_here, world_size)
+        # Diffusion slot k of the run goes to rank k mod world_size.
+        turn = (rank - diffusion_before) % world_size
+        all_ar = per_rank - all_diffusion - (1 if rest else 0)
+        for i in range(all_ar):
+            yield self._slot("ar", i * world_size + rank, ar_before, 0)
+        if rest and turn >= rest:
+            yield self._slot("ar", all_ar * world_size + turn - rest, ar_before, 0)
+        if rest and turn < rest:
+            yield self._slot("diffusion", turn, diffusion_before, ar_here)
+        for i in range(all_diffusion):
+            yield self._slot("diffusion", rest + i * world_size + rank, diffusion_before, ar_here)
+
+    def _slot(self, objective: Objective, number: int, before: int, first_index: int) -> Slot:
+        """The slot with that number among its step's slots of one objective."""
+        # A weighted sum of one objective alone still reads its stream.
+        stream: Stream = "all" if self.mixing == "weighted_sum" else objective
+        sequence = (before + number) * self.micro_batch
+        return Slot(first_index + number, objective, stream, sequence, 1.0)
+
+    def _pairs(self, step: int, rank: int, world_size: int) -> Iterator[Slot]:
+        scale = 2 * self.alpha_at(step)
+        for number in range(rank, self._batches, world_size):
+            sequence = (step * self._batches + number) * self.micro_batch
+            yield Slot(2 * number, "ar", "all", sequence, float(scale))
+            yield Slot(2 * number + 1, "diffusion", "all", sequence, float(2 - scale))
+
+    def _count_scheduled(self) -> list[int]:
+        """AR slots before each step 0..steps of a schedule; empty where a formula gives them."""
+        if self._constant is not None or self._paired:
+            return []
+        counts, total = [0], Fraction(0)
+        for step in range(self.steps):
+            share = self.alpha_at(step)
+            if not 0 <= share <= 1:
+                raise ValueError(f"alpha {share} of step {step} is outside [0, 1]")
+            total += share * self._batches
+            counts.append(_nearest(total))
+        return counts
+
+
+def _nearest(number: Fraction) -> int:
+    """floor(number + 1/2)."""
+    return (2 * number.numerator + number.denominator) // (2 * number.denominator)

@@ -1,0 +1,167 @@
+"""Opening a dataset: what is read, and how each kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_support import distinct_documents, write_dataset
+
+from dualtrain.data.dataset import DatasetInfo, TokenDataset
+from dualtrain.errors import UserError
+
+LENGTHS = [5, 1, 300, 40, 7, 120, 80]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", distinct_documents(LENGTHS), shard_bytes=400)
+
+
+def test_documents_and_facts(path: Path) -> None:
+    dataset = TokenDataset.open(path)
+    assert dataset.documents == len(LENGTHS)
+    assert dataset.tokens == sum(LENGTHS)
+    assert dataset.lengths.tolist() == LENGTHS
+    assert dataset.bytes_per_token == 4
+    assert (dataset.info.bos_id, dataset.info.eos_id, dataset.info.mask_id) == (1, 2, 4)
+    assert len(dataset.shards) > 2
+    for document, tokens in enumerate(distinct_documents(LENGTHS)):
+        assert dataset.read(document).tolist() == tokens
+        assert dataset.read(document, 1, 4).tolist() == tokens[1:4]
+    assert TokenDataset.open(path, "val").read(0).tolist() == [17, 18, 19]
+
+
+def test_few_documents_stay_in_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualtrain.data.dataset._CACHED_BYTES", 300)
+    dataset = TokenDataset.open(path, check=False)
+    for document in [2, 0, 1, 2, 5, 3, 2, 2, 6]:
+        assert dataset.read(document).tolist() == distinct_documents(LENGTHS)[document]
+        assert dataset._recent_bytes == sum(t.nbytes for t in dataset._recent.values())
+        assert dataset._recent_bytes <= 300 or len(dataset._recent) == 1
+
+
+def test_missing_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no dataset.*data.build"):
+        TokenDataset.open(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="has no dataset.json"):
+        TokenDataset.open(tmp_path / "other")
+
+
+def test_half_written_dataset(path: Path) -> None:
+    (path / "dataset.json").unlink()
+    with pytest.raises(UserError, match="half-written"):
+        TokenDataset.open(path)
+
+
+def test_missing_shards_are_named_together(path: Path) -> None:
+    (path / "train" / "shard.00001.mds").unlink()
+    (path / "train" / "shard.00002.mds").unlink()
+    with pytest.raises(UserError) as caught:
+        TokenDataset.open(path)
+    assert "shard.00001.mds: shard is missing" in str(caught.value)
+    assert "shard.00002.mds: shard is missing" in str(caught.value)
+
+
+def test_truncated_shard(path: Path) -> None:
+    shard = path / "train" / "shard.00001.mds"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(UserError, match=f"shard has {size - 3:,} bytes.*{size:,} bytes") as caught:
+        TokenDataset.open(path)
+    assert caught.value.where == str(shard)
+
+
+def test_compressed_shard_is_not_taken_for_missing(path: Path) -> None:
+    index = path / "train" / "index.json"
+    content = json.loads(index.read_text())
+    entry = content["shards"][1]
+    entry["zip_data"] = {"basename": "shard.00001.mds.zstd", "bytes": 9, "hashes": {}}
+    index.write_text(json.dumps(content))
+    (path / "train" / "shard.00001.mds").rename(path / "train" / "shard.00001.mds.zstd")
+    with pytest.raises(UserError, match="only shard.00001.mds.zstd is there: decompress it"):
+        TokenDataset.open(path)
+
+
+def test_shard_that_disappears_later(path: Path) -> None:
+    dataset = TokenDataset.open(path)
+    last = dataset.documents - 1
+    dataset._recent.clear()
+    dataset.shard_of(last).unlink()
+    with pytest.raises(UserError, match="shard is missing") as caught:
+        dataset.read(last)
+    assert caught.value.where == str(dataset.shard_of(last))
+
+
+def test_shard_with_other_content_of_the_same_size(path: Path) -> None:
+    shard = path / "train" / "shard.00002.mds"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="cannot be read|has 0 tokens") as caught:
+        TokenDataset.open(path)
+    assert caught.value.where == str(shard)
+
+
+def test_lengths_that_do_not_fit(path: Path) -> None:
+    file = path / "train" / "lengths.npy"
+    right = np.load(file)
+    np.save(file, right[:-1])
+    with pytest.raises(UserError, match="lengths.npy: holds"):
+        TokenDataset.open(path)
+    wrong = right.copy()
+    wrong[0] += 1
+    np.save(file, wrong)
+    with pytest.raises(UserError, match="document 0 has 5 tokens — expected 6"):
+        TokenDataset.open(path)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="lengths.npy: is damaged"):
+        TokenDataset.open(path)
+
+
+def test_tokenizer_of_other_shards(path: Path) -> None:
+    with (path / "tokenizer.json").open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(UserError, match="is not the tokenizer of these shards") as caught:
+        TokenDataset.open(path)
+    assert caught.value.where == str(path / "tokenizer.json")
+
+
+def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "data", [[20, 999], [20, 21]], vocab_size=999)
+    with pytest.raises(UserError, match="document 0 has token id 999.*below 999"):
+        TokenDataset.open(path)
+
+
+def test_reserved_ids_in_a_document(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "data", [[20, 21], [20, 4, 21]])
+    with pytest.raises(UserError, match="document 1 has reserved token ids"):
+        TokenDataset.open(path)
+    write_dataset(tmp_path / "unknown", [[20, 0, 21]])
+    assert TokenDataset.open(tmp_path / "unknown").tokens == 3, "<unk> may occur"
+
+
+def test_facts_of_another_format(path: Path) -> None:
+    file = path / "dataset.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"format": 2}))
+    with pytest.raises(UserError, match="not a dataset of format 1: format"):
+        DatasetInfo.load(path)
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(UserError, match="not a dataset of format 1"):
+        DatasetInfo.load(path)
+
+
+def test_shards_of_another_column(path: Path) -> None:
+    index = path / "train" / "index.json"
+    index.write_text(index.read_text().replace("ndarray:uint16", "ndarray:uint32"))
+    with pytest.raises(UserError, match="holds .*uint32"):
+        TokenDataset.open(path)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="is not an MDS index"):
+        TokenDataset.open(path)
+    shutil.rmtree(path / "train")
+    with pytest.raises(UserError, match="index.json: cannot be read"):
+        TokenDataset.open(path)

@@ -1,0 +1,227 @@
+"""Groups, subsets and plan files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualtrain.data.locks import locked
+from dualtrain.data.plan import StreamPlan, Subset, balanced_groups, pieces_between
+from dualtrain.data.plan_files import PlanFiles
+from dualtrain.errors import UserError
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 12), st.integers(0, 9)
+)
+def test_groups_are_balanced_by_tokens(lengths: list[int], groups: int, seed: int) -> None:
+    values = np.array(lengths)
+    found = balanced_groups(values, groups, np.random.default_rng(seed))
+    totals = np.bincount(found, weights=values, minlength=groups)
+    assert found.shape == values.shape and found.max() < groups
+    assert totals.max() - totals.min() <= values.max()
+
+
+def test_mass_of_short_documents_is_balanced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualtrain.data.plan._GREEDY_ROWS", 20)
+    values = np.random.default_rng(0).geometric(1 / 300, 20_000)
+    found = balanced_groups(values, 16, np.random.default_rng(1))
+    totals = np.bincount(found, weights=values)
+    assert (totals.max() - totals.min()) / totals.mean() < 0.001
+
+
+def test_groups_differ_by_seed_among_equals() -> None:
+    values = np.full(100, 7)
+    one, other = (balanced_groups(values, 4, np.random.default_rng(seed)) for seed in (0, 1))
+    assert (one != other).any()
+    assert np.bincount(one).tolist() == np.bincount(other).tolist() == [25] * 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.booleans(), st.integers(1, 5))
+def test_subset_is_exact_for_any_chunk(lengths: list[int], append_eos: bool, chunk: int) -> None:
+    values = np.array(lengths)
+    added = 2 if append_eos else 1
+    everything = int((values + added).sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualtrain.data.plan._CHUNK", chunk)
+        for unique in range(1, everything + 1):
+            subset = Subset(values, unique_tokens=unique, append_eos=append_eos)
+            packed = subset.packed_lengths()
+            assert packed.sum() == unique == subset.tokens
+            assert packed.tolist()[:-1] == (values + added).tolist()[: len(packed) - 1]
+            assert 1 <= packed[-1] <= values[len(packed) - 1] + added
+        whole = Subset(values, unique_tokens=None, append_eos=append_eos)
+        assert (whole.documents, whole.tokens) == (len(values), everything)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.data())
+def test_pieces_cover_exactly_what_is_asked(lengths: list[int], data: st.DataObject) -> None:
+    order = np.random.default_rng(0).permutation(len(lengths))
+    flat = [(d, i) for d in order.tolist() for i in range(lengths[d])]
+    start = data.draw(st.integers(0, len(flat) - 1))
+    stop = data.draw(st.integers(start + 1, len(flat)))
+    pieces = pieces_between(order, np.cumsum(np.array(lengths)[order]), start, stop)
+    assert [(p.document, i) for p in pieces for i in range(p.start, p.stop)] == flat[start:stop]
+    assert all(piece.start < piece.stop for piece in pieces)
+
+
+def plan(directory: Path | None, documents: int = 50) -> StreamPlan:
+    subset = Subset(np.full(documents, 9), unique_tokens=None, append_eos=False)
+    return StreamPlan(subset, stream="all", rotation=None, seed=0, files=PlanFiles(directory))
+
+
+def test_files_give_what_memory_gives(tmp_path: Path) -> None:
+    with_files, in_memory = plan(tmp_path), plan(None)
+    for index in (0, 200, 7, 1500, 60):
+        assert with_files.sequence(index, 16) == in_memory.sequence(index, 16)
+
+
+def test_array_is_built_once_by_many_threads(tmp_path: Path) -> None:
+    built: list[int] = []
+
+    def build() -> np.ndarray:
+        built.append(1)
+        return np.arange(10)
+
+    def load() -> None:
+        assert PlanFiles(tmp_path).load("all", 3, build).tolist() == list(range(10))
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(built) == 1
+
+
+def test_next_array_is_built_ahead(tmp_path: Path) -> None:
+    files = PlanFiles(tmp_path)
+    files.build_ahead("ar", 1, lambda: np.arange(3))
+    found = files.load("ar", 1, lambda: pytest.fail("was built ahead"))
+    assert found.tolist() == [0, 1, 2]
+
+
+def test_error_of_a_build_ahead_appears_when_it_is_needed(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise OSError(28, "No space left on device")
+
+    files = PlanFiles(tmp_path)
+    files.build_ahead("ar", 1, fail)
+    with pytest.raises(UserError, match="No space left") as caught:
+        files.load("ar", 1, fail)
+    assert caught.value.where == str(tmp_path)
+    assert files.load("ar", 1, lambda: np.arange(2)).tolist() == [0, 1]
+
+
+def test_rest_of_a_killed_builder_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "ar.partial").write_bytes(b"half")
+    (tmp_path / "ar.lock").touch()
+    assert PlanFiles(tmp_path).load("ar", 0, lambda: np.arange(4)).tolist() == [0, 1, 2, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ar-00000000.npy", "ar.lock"]
+
+
+def test_old_arrays_are_removed_and_come_back_when_asked(tmp_path: Path) -> None:
+    files = PlanFiles(tmp_path)
+    kept = [files.load("ar", n, lambda n=n: np.full(3, n)) for n in range(5)]
+    files.load("diffusion", 0, lambda: np.zeros(3))
+    files.remove_below("ar", 4)
+    names = sorted(p.name for p in tmp_path.glob("*.npy"))
+    assert names == ["ar-00000004.npy", "diffusion-00000000.npy"]
+    assert [array[0] for array in kept] == [0, 1, 2, 3, 4], "mapped arrays live on"
+    assert files.load("ar", 2, lambda: np.full(3, 7)).tolist() == [7, 7, 7]
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="the data plan cannot be written"):
+        plan(tmp_path / "file" / "plans").sequence(0, 8)
+
+
+USE = """
+import sys
+from pathlib import Path
+from dualtrain.data.plan_files import PlanFiles
+files = PlanFiles.open(Path(sys.argv[1]), "theirs")
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_files_of_a_living_process_stay_and_of_an_ended_one_go(tmp_path: Path) -> None:
+    (tmp_path / "not-ours").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", USE, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    mine = PlanFiles.open(tmp_path, "mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "not-ours", "theirs"]
+    process.kill()
+    process.communicate(timeout=30)
+    also_mine = PlanFiles.open(tmp_path, "mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "not-ours"]
+    assert mine.directory == also_mine.directory
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dualtrain.data.locks import locked
+with locked(Path(sys.argv[1]), remove=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    waited: list[bool] = []
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+
+    def on_wait() -> None:
+        waited.append(True)
+        process.kill()
+
+    with locked(lock, remove=True, on_wait=on_wait):
+        assert waited == [True]
+    process.wait(timeout=30)
+    process.stdout.close()
+    assert not lock.exists()
+
+
+def test_lock_that_was_removed_under_a_waiter_does_not_count(tmp_path: Path) -> None:
+    """One waits for a file that its holder removes, while another locks a new file in its place."""
+    lock, waits, enters = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with locked(lock, on_wait=waits.set):
+            enters.set()
+
+    former, new = locked(lock), locked(lock)
+    former.__enter__()
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waits.wait(10)
+    lock.unlink()
+    new.__enter__()
+    former.__exit__(None, None, None)
+    assert not enters.wait(0.2)
+    new.__exit__(None, None, None)
+    assert enters.wait(10)
+    thread.join(10)

@@ -1,0 +1,308 @@
+"""Conversion: what the dataset holds, and that nothing half-made ever looks like one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from typer.testing import CliRunner
+
+from data_tools import convert
+from data_tools.app import app
+from data_tools.convert import build_dataset
+from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_tools.verify import verify_dataset
+from dualtrain.data.dataset import DatasetInfo, TokenDataset
+from dualtrain.errors import UserError
+from dualtrain.recipe.schema import BuildSection
+
+TEXTS = [f"Document {i} says " + "the quick brown fox " * (i % 7 + 1) for i in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", " \n"]))
+    return file
+
+
+def section(source: Path, **changes: object) -> BuildSection:
+    values = {"source": str(source), "vocab_size": 300, "val_fraction": 0.2} | changes
+    return BuildSection.model_validate(values)
+
+
+def tokens_of(path: Path, split: str) -> list[np.ndarray]:
+    """The documents of a split through plain streaming, without any code of ours."""
+    from streaming import LocalDataset
+
+    return [sample["tokens"] for sample in LocalDataset(str(path), split)[:]]
+
+
+def texts_of(path: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    return [tokenizer.decode(tokens) for tokens in tokens_of(path, split)]
+
+
+def test_every_document_is_in_one_split_and_readable_by_streaming(
+    tmp_path: Path, corpus: Path
+) -> None:
+    out = tmp_path / "data"
+    info = build_dataset(section(corpus), out, shard_bytes=2000)
+    train, val = texts_of(out, "train"), texts_of(out, "val")
+    assert sorted(train + val) == sorted(TEXTS)
+    assert 3 <= len(val) <= 25 and len(info.splits) == 2
+    assert len(list((out / "train").glob("*.mds"))) > 1
+    for name, texts in {"train": train, "val": val}.items():
+        split = info.splits[name]
+        assert split.documents == len(texts)
+        assert split.bytes == sum(len(text.encode()) for text in texts)
+        lengths = np.load(out / name / "lengths.npy")
+        assert split.tokens == lengths.sum()
+        assert lengths.tolist() == [len(tokens) for tokens in tokens_of(out, name)]
+    assert info.skipped_documents == 2
+    assert info.dtype == "uint16" and info.special_ids == tuple(range(16))
+    assert info == DatasetInfo.load(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
+    assert verify_dataset(out) == info
+
+
+def test_split_depends_on_the_text_only(tmp_path: Path) -> None:
+    """Equal texts are never on both sides, and neither order nor company moves a document."""
+    many = [*TEXTS, *TEXTS[:20]]
+    for name, texts in {"a": many, "b": many[::-1]}.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
+        build_dataset(section(tmp_path / f"{name}.jsonl"), tmp_path / name)
+    assert sorted(texts_of(tmp_path / "a", "val")) == sorted(texts_of(tmp_path / "b", "val"))
+    assert not set(texts_of(tmp_path / "a", "val")) & set(texts_of(tmp_path / "a", "train"))
+
+
+def test_order_on_disk(tmp_path: Path, corpus: Path) -> None:
+    orders = {}
+    for name, seed in {"kept": None, "zero": 0, "again": 0, "one": 1}.items():
+        build_dataset(section(corpus, shuffle_seed=seed), tmp_path / name)
+        orders[name] = texts_of(tmp_path / name, "train")
+    assert orders["kept"] == [text for text in TEXTS if text in set(orders["kept"])]
+    assert orders["zero"] == orders["again"]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert sorted(orders["zero"]) == sorted(orders["one"]) == sorted(orders["kept"])
+
+
+def test_held_out_text_does_not_shape_the_tokenizer(tmp_path: Path, corpus: Path) -> None:
+    build_dataset(section(corpus), tmp_path / "data")
+    train = set(texts_of(tmp_path / "data", "train"))
+    expected = Tokenizer.train([text for text in TEXTS if text in train], 300)
+    assert DatasetInfo.load(tmp_path / "data").tokenizer_sha256 == expected.sha256
+
+
+def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, corpus: Path) -> None:
+    words = sorted({word for text in TEXTS for word in text.split()})
+    names = [*SPECIAL_TOKENS, *(f"unused{i}" for i in range(70_000)), *words]
+    model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(tmp_path / "words.json"))
+    out = tmp_path / "data"
+    info = build_dataset(section(corpus, tokenizer=str(tmp_path / "words.json")), out)
+    assert info.dtype == "uint32" and info.special_ids == (0, 1, 2, 3, 4)
+    tokens = TokenDataset.open(out).read(0)
+    assert tokens.dtype == np.uint32 and tokens.min() >= 70_005
+
+
+def test_special_tokens_made_of_ordinary_text_are_refused(tmp_path: Path) -> None:
+    """A word-level tokenizer knows no other way to write "<s>"; in a document it would split it."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a b"}\n{"text": "a <s> b"}\n')
+    model = tokenizers.models.WordLevel({n: i for i, n in enumerate(SPECIAL_TOKENS)}, "<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="makes special tokens of this text") as caught:
+        build_dataset(section(corpus, tokenizer=str(tmp_path / "words.json")), tmp_path / "data")
+    assert caught.value.where == f"{corpus}:2"
+    assert not (tmp_path / "data").exists()
+
+
+def test_same_settings_accept_the_dataset_others_are_refused(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "data"
+    info = build_dataset(section(corpus), out)
+    written = (out / "dataset.json").stat().st_mtime_ns
+    assert build_dataset(section(corpus), out) == info
+    assert (out / "dataset.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="vocab_size is 300 there and 400 here; shuffle_seed is 0"):
+        build_dataset(section(corpus, vocab_size=400, shuffle_seed=5), out)
+    with corpus.open("a") as stream:
+        stream.write('{"text": "more"}\n')
+    with pytest.raises(UserError, match="1 source files changed since, first .*corpus.jsonl"):
+        build_dataset(section(corpus), out)
+    corpus.unlink()
+    assert build_dataset(section(corpus), out) == info, "the source need not stay"
+
+
+def test_dataset_is_accepted_where_nothing_can_be_written(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = build_dataset(section(corpus), tmp_path / "data")
+    monkeypatch.setattr(convert, "locked", lambda *_, **__: pytest.fail("wrote a lock file"))
+    assert build_dataset(section(corpus), tmp_path / "data") == info
+
+
+def test_anything_else_in_the_way_is_left_alone(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("the only copy")
+    with pytest.raises(UserError, match="is in the way"):
+        build_dataset(section(corpus), tmp_path / "data")
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "the only copy"
+    (tmp_path / "empty").mkdir()
+    build_dataset(section(corpus), tmp_path / "empty")
+
+
+@pytest.mark.parametrize("stage", ["reading", "encoding", "writing train", "writing val"])
+def test_failing_conversion_leaves_nothing_and_a_rerun_works(
+    tmp_path: Path, corpus: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(current: str, done: int, total: int) -> None:
+        if current == stage:
+            raise KeyboardInterrupt
+
+    corpus.write_text(corpus.read_text() * 40)  # enough to be told of the reading
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(section(corpus), tmp_path / "data", progress=fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
+    assert build_dataset(section(corpus), tmp_path / "data").splits["train"].documents > 0
+
+
+def test_killed_conversion_leaves_no_dataset_and_a_rerun_works(
+    tmp_path: Path, corpus: Path
+) -> None:
+    code = f"""
+from data_tools import convert
+from dualtrain.recipe.schema import BuildSection
+def stop(stage, done, total):
+    if stage == "writing val":
+        print("now", flush=True)
+        time.sleep(60)
+build = BuildSection(source={str(corpus)!r}, vocab_size=300, val_fraction=0.2)
+convert.build_dataset(build, {str(tmp_path / "data")!r}, progress=stop)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stdout.close()
+    assert not (tmp_path / "data").exists()
+    assert not list(tmp_path.rglob("dataset.json"))
+    build_dataset(section(corpus), tmp_path / "data")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
+
+
+def test_two_processes_build_once(tmp_path: Path, corpus: Path) -> None:
+    code = f"""
+from data_tools.convert import build_dataset
+from dualtrain.recipe.schema import BuildSection
+stages = []
+build = BuildSection(source={str(corpus)!r}, vocab_size=300, val_fraction=0.2)
+build_dataset(build, {str(tmp_path / "data")!r}, progress=lambda stage, *_: stages.append(stage))
+print("encoding" in stages)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = sorted(process.communicate(timeout=120)[0].strip() for process in started)
+    assert outputs == ["False", "False", "True"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "has no documents"),
+        (["", "  "], "no documents are left: 2 are empty"),
+        (["alone"], "one document cannot be divided"),
+        (["same", "same"], "all documents are the same"),
+    ],
+)
+def test_too_little_text(tmp_path: Path, lines: list[str], message: str) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    with pytest.raises(UserError, match=message):
+        build_dataset(section(source), tmp_path / "data")
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+def test_both_splits_have_a_document_whatever_the_fraction(
+    tmp_path: Path, val_fraction: float
+) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"text": "one"}\n{"text": "two"}\n')
+    info = build_dataset(section(source, val_fraction=val_fraction), tmp_path / "data")
+    assert {name: split.documents for name, split in info.splits.items()} == {"train": 1, "val": 1}
+
+
+def test_source_that_changes_meanwhile(tmp_path: Path, corpus: Path) -> None:
+    def grow(stage: str, done: int, total: int) -> None:
+        if stage == "training the tokenizer":
+            with corpus.open("a") as stream:
+                stream.write('{"text": "late"}\n')
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        build_dataset(section(corpus), tmp_path / "data", progress=grow)
+
+
+def test_place_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        build_dataset(section(corpus), tmp_path / "file" / "data")
+
+
+def test_verify_finds_one_flipped_byte(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "data"
+    build_dataset(section(corpus), out)
+    shard = out / "train" / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="does not match its hash") as caught:
+        verify_dataset(out)
+    assert caught.value.where == str(shard)
+
+
+def test_commands(tmp_path: Path, corpus: Path) -> None:
+    runner, out = CliRunner(), str(tmp_path / "data")
+    made = runner.invoke(app, ["convert", str(corpus), out, "--vocab-size", "300"])
+    assert made.exit_code == 0, made.output
+    assert "train: " in made.output and "2 empty documents left out" in made.output
+    assert DatasetInfo.load(out).arguments["vocab_size"] == 300
+    again = runner.invoke(app, ["convert", str(corpus), out, "--vocab-size", "300"])
+    assert "is there already" in again.output and "train: " not in again.output
+    assert "as it should be" in runner.invoke(app, ["verify", out]).output
+    shown = runner.invoke(app, ["inspect", out, "--documents", "1"])
+    assert "quick brown fox" in shown.output
+    refused = runner.invoke(app, ["convert", str(corpus), out, "--val-fraction", "3"])
+    assert isinstance(refused.exception, UserError)
+    assert "--val-fraction: 3.0 is not allowed" in str(refused.exception)
+
+
+def test_only_part_of_a_large_corpus_trains_the_tokenizer(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on: list[str] = []
+    train = Tokenizer.train.__func__
+
+    def spy(cls: type[Tokenizer], texts: object, vocab_size: int) -> Tokenizer:
+        trained_on.extend(texts)  # type: ignore[arg-type]
+        return train(cls, trained_on, vocab_size)
+
+    monkeypatch.setattr(Tokenizer, "train", classmethod(spy))
+    monkeypatch.setattr(convert, "_TOKENIZER_BYTES", sum(map(len, TEXTS)) // 4)
+    build_dataset(section(corpus), tmp_path / "data")
+    assert 0 < len(trained_on) < 30

@@ -1,0 +1,97 @@
+"""Training and using tokenizers."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
+from dualtrain.errors import UserError
+
+TEXTS = [f"The cat number {i} sat on the mat, the dog on the log." for i in range(50)]
+
+
+@cache
+def trained() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 320)
+
+
+def test_ids_of_special_tokens_bytes_and_merges() -> None:
+    tokenizer = trained()
+    assert [tokenizer.special_tokens[name] for name in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert tokenizer.special_ids == tuple(range(16))
+    assert tokenizer.vocab_size == 320
+    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 3
+    assert Tokenizer.train(["ab"], 4096).vocab_size < 280, "few texts give fewer merges"
+
+
+def test_training_is_deterministic() -> None:
+    assert Tokenizer.train(iter(TEXTS), 320).sha256 == trained().sha256
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back(text: str) -> None:
+    ids = trained().encode(text)
+    assert trained().decode(ids) == text
+    assert not ids or min(ids) >= 16
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_special_text_is_ordinary_text(tmp_path: Path, loaded: bool) -> None:
+    tokenizer = trained()
+    if loaded:
+        tokenizer.save(tmp_path / "tokenizer.json")
+        tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    text = "a<mask> <s></s>\n<reserved_9><pad><unk>"
+    assert min(tokenizer.encode(text)) >= 16
+    assert min(tokenizer.encode_batch([text])[0]) >= 16
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_batch_equals_one_by_one() -> None:
+    texts = [*TEXTS[:5], "", " leading", "ünï"]
+    batch = trained().encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [trained().encode(text) for text in texts]
+
+
+def test_saved_file_is_loaded_byte_for_byte(tmp_path: Path) -> None:
+    file, copy = tmp_path / "tokenizer.json", tmp_path / "copy.json"
+    file.write_text(json.dumps(json.loads(trained().json)).replace(", ", ",   "))
+    loaded = Tokenizer.load(file)
+    loaded.save(copy)
+    assert copy.read_bytes() == file.read_bytes()
+    assert loaded.encode(TEXTS[0]) == trained().encode(TEXTS[0])
+
+
+def test_truncation_and_post_processing_of_a_given_tokenizer_do_not_apply(tmp_path: Path) -> None:
+    other = tokenizers.Tokenizer.from_str(trained().json)
+    other.enable_truncation(4)
+    other.enable_padding(length=64)
+    other.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    other.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.encode(TEXTS[0]) == trained().encode(TEXTS[0])
+    assert loaded.encode_batch(TEXTS[:1])[0].tolist() == trained().encode(TEXTS[0])
+
+
+def test_unusable_tokenizers(tmp_path: Path) -> None:
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "<unk>": 1}, "<unk>"))
+    plain.save(str(tmp_path / "plain.json"))
+    (tmp_path / "broken.json").write_text("{")
+    cases = {
+        "plain.json": "no </s>, <pad>, <mask>",
+        "broken.json": "is not a tokenizer.json",
+        "absent.json": "cannot be read",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(tmp_path / name)

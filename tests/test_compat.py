@@ -1,0 +1,86 @@
+"""A torchvision that cannot be imported must not stop streaming or transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BROKEN = """
+import sys
+class Broken:
+    # What PyPI's CUDA build does next to a CPU build of torch: leave submodules behind and raise.
+    def find_spec(self, name, path, target=None):
+        if name == "torchvision":
+            from importlib.machinery import ModuleSpec
+            return ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        sys.modules["torchvision.half_loaded"] = module
+        raise RuntimeError("operator torchvision::nms does not exist")
+sys.meta_path.insert(0, Broken())
+"""
+ABSENT = "import sys; sys.modules['torchvision'] = None"
+
+
+def run(*lines: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("torchvision", [BROKEN, ABSENT, ""], ids=["broken", "absent", "installed"])
+def test_streaming_and_transformers_import(torchvision: str) -> None:
+    out = run(
+        torchvision,
+        "import dualtrain",
+        "import streaming",
+        "from transformers import LlamaForCausalLM",
+        "from streaming import LocalDataset, MDSWriter",
+        "import sys",
+        "print(LlamaForCausalLM.__name__, 'torchvision.half_loaded' in sys.modules)",
+    )
+    assert out == "LlamaForCausalLM False"
+
+
+def test_a_broken_torchvision_is_really_what_is_cured() -> None:
+    """Without the cure the same imports fail, so the test above can fail."""
+    result = subprocess.run(
+        [sys.executable, "-c", BROKEN + "\nimport streaming"], capture_output=True, text=True
+    )
+    assert "operator torchvision::nms does not exist" in result.stderr
+
+
+def test_broken_torchvision_looks_absent_afterwards() -> None:
+    out = run(
+        BROKEN,
+        "import dualtrain, transformers, importlib.util",
+        "print(importlib.util.find_spec('torchvision'))",
+    )
+    assert out == "None"
+
+
+def test_working_torchvision_is_left_alone(tmp_path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("works = True\n")
+    out = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})",
+        "import dualtrain",
+        "from dualtrain.compat import hide_broken_torchvision",
+        "print(hide_broken_torchvision())",
+        "import torchvision",
+        "print(torchvision.works)",
+    )
+    assert out.split() == ["True", "True"]
+
+
+def test_importing_dualtrain_loads_nothing_heavy() -> None:
+    out = run(
+        "import sys, dualtrain",
+        "print([m for m in ('torch', 'torchvision', 'numpy', 'transformers') if m in sys.modules])",
+    )
+    assert out == "[]"

@@ -135,12 +135,10 @@ class Mixture:
         mixing: Literal["slots", "weighted_sum"] = "slots",
         rotation: bool,
     ) -> None:
-        self.steps, self.micro_batch, self.mixing, self.rotation = (
-            steps,
-            micro_batch,
-            mixing,
-            rotation,
-        )
+        self.steps = steps
+        self.micro_batch = micro_batch
+        self.mixing = mixing
+        self.rotation = rotation
         self._batches = slots
         self._alpha = alpha
         constant = None if callable(alpha) else Fraction(alpha)
@@ -217,7 +215,7 @@ class Mixture:
         diffusion_before = step * self._batches - ar_before
         per_rank = self._batches // world_size
         all_diffusion, rest = divmod(self._batches - ar_here, world_size)
-        # Diffusion slot k of the run goes to rank k mod world_size.
+        # Places from the rank whose turn it is: the first `rest` ranks get one slot more.
         turn = (rank - diffusion_before) % world_size
         all_ar = per_rank - all_diffusion - (1 if rest else 0)
         for i in range(all_ar):

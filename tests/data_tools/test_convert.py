@@ -278,16 +278,16 @@ def test_verify_finds_one_flipped_byte(tmp_path: Path, corpus: Path) -> None:
 
 def test_commands(tmp_path: Path, corpus: Path) -> None:
     runner, out = CliRunner(), str(tmp_path / "data")
-    made = runner.invoke(app, ["convert", str(corpus), out, "--vocab-size", "300"])
+    made = runner.invoke(app, ["convert", str(corpus), "--out", out, "--vocab-size", "300"])
     assert made.exit_code == 0, made.output
     assert "train: " in made.output and "2 empty documents left out" in made.output
     assert DatasetInfo.load(out).arguments["vocab_size"] == 300
-    again = runner.invoke(app, ["convert", str(corpus), out, "--vocab-size", "300"])
+    again = runner.invoke(app, ["convert", str(corpus), "--out", out, "--vocab-size", "300"])
     assert "is there already" in again.output and "train: " not in again.output
     assert "as it should be" in runner.invoke(app, ["verify", out]).output
     shown = runner.invoke(app, ["inspect", out, "--documents", "1"])
     assert "quick brown fox" in shown.output
-    refused = runner.invoke(app, ["convert", str(corpus), out, "--val-fraction", "3"])
+    refused = runner.invoke(app, ["convert", str(corpus), "--out", out, "--val-fraction", "3"])
     assert isinstance(refused.exception, UserError)
     assert "--val-fraction: 3.0 is not allowed" in str(refused.exception)
 

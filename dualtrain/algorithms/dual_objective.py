@@ -1,0 +1,82 @@
+"""The hook that makes the training dual: it gives each micro-batch its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dualtrain import objectives
+from dualtrain.events import Algorithm, Event, Logger, State
+from dualtrain.mixing import STREAM_NUMBERS
+
+if TYPE_CHECKING:
+    from dualtrain.data.batches import Batch
+    from dualtrain.events import Vocabulary
+    from dualtrain.recipe.schema import ObjectiveSection
+
+
+class DualObjective(Algorithm):
+    """Turn the clean sequences of a slot into an example of the slot's objective.
+
+    At BATCH_START it reads ``state.slot.objective`` and ``state.batch`` and sets ``state.example``:
+
+    - ``ar``: clean inputs, causal attention, every position weighs ``ar_weight``;
+    - ``diffusion``: corrupted inputs, full attention, masked tokens' predictors weigh 1/p.
+
+    Both predict with the same network and the same head, so this is all that tells them apart. The
+    masks belong to (seed, stream, sequence): no two ranks or epochs share them, and any number of
+    ranks makes the same ones.
+
+    The z-loss is not an algorithm of its own: it needs the log-sum-exp of the logits that the
+    model's fused cross-entropy has computed anyway, chunk by chunk, and whole logits never exist.
+    So ``objective.z_loss`` is an option of the model's loss, with this example's weights.
+
+    Args:
+        seed: The recipe's seed.
+        objective: The recipe's ``objective``.
+    """
+
+    def __init__(self, *, seed: int, objective: ObjectiveSection) -> None:
+        self.seed, self.objective = seed, objective
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.BATCH_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        slot, batch = state.slot, state.batch
+        if slot is None or batch is None:
+            raise ValueError("BATCH_START without a slot and its batch")
+        if slot.objective == "ar":
+            state.example = objectives.autoregressive(
+                batch.tokens, batch.document_ids, ar_weight=self.objective.ar_weight
+            )
+        else:
+            state.example = self._diffusion(batch, state.vocabulary)
+
+    def state_dict(self) -> dict[str, object]:
+        # Masks are keyed by sequence: there is no generator to keep.
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        return None
+
+    def _diffusion(self, batch: Batch, vocabulary: Vocabulary) -> objectives.Example:
+        corruption = self.objective.corruption
+        noise = objectives.masking_noise(
+            self.seed,
+            "corruption",
+            STREAM_NUMBERS[batch.stream],
+            batch.sequence_ids,
+            batch.document_ids.shape[1],
+            spans=corruption.name == "span",
+        )
+        return objectives.diffusion(
+            batch.tokens,
+            batch.document_ids,
+            mask_id=vocabulary.mask_id,
+            special_ids=vocabulary.special_ids,
+            noise=noise,
+            corruption=corruption,
+            target=self.objective.target,
+            vocab_size=vocabulary.size,
+        )

@@ -1,0 +1,313 @@
+"""Ranks: which one this process is, and starting them.
+
+Three ways to run, one entry point (``cli.run``):
+
+* under an existing launcher (torchrun, deepspeed, srun) this process already is a rank:
+  :func:`current_world` reads it from the environment;
+* alone on one machine: :func:`run_ranks` starts N processes of the same command and watches them;
+* on many machines: :func:`run_hostfile` hands over to DeepSpeed's runner.
+
+Our own parent exists because the exit code of a rank matters to the caller (2, 3 and 75 mean
+different things) and the stock launchers turn all of them into 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualtrain.errors import UserError
+
+GRACE_AFTER_FAILURE_S = 2.0
+"""How long the other ranks may take to leave by themselves once one has failed.
+
+Short, because a rank whose peer is gone can save nothing: it waits in a collective. Long enough for
+ranks that failed for the same reason to say so.
+"""
+
+LOG_TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks.
+
+    Attributes:
+        rank: 0 .. world_size - 1 over all machines.
+        local_rank: Index on this machine; also the index of its GPU.
+        world_size: Ranks in the run.
+        local_world_size: Ranks on this machine.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def current_world(environment: MutableMapping[str, str] | None = None) -> World | None:
+    """Find out whether a launcher has made this process a rank.
+
+    Completes the environment to what torch and DeepSpeed expect (``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``).
+
+    Returns:
+        The world, or None when no launcher is at work.
+
+    Raises:
+        UserError: when a launcher set only a part of what is needed.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" not in env and _is_srun_step(env):
+        _adopt_slurm(env)
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return None
+    # The deepspeed launcher says LOCAL_SIZE where everybody else says LOCAL_WORLD_SIZE.
+    if "LOCAL_WORLD_SIZE" not in env and "LOCAL_SIZE" in env:
+        env["LOCAL_WORLD_SIZE"] = env["LOCAL_SIZE"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise UserError(
+            "environment",
+            f"{', '.join(missing)} not set although {'RANK' if 'RANK' in env else 'WORLD_SIZE'} is",
+            "all of " + ", ".join(names),
+            "start the ranks with torchrun, deepspeed or srun, or unset RANK and WORLD_SIZE",
+        )
+    return World(
+        rank=int(env["RANK"]),
+        local_rank=int(env["LOCAL_RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        local_world_size=int(env["LOCAL_WORLD_SIZE"]),
+    )
+
+
+def single_world() -> World:
+    """Make this process the only rank."""
+    _set_rank_environment(os.environ, rank=0, ranks=1, port=free_port())
+    return World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def default_ranks() -> int:
+    """One rank for each GPU, or one on a machine without."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run_ranks(command: Sequence[str], *, ranks: int, log_dir: Path) -> int:
+    """Run a command as ``ranks`` processes on this machine and wait for all of them.
+
+    Rank 0 keeps this terminal; the others write to ``log_dir/rank-00001.log`` and so on. A signal
+    to this process goes to every rank once; a second one kills them. When a rank fails, the others
+    are ended and, unless rank 0 has shown an error itself, the end of the failing rank's log is.
+
+    Returns:
+        The exit code of the rank that failed first; 0 when none did. A rank that died by signal n
+        counts as 128 + n.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = [
+        _start_rank(command, rank=rank, ranks=ranks, port=port, log_dir=log_dir)
+        for rank in range(ranks)
+    ]
+    return _Watch(processes, log_dir).wait()
+
+
+def run_hostfile(arguments: Sequence[str], *, hostfile: Path, ranks: int | None) -> int:
+    """Run ``dualtrain ARGUMENTS`` on the machines of a hostfile through DeepSpeed's runner."""
+    if not hostfile.is_file():
+        raise UserError(
+            "--hostfile",
+            f"{hostfile} is not a file",
+            "a text file with a line `HOST slots=N` for each machine",
+        )
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    if ranks is not None:
+        command += ["--num_gpus", str(ranks)]
+    command += ["--no_local_rank", "--module", "dualtrain", *arguments]
+    process = subprocess.Popen(command, start_new_session=True)
+    return _Watch([process], log_dir=None).wait()
+
+
+def _is_srun_step(env: Mapping[str, str]) -> bool:
+    # A batch script itself also has SLURM_PROCID, but no step; only srun's tasks are ranks.
+    return "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "batch").isdigit()
+
+
+def _adopt_slurm(env: MutableMapping[str, str]) -> None:
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
+    env["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))))
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    env.setdefault("MASTER_ADDR", _first_host(nodes))
+    # Every task of a step computes the same port; steps of one job get different ones.
+    identity = int(env.get("SLURM_JOB_ID", "0")) * 101 + int(env["SLURM_STEP_ID"])
+    env.setdefault("MASTER_PORT", str(20_000 + identity % 20_000))
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Read SLURM's run-length notation: ``2(x3),1`` is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError("SLURM_TASKS_PER_NODE", f"cannot read {tasks_per_node!r}", "2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node]
+
+
+def _first_host(nodes: str) -> str:
+    """First name of SLURM's compressed list: ``gpu[07-09,12],login`` gives ``gpu07``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def _set_rank_environment(
+    env: MutableMapping[str, str], *, rank: int, ranks: int, port: int
+) -> None:
+    env.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def _start_rank(
+    command: Sequence[str], *, rank: int, ranks: int, port: int, log_dir: Path
+) -> subprocess.Popen:
+    env = dict(os.environ)
+    _set_rank_environment(env, rank=rank, ranks=ranks, port=port)
+    output = None if rank == 0 else log_path(log_dir, rank).open("wb")
+    try:
+        # A session of its own: the terminal's Ctrl-C reaches only the parent, which passes it on
+        # exactly once.
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    finally:
+        if output is not None:
+            output.close()
+
+
+def log_path(log_dir: Path, rank: int) -> Path:
+    """Where a rank other than 0 writes what it prints."""
+    return log_dir / f"rank-{rank:05d}.log"
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this rank when the parent is killed, so that no process stays behind."""
+    pr_set_pdeathsig = 1
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class _Watch:
+    """Waits for the ranks, passes signals on, and cleans up after a failure."""
+
+    def __init__(self, processes: list[subprocess.Popen], log_dir: Path | None) -> None:
+        self.processes = processes
+        self.log_dir = log_dir
+        self.signals = 0
+        self.first_failure: tuple[int, int] | None = None
+        self.rank_0_has_spoken = False
+
+    def wait(self) -> int:
+        watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._pass_on) for number in watched}
+        try:
+            while any(process.poll() is None for process in self.processes):
+                self._note_failure()
+                if self.first_failure is not None and self.signals == 0:
+                    break
+                time.sleep(0.05)
+            self._note_failure()
+            if self.first_failure is None:
+                return 0
+            self._end_others()
+            return self._report()
+        finally:
+            self._kill_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self.signals += 1
+        self._send(number if self.signals == 1 else signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:
+                    continue
+
+    def _note_failure(self) -> None:
+        if self.first_failure is not None:
+            return
+        for rank, process in enumerate(self.processes):
+            code = process.poll()
+            if code:
+                self.first_failure = (rank, code if code > 0 else 128 - code)
+                return
+
+    def _end_others(self) -> None:
+        if self.signals == 0:
+            self._wait_for_all(GRACE_AFTER_FAILURE_S)
+        code = self.processes[0].poll()
+        self.rank_0_has_spoken = code is not None and code > 0
+        self._kill_all()
+
+    def _wait_for_all(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
+            time.sleep(0.05)
+
+    def _kill_all(self) -> None:
+        self._send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def _report(self) -> int:
+        assert self.first_failure is not None
+        rank, code = self.first_failure
+        if self.signals or self.rank_0_has_spoken:
+            return code
+        if code > 128:
+            sys.stderr.write(f"rank {rank} was killed by signal {code - 128}\n")
+        if rank > 0 and self.log_dir is not None:
+            path = log_path(self.log_dir, rank)
+            lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+            sys.stderr.write(f"rank {rank} failed (exit {code}); the end of {path}:\n")
+            sys.stderr.writelines(f"  {line}\n" for line in lines)
+        return code

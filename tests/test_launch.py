@@ -1,0 +1,210 @@
+"""Ranks: reading the environment of launchers, and starting, watching and ending real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from dualtrain.errors import UserError
+from dualtrain.launch import World, current_world, log_path, run_hostfile, run_ranks
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
+
+
+def script(tmp_path: Path, body: str) -> list[str]:
+    file = tmp_path / "rank.py"
+    header = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+    file.write_text(header + textwrap.dedent(body))
+    return [sys.executable, str(file)]
+
+
+def test_no_launcher_is_no_world():
+    assert current_world({"PATH": "/bin", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+
+
+def test_torchrun():
+    assert current_world(dict(TORCHRUN)) == World(3, 1, 4, 2)
+
+
+def test_deepspeed_launcher_says_local_size():
+    env = dict(TORCHRUN)
+    env["LOCAL_SIZE"] = env.pop("LOCAL_WORLD_SIZE")
+    assert current_world(env) == World(3, 1, 4, 2)
+    assert env["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_half_a_launcher_is_refused_by_name():
+    env = dict(TORCHRUN)
+    del env["MASTER_PORT"], env["LOCAL_RANK"]
+    with pytest.raises(UserError, match="LOCAL_RANK, MASTER_PORT not set"):
+        current_world(env)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"), [("gpu[07-09,12],login", "gpu07"), ("n1,n2", "n1"), ("solo", "solo")]
+)
+def test_srun(nodes, host):
+    env = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_ID": "1",
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "9",
+        "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_STEP_NODELIST": nodes,
+    }
+    assert current_world(env) == World(rank=5, local_rank=0, world_size=6, local_world_size=1)
+    assert env["MASTER_ADDR"] == host
+    again = {key: value for key, value in env.items() if key.startswith("SLURM")}
+    current_world(again | {"SLURM_PROCID": "0"})
+    assert 20_000 <= int(env["MASTER_PORT"]) < 40_000
+
+
+def test_ranks_get_their_places_and_share_one_port(tmp_path):
+    code = run_ranks(
+        script(
+            tmp_path,
+            """
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+            text = " ".join(os.environ[n] for n in names)
+            open(f"seen-{rank}", "w").write(text + " " + os.environ["MASTER_PORT"])
+            print("hello from", rank)
+            """,
+        ),
+        ranks=2,
+        log_dir=tmp_path / "logs",
+    )
+    seen = [Path(f"seen-{rank}").read_text().split() for rank in range(2)]
+    assert code == 0
+    assert [line[:5] for line in seen] == [[str(r), str(r), "2", "2", "127.0.0.1"] for r in (0, 1)]
+    assert seen[0][5] == seen[1][5]
+    assert log_path(tmp_path / "logs", 1).read_text() == "hello from 1\n"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_failing_rank_ends_the_others_and_is_shown_once(tmp_path, capfd):
+    body = """
+        if rank == 1:
+            print("the reason")
+            sys.exit(7)
+        open("pid", "w").write(str(os.getpid()))
+        time.sleep(60)
+        """
+    start = time.monotonic()
+    assert run_ranks(script(tmp_path, body), ranks=2, log_dir=tmp_path / "logs") == 7
+    assert time.monotonic() - start < 20
+    error = capfd.readouterr().err
+    assert error.count("the reason") == 1
+    assert "rank 1 failed (exit 7)" in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+
+
+def test_same_mistake_on_every_rank_is_shown_by_rank_0_only(tmp_path, capfd):
+    body = """
+        time.sleep(0.3 * (1 - rank))
+        print("typo", file=sys.stderr)
+        sys.exit(2)
+        """
+    assert run_ranks(script(tmp_path, body), ranks=2, log_dir=tmp_path / "logs") == 2
+    assert capfd.readouterr().err.count("typo") == 1
+
+
+def test_killed_rank_gives_128_plus_signal(tmp_path, capfd):
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
+    assert run_ranks(script(tmp_path, body), ranks=2, log_dir=tmp_path / "logs") == 137
+    assert "rank 1 was killed by signal 9" in capfd.readouterr().err
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from dualtrain.launch import run_ranks
+sys.exit(run_ranks(sys.argv[1:], ranks=2, log_dir=Path("logs")))
+"""
+
+
+def start_parent(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", PARENT, *command])
+
+
+def wait_for(*names: str) -> None:
+    deadline = time.monotonic() + 30
+    while not all(Path(name).exists() and Path(name).read_text() for name in names):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+GRACEFUL = """
+    def stop(number, frame):
+        open(f"signals-{rank}", "a").write("x")
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    open(f"pid-{rank}", "w").write(str(os.getpid()))
+    while not os.path.exists("finish") or not os.path.exists(f"signals-{rank}"):
+        time.sleep(0.02)
+    sys.exit(75)
+    """
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_reaches_each_rank_once_and_its_code_comes_back(tmp_path, number):
+    parent = start_parent(script(tmp_path, GRACEFUL))
+    wait_for("pid-0", "pid-1")
+    parent.send_signal(number)
+    wait_for("signals-0", "signals-1")
+    Path("finish").touch()
+    assert parent.wait(30) == 75
+    assert [Path(f"signals-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+
+
+def test_second_signal_stops_at_once(tmp_path):
+    parent = start_parent(script(tmp_path, GRACEFUL))
+    wait_for("pid-0", "pid-1")
+    parent.send_signal(signal.SIGINT)
+    wait_for("signals-0", "signals-1")
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(30) == 137
+    assert not any(is_alive(int(Path(f"pid-{rank}").read_text())) for rank in range(2))
+
+
+def test_killed_parent_leaves_no_process(tmp_path):
+    parent = start_parent(script(tmp_path, GRACEFUL))
+    wait_for("pid-0", "pid-1")
+    parent.kill()
+    parent.wait(30)
+    deadline = time.monotonic() + 10
+    pids = [int(Path(f"pid-{rank}").read_text()) for rank in range(2)]
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_missing_hostfile(tmp_path):
+    with pytest.raises(UserError, match="--hostfile: .* is not a file"):
+        run_hostfile(["run", "quickstart"], hostfile=tmp_path / "none", ranks=None)

@@ -17,6 +17,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -168,6 +169,9 @@ def prepare_process(*, compile_model: bool) -> None:
     """
     # Rank 0's terminal belongs to the live view; DeepSpeed's news are in metrics.jsonl and the log.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # DeepSpeed 0.19.8 gathers by a name that torch 2.13 has renamed; to be removed with it.
+    warnings.filterwarnings("ignore", r".*all_gather_into_tensor.*", FutureWarning)
+    warnings.filterwarnings("ignore", r".*reduce_scatter_tensor.*", FutureWarning)
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

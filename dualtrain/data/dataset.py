@@ -105,6 +105,11 @@ class DatasetInfo(_Facts):
             ) from None
 
     @property
+    def fingerprint(self) -> str:
+        """A short hash of all these facts: datasets that differ in any have different ones."""
+        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
+
+    @property
     def bos_id(self) -> int:
         return self.special_tokens["<s>"]
 

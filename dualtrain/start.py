@@ -1,0 +1,88 @@
+"""From a loaded recipe to ranks that train: in this process, in several, or on several machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dualtrain.errors import UserError
+from dualtrain.launch import (
+    current_world,
+    default_ranks,
+    run_hostfile,
+    run_ranks,
+    single_world,
+)
+from dualtrain.recipe.checks import check_world_size
+from dualtrain.recipe.load import LoadedRecipe
+from dualtrain.recipe.schema import Recipe
+
+RESOLVED = "recipe.yaml"
+
+
+def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, plain: bool) -> int:
+    """Train a recipe and return the exit code.
+
+    Under a launcher this process is one rank. Otherwise it is the only rank, or the parent that
+    first makes the dataset if the recipe says how, then starts the ranks with the resolved recipe.
+
+    Raises:
+        UserError: for everything that can be refused before any rank starts.
+    """
+    world = current_world()
+    if world is not None:
+        if ranks is not None and ranks != world.world_size:
+            raise UserError(
+                "--ranks", f"{ranks}, but the launcher started {world.world_size}", "the same"
+            )
+        return _train(loaded, plain=plain)
+    run_dir = prepare_run_directory(loaded.recipe)
+    if hostfile is None:
+        ranks = ranks or default_ranks()
+        check_world_size(loaded.recipe, ranks)
+        if ranks == 1:
+            (run_dir / RESOLVED).write_text(loaded.text)
+            single_world()
+            return _train(loaded, plain=plain)
+    _build_dataset(loaded.recipe)
+    resolved = (run_dir / RESOLVED).resolve()
+    resolved.write_text(loaded.text)
+    arguments = ["run", str(resolved), *(["--plain"] if plain else [])]
+    if hostfile is not None:
+        return run_hostfile(arguments, hostfile=hostfile, ranks=ranks)
+    command = [sys.executable, "-m", "dualtrain", *arguments]
+    return run_ranks(command, ranks=ranks, log_dir=run_dir / "logs")
+
+
+def prepare_run_directory(recipe: Recipe) -> Path:
+    """Make the run directory.
+
+    Raises:
+        UserError: when it cannot be made or written to.
+    """
+    run_dir = recipe.directory
+    probe = run_dir / ".writable"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "run_dir",
+            f"cannot write to {run_dir}: {error.strerror}",
+            "a directory that can be made and written to",
+            "set run_dir=PATH",
+        ) from None
+    return run_dir
+
+
+def _train(loaded: LoadedRecipe, *, plain: bool) -> int:
+    from dualtrain.train import train
+
+    return train(loaded.recipe, view="plain" if plain else "auto")
+
+
+def _build_dataset(recipe: Recipe) -> None:
+    from dualtrain.assemble import build_missing_dataset
+
+    build_missing_dataset(recipe)

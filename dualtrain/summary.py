@@ -1,0 +1,116 @@
+"""What a run tells its user at the start and at the end, samples included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dualtrain.generate import (
+    encode_prompt,
+    infill,
+    infilled_pieces,
+    parse_gaps,
+    sample_autoregressive,
+)
+from dualtrain.progress import RunFacts, Sample, Summary
+from dualtrain.progress.metrics import FILE_NAME
+
+if TYPE_CHECKING:
+    from dualtrain.assemble import Run
+
+
+def run_facts(run: Run) -> RunFacts:
+    """What does not change during the run, for the view."""
+    state, derived = run.state, run.derived
+    assert derived.cost is not None  # the vocabulary is known by now
+    device = "CPU"
+    if state.device.type == "cuda":
+        device = f"{run.world.world_size} x {torch.cuda.get_device_name(state.device)}"
+    return RunFacts(
+        name=run.recipe.name,
+        run_dir=str(run.run_dir),
+        devices=device,
+        ranks=run.world.world_size,
+        parameters=derived.cost.parameters,
+        steps=state.steps,
+        tokens_per_step=derived.tokens_per_step,
+        unique_tokens=derived.unique_tokens,
+        epochs=derived.repetitions,
+        ar_passes=derived.ar_passes,
+        first_step=run.first_step,
+        elapsed_s=run.elapsed_before_s,
+    )
+
+
+def summarise(run: Run, *, stopped: bool) -> Summary:
+    """The end of a run. All ranks call: a sample's forward pass is a collective under ZeRO 3."""
+    written = {
+        "run": str(run.run_dir),
+        "metrics": str(run.run_dir / FILE_NAME),
+        "tokenizer": str(run.dataset.tokenizer_path),
+    }
+    if run.last_saved is not None:
+        written["checkpoint"] = str(run.last_saved)
+    if run.recipe.progress.tensorboard:
+        written["tensorboard"] = str(run.run_dir / "tensorboard")
+    return Summary(
+        step=run.state.step,
+        tokens=run.state.step * run.derived.tokens_per_step,
+        elapsed_s=run.elapsed_s(),
+        held_out=run.last_eval,
+        samples=[] if stopped else make_samples(run),
+        written=written,
+        next_commands=_next_commands(run, stopped=stopped),
+        outcome="stopped by a signal, saved" if stopped else "done",
+    )
+
+
+def make_samples(run: Run) -> list[Sample]:
+    """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
+    from tokenizers import Tokenizer
+
+    wanted, info, state = run.recipe.sample, run.dataset.info, run.state
+    tokenizer = Tokenizer.from_file(str(run.dataset.tokenizer_path))
+    common = {
+        "context": run.recipe.sequence_length,
+        "seed": run.recipe.seed,
+        "temperature": wanted.temperature,
+        "forbidden_ids": info.special_ids,
+        "vocab_size": info.vocab_size,
+        "device": state.device,
+        "backend": run.backend,
+        "dtype": run.compute_dtype,
+    }
+    samples = []
+    with run.progress.busy("sampling"):
+        if wanted.tokens:
+            prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
+            ids = sample_autoregressive(state.engine, prompt, tokens=wanted.tokens, **common)
+            text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+            samples.append(Sample("AR sample", ((wanted.prompt, False), (text, True))))
+        if wanted.infill:
+            gaps = parse_gaps(wanted.infill, tokenizer, bos_id=info.bos_id, mask_id=info.mask_id)
+            filled = infill(
+                state.engine,
+                gaps,
+                mask_id=info.mask_id,
+                target=run.recipe.objective.target,
+                **common,
+            )
+            pieces = infilled_pieces(gaps, filled, tokenizer, mask_id=info.mask_id)
+            samples.append(Sample("infilled", pieces))
+    return samples
+
+
+def _next_commands(run: Run, *, stopped: bool) -> list[tuple[str, str]]:
+    recipe = f"{run.run_dir}/recipe.yaml"
+    if stopped:
+        return [(f"dualtrain run {recipe}", "continue where it stopped")]
+    return [
+        (
+            f"dualtrain run {recipe} alpha=1 name={run.recipe.name}-ar run_dir=null",
+            "the same without diffusion, to compare the held-out losses",
+        ),
+        ("dualtrain run --dry-run paper/470m", "what the paper's model takes"),
+    ]

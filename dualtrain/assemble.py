@@ -19,6 +19,7 @@ import torch
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
 from dualtrain.data.batches import TrainingData, ValidationData
+from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.engine import (
@@ -41,7 +42,7 @@ from dualtrain.model import (
     resolve_backend,
 )
 from dualtrain.progress import EvalRecord, Meter, Progress, ViewChoice, peak_flops
-from dualtrain.recipe.derive import CorpusFacts, Derived, build_mixture, derive
+from dualtrain.recipe.derive import Derived, build_mixture, derive
 from dualtrain.recipe.estimates import VOCABULARY_MULTIPLE
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.merge import deepspeed_config, zero_stage
@@ -143,7 +144,8 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     algorithms = build_algorithms(recipe)
     if world.rank == 0:
         build_missing_dataset(recipe)
-    init_distributed(timeout_s=recipe.engine.timeout_s)
+    if not torch.distributed.is_initialized():
+        init_distributed(timeout_s=recipe.engine.timeout_s)
 
     dataset = TokenDataset.open(recipe.data.path, "train")
     derived = derive(recipe, corpus=read_corpus(recipe), world_size=world.world_size)
@@ -236,20 +238,6 @@ def build_missing_dataset(recipe: Recipe) -> None:
         from data_tools.app import build_with_bar
 
         build_with_bar(recipe.data.build, Path(recipe.data.path))
-
-
-def read_corpus(recipe: Recipe) -> CorpusFacts | None:
-    """What the recipe's dataset holds; None when it is still to be made.
-
-    Raises:
-        UserError: when it is missing and the recipe does not say how to make it.
-    """
-    path = Path(recipe.data.path)
-    if not path.exists() and recipe.data.build is not None:
-        return None
-    info = DatasetInfo.load(path)
-    train = info.splits["train"]
-    return CorpusFacts(tokens=train.tokens, documents=train.documents, vocab_size=info.vocab_size)
 
 
 def build_model(recipe: Recipe, info: DatasetInfo) -> DualLM:

@@ -23,12 +23,21 @@ PEER_GRACE_S = 3.0
 
 app = typer.Typer(
     name="dualtrain",
-    help="Pre-train language models with an autoregressive and a masked-diffusion objective.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def common(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Pre-train language models with an autoregressive and a masked-diffusion objective."""
+    # Put before the command by the deepspeed launcher, which says the same in the environment.
+    del local_rank
+
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a shipped one (`dualtrain recipes`).")
@@ -56,18 +65,18 @@ def run(
     plain: Annotated[
         bool, typer.Option("--plain", help="Lines instead of the live view, also on a terminal.")
     ] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train a model; the same command continues a run that was stopped."""
-    # Appended by the deepspeed launcher, which also sets LOCAL_RANK.
-    del local_rank
     from dualtrain.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from dualtrain.assemble import explain
+        from dualtrain.data.corpus import read_corpus
+        from dualtrain.recipe.derive import derive
+        from dualtrain.recipe.render import print_dry_run
 
-        explain(loaded, ranks=ranks)
+        corpus = read_corpus(loaded.recipe)
+        print_dry_run(loaded, derive(loaded.recipe, corpus=corpus, world_size=ranks))
         return
     from dualtrain.start import start
 

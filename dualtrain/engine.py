@@ -214,16 +214,14 @@ def build_engine(
     return engine
 
 
-def close_engine(engine: DeepSpeedEngine | None) -> None:
-    """Take everything down in the one order that does not abort at interpreter exit.
+def leave_distributed() -> None:
+    """Leave the process group in the one order that does not abort at interpreter exit.
 
-    Only after success: the barrier waits for every rank.
+    Every engine must be destroyed and out of reach by now. Only after success: the barrier waits
+    for every rank.
     """
-    import torch.distributed as dist
+    import deepspeed.comm as dist
 
-    if engine is not None:
-        engine.destroy()
     gc.collect()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()

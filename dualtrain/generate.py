@@ -287,6 +287,7 @@ def _logits(
         attention=plan,
         selection=torch.tensor(positions, device=device),
     )
+    assert output.logits is not None  # no targets ask for them
     return output.logits.float().cpu()
 
 

@@ -86,7 +86,13 @@ def make_samples(run: Run) -> list[Sample]:
     with run.progress.busy("sampling"):
         if wanted.tokens:
             prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
-            ids = sample_autoregressive(state.engine, prompt, tokens=wanted.tokens, **common)
+            ids = sample_autoregressive(
+                state.engine,
+                prompt,
+                tokens=wanted.tokens,
+                stop_ids=(info.bos_id, info.eos_id),
+                **common,
+            )
             text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
             samples.append(Sample("AR sample", ((wanted.prompt, False), (text, True))))
         if wanted.infill:

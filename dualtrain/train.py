@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dualtrain import checkpoint
 from dualtrain.assemble import Run, assemble
-from dualtrain.engine import close_engine, set_learning_rate
+from dualtrain.engine import leave_distributed, set_learning_rate
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
 from dualtrain.evaluate import held_out_losses
 from dualtrain.events import Event
@@ -39,14 +39,18 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
     Raises:
         UserError: for what the user can mend, before the first step.
     """
+    # A caller that trains several recipes keeps its process group from one to the next.
+    joins_group = not dist.is_initialized()
     run = assemble(recipe, view=view)
     try:
         with watch_signals(run.stop):
             code = fit(run)
     finally:
         run.close()
-    engine, run.state.engine = run.state.engine, None
-    close_engine(engine)
+    run.state.engine.destroy()
+    del run
+    if joins_group:
+        leave_distributed()
     return code
 
 
@@ -55,6 +59,7 @@ def fit(run: Run) -> int:
     state = run.state
     run.progress.start(run_facts(run))
     run.dispatch(Event.FIT_START)
+    run.meter.start()
     stop = False
     try:
         while state.step < state.steps and not stop:

@@ -1,4 +1,4 @@
-"""Settings that must be in place before torch is imported, and fixtures that several files share."""
+"""Settings that must be in place before torch is imported, and fixtures of several files."""
 
 import os
 
@@ -6,3 +6,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Real English, small: a slice of the embedded corpus as a dataset with 512 tokens."""
+    from data_tools.convert import build_dataset
+    from data_tools.python_docs import python_docs
+    from dualtrain.recipe.schema import BuildSection
+
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = [text for _, text in python_docs()][::12]
+    for number, text in enumerate(texts):
+        (folder / f"{number:04}.txt").write_text(text[:1500])
+    build = BuildSection(source=f"{folder}/*.txt", vocab_size=512, val_fraction=0.1)
+    build_dataset(build, folder / "dataset")
+    return folder / "dataset"

@@ -8,9 +8,9 @@ from torch import nn
 from dualtrain.engine import (
     build_engine,
     build_optimizer,
-    close_engine,
     group_parameters,
     init_distributed,
+    leave_distributed,
     prepare_process,
     set_learning_rate,
 )
@@ -74,7 +74,7 @@ def train_cases(cases: list[tuple[int, str, str]], slots: int) -> list[dict[str,
         results.append(final)
         engine.destroy()
         del engine
-    close_engine(None)
+    leave_distributed()
     return results
 
 

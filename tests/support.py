@@ -1,4 +1,4 @@
-"""What several test files use: running a function as real ranks, and the paper's optimizer in plain PyTorch."""
+"""Functions run as real ranks, and the paper's optimizer in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -57,20 +58,22 @@ def on_ranks(
             subprocess.Popen(
                 [*command, str(given), str(result)],
                 env=env,
-                stdout=subprocess.PIPE,
+                stdout=(tmp_path / f"output-{rank}").open("w"),
                 stderr=subprocess.STDOUT,
-                text=True,
             )
         )
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=timeout_s)[0])
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(outputs)[-6000:]
+    deadline = time.monotonic() + timeout_s
+    # A rank that failed leaves the others waiting for it, so its failure ends them.
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    outputs = [(tmp_path / f"output-{rank}").read_text()[-3000:] for rank in range(ranks)]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(outputs)
     return [pickle.loads(result.read_bytes()) for result in results]
 
 

@@ -1,4 +1,4 @@
-"""Finding, choosing, refusing and removing checkpoints; saving is tested with real runs (test_runs)."""
+"""Finding, choosing, refusing and removing checkpoints; test_runs saves real ones."""
 
 import json
 

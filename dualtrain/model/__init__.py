@@ -1,0 +1,64 @@
+"""The model: configuration, transformer, attention plans, fused loss, Llama export.
+
+Names are loaded when they are first used, so that counting parameters costs no import of torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dualtrain.model.arithmetic import (
+        ModelSizes,
+        ParameterCount,
+        count_parameters,
+        flops_per_token,
+    )
+    from dualtrain.model.attention import (
+        AttentionPlan,
+        plan_attention,
+        resolve_backend,
+        to_device,
+    )
+    from dualtrain.model.config import DualConfig
+    from dualtrain.model.llama import from_llama, from_llama_config, to_llama, to_llama_config
+    from dualtrain.model.loss import OutputLayer, select_positions
+    from dualtrain.model.transformer import DualLM, DualOutput, muon_parameter_names
+
+_HOMES = {
+    "arithmetic": ("ModelSizes", "ParameterCount", "count_parameters", "flops_per_token"),
+    "attention": ("AttentionPlan", "plan_attention", "resolve_backend", "to_device"),
+    "config": ("DualConfig",),
+    "llama": ("from_llama", "from_llama_config", "to_llama", "to_llama_config"),
+    "loss": ("OutputLayer", "select_positions"),
+    "transformer": ("DualLM", "DualOutput", "muon_parameter_names"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AttentionPlan",
+    "DualConfig",
+    "DualLM",
+    "DualOutput",
+    "ModelSizes",
+    "OutputLayer",
+    "ParameterCount",
+    "count_parameters",
+    "flops_per_token",
+    "from_llama",
+    "from_llama_config",
+    "muon_parameter_names",
+    "plan_attention",
+    "resolve_backend",
+    "select_positions",
+    "to_device",
+    "to_llama",
+    "to_llama_config",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

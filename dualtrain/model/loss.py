@@ -1,0 +1,226 @@
+"""The output layer and its loss, computed chunk by chunk so that the logits never exist as a whole.
+
+At 51,200 tokens of vocabulary the logits of a micro-batch are larger than everything else
+together. :class:`OutputLayer` therefore never returns them during training: it computes a chunk of
+them, takes from it the loss *and its gradient*, and forgets it. Only positions whose weight is not
+zero get there at all (:func:`select_positions`).
+
+Shapes: N positions (of the B*T of a micro-batch), W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Logits in a chunk. CUDA: 0.9 GB of temporaries, few and large kernels. CPU: stays in the cache.
+_CHUNK_ELEMENTS = {"cuda": 1 << 27, "cpu": 1 << 19}
+# The number of selected positions is rounded up to a multiple of this share of all of them, so
+# that a run sees at most so many different shapes.
+_CAPACITY_STEPS = 16
+
+
+def select_positions(weights: Tensor) -> Tensor | None:
+    """List the positions that have a loss, padded to one of few possible lengths.
+
+    Args:
+        weights: (B, T) float32 **on the CPU**, zero where nothing is to be learned. Done there, the
+            device is never waited for.
+
+    Returns:
+        (N,) int64 indices into the flattened batch, all different: those with a non-zero weight in
+        order, then some of the others to fill up. None if (nearly) all positions are needed.
+
+    Raises:
+        ValueError: The weights are on another device.
+    """
+    if weights.device.type != "cpu":
+        raise ValueError("weights must be on the CPU: positions are selected without the device")
+    unused = (weights == 0).flatten()
+    step = -(-unused.numel() // _CAPACITY_STEPS)
+    needed = unused.numel() - int(unused.sum())
+    capacity = max(1, -(-needed // step)) * step
+    if capacity >= unused.numel():
+        return None
+    return torch.argsort(unused, stable=True)[:capacity]
+
+
+class OutputLayer(nn.Linear):
+    """The matrix from hidden states to the vocabulary, with the loss inside.
+
+    The loss is computed by the module that owns the matrix because ZeRO-3 holds a parameter whole
+    only during the forward pass of its own module.
+    """
+
+    chunk_rows: int | None = None
+    """Positions in a chunk; None chooses by device."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: ``DualLM`` fills it."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        positions: int = 1,
+        z_loss: float = 0.0,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Return logits, losses of single positions, or the loss of all.
+
+        Args:
+            hidden: (N, W), after the head's norm and projection.
+            targets: (N,) int64; None asks for the logits.
+            weights: (N,) float32; None asks for each position's loss. Where a weight is 0 the
+                target may be anything.
+            positions: What the weighted sums are divided by: B*T, all positions.
+            z_loss: Factor on the squared log-sum-exp of the logits.
+
+        Returns:
+            Without targets (N, V) logits. Without weights (N,) cross-entropies in nats, without a
+            gradient. Else three scalars: the loss to differentiate,
+            ``sum w * CE / positions + z_loss * sum w * lse^2 / positions``, and its two terms,
+            without gradients. Losses are float32 (float64 for a float64 model).
+        """
+        if targets is None:
+            return super().forward(hidden)
+        rows = self.chunk_rows or _chunk_rows(len(hidden), self.out_features, hidden.device)
+        if weights is None:
+            return _token_losses(hidden, self.weight, self.bias, targets, rows)
+        return _FusedLoss.apply(
+            hidden,
+            self.weight,
+            self.bias,
+            torch.where(weights == 0, 0, targets),
+            weights / positions,
+            z_loss,
+            rows,
+            torch.is_grad_enabled(),
+        )
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and gradients in one pass: the backward pass only has to multiply by a scalar.
+
+    The logits' gradient is known as soon as the logits are, so the second product with the matrix
+    that a recomputing backward pass would need is saved; and backward does not need the matrix,
+    which under ZeRO-3 is then on other ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        z_loss: float,
+        rows: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        compute = _compute_type(weight)
+        exact = torch.promote_types(compute, torch.float32)
+        device_type = hidden.device.type
+        gradients = None
+        sums = torch.zeros(2, dtype=exact, device=hidden.device)
+        if with_gradients:
+            gradients = (
+                torch.empty(hidden.shape, dtype=compute, device=hidden.device),
+                torch.zeros(weight.shape, dtype=exact, device=hidden.device),
+                torch.zeros_like(bias, dtype=exact) if bias is not None else None,
+            )
+        ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        matrix = weight.to(compute)
+        offset = None if bias is None else bias.to(compute)
+        with torch.autocast(device_type, enabled=False):
+            for begin in range(0, len(hidden), rows):
+                chunk = slice(begin, begin + rows)
+                inputs = hidden[chunk].to(compute)
+                logits = F.linear(inputs, matrix, offset)
+                log_p = torch.log_softmax(logits, dim=-1, dtype=exact)
+                target = targets[chunk, None]
+                weight_here = weights[chunk, None].to(exact)
+                log_p_target = log_p.gather(1, target)
+                # log p = logit - lse: the normaliser, without a second pass over the vocabulary.
+                lse = logits.gather(1, target).to(exact) - log_p_target
+                sums[0] -= (weight_here * log_p_target).sum()
+                sums[1] += (weight_here * lse.square()).sum()
+                if gradients is not None:
+                    gradient = log_p.exp_().mul_(weight_here * (1 + 2 * z_loss * lse))
+                    gradient.scatter_add_(1, target, -weight_here)
+                    _accumulate(gradients, chunk, gradient, inputs, matrix)
+        if gradients is not None:
+            # Not attributes of ctx: these are freed by the backward pass, not with the last
+            # reference to the loss.
+            ctx.save_for_backward(*gradients)
+        cross_entropy, z_term = sums[0], z_loss * sums[1]
+        ctx.mark_non_differentiable(cross_entropy, z_term)
+        return cross_entropy + z_term, cross_entropy, z_term
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            None if gradient is None or not needed else (gradient * scale).to(dtype)
+            for gradient, needed, dtype in zip(
+                ctx.saved_tensors, ctx.needs_input_grad, ctx.types, strict=False
+            )
+        )
+        return (*gradients, None, None, None, None, None)
+
+
+def _accumulate(
+    gradients: tuple[Tensor, Tensor, Tensor | None],
+    chunk: slice,
+    gradient: Tensor,
+    inputs: Tensor,
+    matrix: Tensor,
+) -> None:
+    """Add what a chunk's logits' gradient (n, V) means for the layer's input and parameters."""
+    to_hidden, to_weight, to_bias = gradients
+    if to_bias is not None:
+        to_bias += gradient.sum(0)
+    gradient = gradient.to(matrix.dtype)
+    torch.mm(gradient, matrix, out=to_hidden[chunk])
+    if to_weight.dtype == matrix.dtype:
+        to_weight.addmm_(gradient.T, inputs)
+    else:
+        to_weight += gradient.T @ inputs
+
+
+@torch.no_grad()
+def _token_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int
+) -> Tensor:
+    """Return each position's cross-entropy: (N,) nats, float32."""
+    compute = _compute_type(weight)
+    exact = torch.promote_types(compute, torch.float32)
+    matrix = weight.to(compute)
+    offset = None if bias is None else bias.to(compute)
+    losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, len(hidden), rows):
+            chunk = slice(begin, begin + rows)
+            logits = F.linear(hidden[chunk].to(compute), matrix, offset)
+            losses[chunk] = F.cross_entropy(logits.to(exact), targets[chunk], reduction="none")
+    return losses
+
+
+def _compute_type(weight: Tensor) -> torch.dtype:
+    """The type matrix products are computed in: autocast's, else the parameter's own."""
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _chunk_rows(positions: int, vocab_size: int, device: torch.device) -> int:
+    """Return the positions in a chunk: as many as the budget allows, in chunks of one size."""
+    budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
+    most = max(64, budget // vocab_size)
+    chunks = max(1, -(-positions // most))
+    return max(1, -(-positions // chunks))

@@ -1,0 +1,349 @@
+"""The transformer: Llama's body, and one of two heads.
+
+The same network with the same head predicts token i+1 at position i, causally from clean input or
+with full attention from partly masked input; only the attention plan and the input differ.
+
+Parameters are named as in ``LlamaForCausalLM``. Inside the body everything is (B, T, W): B rows,
+T positions, W width; H heads of size D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from dualtrain.model.attention import AttentionPlan, plan_attention
+from dualtrain.model.config import DualConfig
+from dualtrain.model.initialize import initialize_parameter
+from dualtrain.model.loss import OutputLayer, select_positions
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass
+class DualOutput(ModelOutput):
+    """What ``DualLM`` returns; fields that were not asked for are None.
+
+    A ``ModelOutput`` (a dictionary) because ZeRO-3 finds the tensors of no other container.
+
+    Attributes:
+        loss: Scalar float32, to differentiate: ``cross_entropy + z_loss``.
+        cross_entropy: Scalar float32, ``sum w * CE / (B * T)`` in nats, without gradient.
+        z_loss: Scalar float32, the z-loss term with its factor, without gradient.
+        nll: (B, T) float32, each position's cross-entropy in nats, without gradient.
+        logits: (B, T, V), or (N, V) for selected positions.
+    """
+
+    loss: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    z_loss: Tensor | None = None
+    nll: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, whose memory ``DualLM`` fills."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, whose memory ``DualLM`` fills."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with gain, computed in float32 whatever comes in."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # Casting here, not in rms_norm: torch 2.6 would round before it multiplies by the gain.
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        gain = self.weight.to(exact)
+        return F.rms_norm(hidden.to(exact), gain.shape, gain, self.eps).to(hidden.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; no biases."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.q_proj = Linear(config.width, config.width)
+        self.k_proj = Linear(config.width, config.width)
+        self.v_proj = Linear(config.width, config.width)
+        self.o_proj = Linear(config.width, config.width)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, plan: AttentionPlan) -> Tensor:
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.head_size))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = plan.attend(rotate(query, rotary), rotate(key, rotary), value)
+        return self.o_proj(mixed.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.mlp_width)
+        self.up_proj = Linear(config.width, config.mlp_width)
+        self.down_proj = Linear(config.mlp_width, config.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden: Tensor, *, rotary: Rotary, plan: AttentionPlan) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, plan)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Body(nn.Module):
+    """Embedding and blocks. The norm is applied by the head, to the positions that need it."""
+
+    def __init__(self, config: DualConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(self, input_ids: Tensor, *, plan: AttentionPlan) -> Tensor:
+        hidden = self.embed_tokens(input_ids)
+        rotary = rotary_tables(self.config, input_ids.shape[1], input_ids.device)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.layers:
+            # rotary and plan go by name: ZeRO-3's hooks examine positional arguments only, and
+            # would warn of a type they do not know.
+            if recompute:
+                hidden = checkpoint(
+                    block,
+                    hidden,
+                    rotary=rotary,
+                    plan=plan,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing here is random
+                )
+            else:
+                hidden = block(hidden, rotary=rotary, plan=plan)
+        return hidden
+
+
+class DualLM(PreTrainedModel):
+    """A language model with two objectives: next tokens causally, masked tokens with full context.
+
+    Args:
+        config: Sizes and constants.
+        seed: Decides the initial weights, together with nothing else. On the meta device they are
+            left out: call :meth:`initialize` after ``to_empty``.
+    """
+
+    config: DualConfig
+    config_class = DualConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: DualConfig, seed: int = 0) -> None:
+        super().__init__(config)
+        self.initial_seed = seed
+        self.model = Body(config)
+        if config.head == "paper":
+            self.head_projection = Linear(config.width, config.width)
+        self.lm_head = OutputLayer(config.width, config.vocab_size, bias=config.head == "paper")
+        self.post_init()  # comes back through _init_weights, module by module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention: AttentionPlan | None = None,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        z_loss: float = 0.0,
+        selection: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> DualOutput:
+        """Compute logits, the loss, or each position's loss.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention: From :func:`plan_attention`; None is causal, each row one document.
+            targets: (B, T) int64, what each position predicts; None asks for the logits.
+            weights: (B, T) float32, factors on the losses; None is 1 everywhere. Where one is 0
+                the target may be anything.
+            z_loss: Factor on the squared log-sum-exp of the logits.
+            selection: (N,) int64 positions of the flattened batch, from
+                :func:`select_positions`: the head runs for these only, so they must include all
+                that have a weight. None selects by itself on a CPU; on other devices, where that
+                would wait for the device, it means all.
+            reduction: ``mean``: the loss, ``sum / (B * T)``. ``none``: each position's
+                cross-entropy (unweighted, 0 where the weight is 0), without gradient.
+
+        Returns:
+            The outputs that were asked for: ``logits`` without targets, ``nll`` for ``none``,
+            else ``loss``, ``cross_entropy`` and ``z_loss``.
+        """
+        if attention is None:
+            one_document = torch.zeros(input_ids.shape, dtype=torch.int32, device="cpu")
+            attention = plan_attention(
+                "causal", one_document, backend="sdpa", device=input_ids.device
+            )
+        hidden = self.model(input_ids, plan=attention)
+        if targets is None:
+            if selection is None:
+                return DualOutput(logits=self.lm_head(self._prepare(hidden)))
+            return DualOutput(logits=self.lm_head(self._prepare(_pick(hidden, selection))))
+        if weights is None:
+            weights = torch.ones(targets.shape, device=targets.device)
+        elif selection is None and weights.device.type == "cpu":
+            selection = select_positions(weights)
+        hidden = self._prepare(_pick(hidden, selection))
+        if reduction == "none":
+            return DualOutput(nll=self._token_losses(hidden, targets, weights, selection))
+        loss, cross_entropy, z_term = self.lm_head(
+            hidden,
+            _pick(targets, selection),
+            _pick(weights, selection),
+            positions=targets.numel(),
+            z_loss=z_loss,
+        )
+        return DualOutput(loss=loss, cross_entropy=cross_entropy, z_loss=z_term)
+
+    def _prepare(self, hidden: Tensor) -> Tensor:
+        """Apply what the head does before its output matrix."""
+        hidden = self.model.norm(hidden)
+        if self.config.head == "paper":
+            hidden = F.gelu(self.head_projection(hidden), approximate="tanh")
+        return hidden
+
+    def _token_losses(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, selection: Tensor | None
+    ) -> Tensor:
+        targets = torch.where(weights == 0, 0, targets)
+        losses = self.lm_head(hidden, _pick(targets, selection))
+        if selection is not None:
+            everywhere = torch.zeros(targets.numel(), dtype=losses.dtype, device=losses.device)
+            losses = everywhere.index_copy(0, selection, losses)
+        return torch.where(weights == 0, 0, losses.view(targets.shape))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter with its initial values, the same ones on any device."""
+        self.initial_seed = seed
+        for name, parameter in self.named_parameters():
+            initialize_parameter(name, parameter, self.config, seed)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the parameters a module holds itself; transformers calls this.
+
+        For every module of a new model, and for those that a loaded checkpoint says nothing about.
+        """
+        prefix = next(name for name, other in self.named_modules() if other is module)
+        for name, parameter in module.named_parameters(recurse=False):
+            # transformers 5 marks what it has already loaded.
+            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
+                initialize_parameter(f"{prefix}.{name}", parameter, self.config, self.initial_seed)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the backward pass recomputes each block instead of keeping its activations."""
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool) -> None:
+        self.model.activation_checkpointing = value
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place: one graph per kind of attention, shared by all blocks.
+
+        Parameter names stay as they are, and ZeRO-3 can gather parameters between blocks, which
+        it could not inside one compiled model.
+        """
+        for block in self.model.layers:
+            block.compile(dynamic=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def muon_parameter_names(model: DualLM) -> list[str]:
+    """Name the matrices that Muon updates: the body's and the head's projection, in model order.
+
+    To be called before ZeRO-3 flattens the parameters.
+    """
+    return list(_muon_names(model))
+
+
+def _muon_names(model: DualLM) -> Iterator[str]:
+    vocabulary = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and id(parameter) not in vocabulary:
+            yield name
+
+
+def rotary_tables(config: DualConfig, length: int, device: torch.device) -> Rotary:
+    """Compute cosines and sines of the rotary angles.
+
+    Made anew in each forward pass rather than kept in a buffer, which casting the model to bf16
+    would round, and materialising it from the meta device would leave empty.
+
+    Returns:
+        Two (T, 1, D / 2) float32 tensors.
+    """
+    even = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / (config.rope_theta ** (even / config.head_size))
+    position = torch.arange(length, dtype=torch.float32, device=device)
+    angle = (position[:, None] * frequency)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(vectors: Tensor, rotary: Rotary) -> Tensor:
+    """Turn each pair (i, i + D / 2) of (B, T, H, D) queries or keys by its angle.
+
+    The tables are float32, so the products are, whatever the vectors are.
+    """
+    cos, sin = rotary
+    first, second = vectors.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(vectors.dtype)
+
+
+def _pick(tensor: Tensor, selection: Tensor | None) -> Tensor:
+    """Flatten (B, T, ...) to (N, ...): the selected positions, or all."""
+    flat = tensor.flatten(0, 1)
+    return flat if selection is None else flat.index_select(0, selection)

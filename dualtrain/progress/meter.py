@@ -1,0 +1,334 @@
+"""The losses of both objectives over an interval, summed on the device without waiting for it.
+
+``train`` calls :meth:`Meter.add` once a slot: it only queues additions on the device, so the host
+runs on. :meth:`Meter.interval`, called every ``progress.interval_steps`` steps **by all ranks**, is
+the one place that synchronises: one small vector, gathered over the ranks and read once.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualtrain.progress.metrics import TrainRecord
+
+Objective = Literal["ar", "diffusion"]
+OBJECTIVES: tuple[Objective, ...] = ("ar", "diffusion")
+
+# What every rank contributes: sums on the device first (as in `Meter._sums`), then the host's.
+_COLUMNS: tuple[str, ...] = (
+    "ar_cross_entropy",
+    "diffusion_cross_entropy",
+    "ar_loss",
+    "diffusion_loss",
+    "z_loss",
+    "ar_slots",
+    "diffusion_slots",
+    "ar_tokens",
+    "diffusion_tokens",
+    "data_wait_s",
+    "memory_bytes",
+    "has_logged",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What happened between two calls of :meth:`Meter.interval`, over all ranks.
+
+    Losses are means over slots in nats per token, ``None`` without a slot of that objective, NaN
+    or infinite where a slot was. All ranks read the same gathered numbers; only ``seconds``, and
+    what is divided by it, is each rank's own.
+    """
+
+    ar_loss: float | None
+    diffusion_loss: float | None
+    loss: float | None
+    z_loss: float | None
+    slots: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    mfu: float | None
+    data_wait_s: float
+    memory_bytes: int
+    logged: dict[str, float]
+    non_finite: tuple[Objective, ...]  # the objectives with a slot whose loss was not finite
+
+
+class MeterState(TypedDict):
+    """An unfinished interval of one rank, in plain numbers."""
+
+    sums: list[float]
+    slots: list[int]
+    tokens: list[int]
+    logged: dict[str, tuple[float, int]]
+    seconds: float
+
+
+class Meter:
+    """Accumulate the losses of this rank's slots; report means over all ranks.
+
+    Args:
+        device: Where the losses live; the sums are kept there.
+        ar_weight: The factor on the AR loss, taken out again so that ``ar_loss`` is in nats.
+        flops_per_token: Forward and backward FLOPs of a token, per objective, for MFU.
+        peak_flops: Peak FLOP/s of one device; ``None`` leaves MFU unknown.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        ar_weight: float = 1.0,
+        flops_per_token: Mapping[Objective, float] | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        # Sums over thousands of slots want float64, which Apple's GPUs do not have.
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        self._ar_weight = ar_weight
+        self._flops = flops_per_token
+        self._peak = peak_flops
+        self._clear()
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock of the tokens per second: called right before the first step."""
+        self._paused_s = 0.0
+        self._start = time.perf_counter()
+
+    def add(
+        self,
+        objective: Objective,
+        cross_entropy: Tensor,
+        z_loss: Tensor | None = None,
+        *,
+        tokens: int,
+        loss: Tensor | None = None,
+    ) -> None:
+        """Add one slot. Never waits for the device.
+
+        Args:
+            objective: The slot's objective.
+            cross_entropy: Scalar, Σ w·CE / (B·T) in nats, as trained (``ar_weight`` included).
+            z_loss: Scalar, the z-loss, multiplied by its factor.
+            tokens: Input tokens of the slot, B·T.
+            loss: Scalar that was minimised; cross-entropy plus z-loss when not given.
+        """
+        index = OBJECTIVES.index(objective)
+        cross_entropy = cross_entropy.detach()
+        if loss is None:
+            loss = cross_entropy if z_loss is None else cross_entropy + z_loss.detach()
+        self._cross_entropy[index].add_(cross_entropy)
+        self._loss[index].add_(loss.detach())
+        if z_loss is not None:
+            self._z_loss.add_(z_loss.detach())
+        self._slots[index] += 1
+        self._tokens[index] += tokens
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Add a value of an algorithm's own metric; intervals report its mean. Never waits.
+
+        Args:
+            name: Its name in the record's ``logged``.
+            value: A number, or a scalar tensor on any device.
+        """
+        if isinstance(value, Tensor):
+            value = value.detach().to(self._dtype)
+        total, number = self._logged.get(name, (0.0, 0))
+        self._logged[name] = (total + value, number + 1)
+
+    def finite(self) -> Tensor:
+        """Return whether all losses since the last interval are finite, without waiting.
+
+        Returns:
+            () bool on the device, of this rank's slots alone.
+        """
+        # A sum is non-finite if one of its terms is.
+        return self._sums.isfinite().all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a checkpoint out of the tokens per second."""
+        if self._device.type == "cuda":
+            # Queued training work belongs to the time before the pause.
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start
+
+    def interval(self, *, data_wait_s: float = 0.0) -> Interval:
+        """Close the interval and start the next one. Called by all ranks at the same step.
+
+        Args:
+            data_wait_s: Seconds this rank waited for data in the interval.
+
+        Returns:
+            Means and totals over all ranks.
+        """
+        host = [*self._slots, *self._tokens, data_wait_s, peak_memory(self._device)]
+        host.append(float(bool(self._logged)))
+        local = torch.cat([self._sums, torch.tensor(host, dtype=self._dtype).to(self._device)])
+        ranks = _gather(local)
+        now = time.perf_counter()
+        seconds = self._seconds(now)
+        columns = dict(zip(_COLUMNS, zip(*ranks, strict=True), strict=True))
+        logged = _merge(self._logged) if any(columns["has_logged"]) else {}
+        self._clear()
+        self._paused_s, self._start = 0.0, now
+        return self._summarise(columns, seconds, logged)
+
+    def state_dict(self) -> MeterState:
+        """Return the unfinished interval of this rank, so that a resumed run completes it."""
+        return {
+            "sums": self._sums.tolist(),
+            "slots": list(self._slots),
+            "tokens": list(self._tokens),
+            "logged": {name: (float(total), n) for name, (total, n) in self._logged.items()},
+            "seconds": self._seconds(time.perf_counter()),
+        }
+
+    def load_state_dict(self, state: MeterState) -> None:
+        """Continue the interval of :meth:`state_dict`."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=self._dtype))
+        self._slots = list(state["slots"])
+        self._tokens = list(state["tokens"])
+        self._logged = dict(state["logged"])
+        self._carried_s = state["seconds"]
+        self.start()
+
+    def _seconds(self, now: float) -> float:
+        return max(now - self._start - self._paused_s + self._carried_s, 1e-9)
+
+    def _summarise(
+        self, columns: Mapping[str, tuple[float, ...]], seconds: float, logged: dict[str, float]
+    ) -> Interval:
+        total = {name: sum(column) for name, column in columns.items()}
+        slots = int(total["ar_slots"] + total["diffusion_slots"])
+        tokens = int(total["ar_tokens"] + total["diffusion_tokens"])
+        mfu = None
+        if self._flops is not None and self._peak is not None:
+            flops = sum(total[f"{name}_tokens"] * self._flops[name] for name in OBJECTIVES)
+            mfu = flops / seconds / (self._peak * len(columns["z_loss"]))
+        return Interval(
+            ar_loss=_mean(total["ar_cross_entropy"] / self._ar_weight, total["ar_slots"]),
+            diffusion_loss=_mean(total["diffusion_cross_entropy"], total["diffusion_slots"]),
+            loss=_mean(total["ar_loss"] + total["diffusion_loss"], slots),
+            z_loss=_mean(total["z_loss"], slots),
+            slots=slots,
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds if tokens else None,
+            mfu=mfu,
+            data_wait_s=max(columns["data_wait_s"]),
+            memory_bytes=int(max(columns["memory_bytes"])),
+            logged=logged,
+            non_finite=tuple(
+                name
+                for name in OBJECTIVES
+                if not math.isfinite(total[f"{name}_cross_entropy"] + total[f"{name}_loss"])
+            ),
+        )
+
+    def _clear(self) -> None:
+        self._sums = torch.zeros(5, dtype=self._dtype, device=self._device)
+        self._cross_entropy, self._loss = self._sums[0:2], self._sums[2:4]
+        self._z_loss = self._sums[4]
+        self._slots = [0, 0]
+        self._tokens = [0, 0]
+        self._carried_s = 0.0
+        self._logged: dict[str, tuple[float | Tensor, int]] = {}
+
+
+def train_record(
+    interval: Interval,
+    *,
+    step: int,
+    steps: int,
+    tokens: int,
+    epoch: float,
+    lr: float,
+    alpha: float,
+    ar_slots: int,
+    diffusion_slots: int,
+    ar_passes: float,
+    elapsed_s: float,
+    grad_norm: float | None = None,
+) -> TrainRecord:
+    """Put an interval and where the run stands into the record of ``metrics.jsonl``."""
+    return TrainRecord(
+        kind="train",
+        step=step,
+        steps=steps,
+        tokens=tokens,
+        epoch=epoch,
+        lr=lr,
+        alpha=alpha,
+        ar_loss=interval.ar_loss,
+        diffusion_loss=interval.diffusion_loss,
+        loss=interval.loss,
+        z_loss=interval.z_loss,
+        grad_norm=grad_norm,
+        ar_slots=ar_slots,
+        diffusion_slots=diffusion_slots,
+        ar_passes=ar_passes,
+        tokens_per_second=interval.tokens_per_second,
+        mfu=interval.mfu,
+        data_wait_s=interval.data_wait_s,
+        elapsed_s=elapsed_s,
+        memory_bytes=interval.memory_bytes,
+        logged=dict(interval.logged),
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory this process has held so far, in bytes: of the GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mean(total: float, number: float) -> float | None:
+    return total / number if number else None
+
+
+def _gather(local: Tensor) -> list[list[float]]:
+    """Return every rank's vector, in rank order, so that sums do not depend on the reduction."""
+    if not _distributed():
+        return [local.tolist()]
+    vectors = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(vectors, local)
+    return torch.stack(vectors).tolist()
+
+
+def _merge(logged: Mapping[str, tuple[float | Tensor, int]]) -> dict[str, float]:
+    """Average the logged values over ranks, whose names may differ (slots of one objective)."""
+    local = {name: (float(total), number) for name, (total, number) in logged.items()}
+    ranks: list[dict[str, tuple[float, int]]] = [local]
+    if _distributed():
+        ranks = [local] * dist.get_world_size()
+        dist.all_gather_object(ranks, local)
+    names = sorted({name for rank in ranks for name in rank})
+    return {
+        name: sum(rank[name][0] for rank in ranks if name in rank)
+        / sum(rank[name][1] for rank in ranks if name in rank)
+        for name in names
+    }
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,227 @@
+"""``metrics.jsonl``: one JSON object a line, the only source of every number shown about a run.
+
+The live view, the plain lines, TensorBoard, sweeps and figures all take the records defined here;
+:class:`~dualtrain.progress.Progress` hands each one to the file and to them unchanged. The file is
+append-only and flushed line by line, so a killed run loses at most the line it was writing, and a
+resumed run first drops what it is about to repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, TypedDict, cast
+
+from dualtrain.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+
+
+class TrainRecord(TypedDict):
+    """Means over the slots of all ranks since the previous train record, and where the run stands.
+
+    A loss is null when the interval had no slot of its objective, or when it was not finite (then
+    an event record says so: JSON has no NaN). Losses are nats per token, unscaled by ``ar_weight``.
+    """
+
+    kind: Literal["train"]
+    step: int  # optimizer updates done
+    steps: int  # optimizer updates planned
+    tokens: int  # input tokens since the start of the run, all ranks, both objectives
+    epoch: float  # passes over the unique subset so far
+    lr: float
+    alpha: float
+    ar_loss: float | None
+    diffusion_loss: float | None
+    loss: float | None  # what was minimised: weights, scales and z-loss included
+    z_loss: float | None  # already multiplied by its factor
+    grad_norm: float | None
+    ar_slots: int  # since the start of the run
+    diffusion_slots: int
+    ar_passes: float  # times a token of the unique subset has been an AR target, on average
+    tokens_per_second: float | None  # all ranks, evaluation and checkpoints excluded
+    mfu: float | None  # share of the devices' dense bf16 peak; null where that is unknown
+    data_wait_s: float  # longest wait of a rank for data in the interval
+    elapsed_s: float  # wall time of the run
+    memory_bytes: int  # peak of the worst rank
+    logged: dict[str, float | None]  # what algorithms logged
+
+
+class EvalRecord(TypedDict):
+    """Held-out losses: the same text and masks at every evaluation."""
+
+    kind: Literal["eval"]
+    step: int
+    ar_nll: float  # nats per token
+    ar_bits_per_byte: float
+    diffusion_nll: float  # an upper bound in expectation
+    diffusion_bits_per_byte: float
+    tokens: int
+    elapsed_s: float
+
+
+class EventRecord(TypedDict):
+    """Something that happened: start, resume, checkpoint, non_finite_loss, …."""
+
+    kind: Literal["event"]
+    step: int
+    event: str
+    message: str
+
+
+Record = TrainRecord | EvalRecord | EventRecord
+KINDS = ("train", "eval", "event")
+
+
+def finite(record: Record) -> Record:
+    """Return the record with every non-finite number replaced by ``None``."""
+
+    def clean(value: object) -> object:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return value
+
+    return cast(Record, clean(record))
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+    """Read all records of a metrics file, which a run may still be writing.
+
+    A torn last line (a run killed or caught in the middle of a write) is left out.
+
+    Raises:
+        UserError: The file is missing, unreadable, or a line other than the last is not a record.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}", "a metrics file") from None
+    return list(_parse(path, content))
+
+
+def _parse(path: Path, content: bytes) -> Iterator[Record]:
+    *lines, last = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record = _parse_line(line)
+        if record is None:
+            raise UserError(
+                f"{path}:{number}",
+                f"not a metrics record: {line[:60]!r}",
+                f"one JSON object with a `kind` of {', '.join(KINDS)}",
+                "the file was changed by something else; move it away or remove the line",
+            )
+        yield record
+    record = _parse_line(last)
+    if record is not None:
+        yield record
+
+
+def _parse_line(line: bytes) -> Record | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or value.get("kind") not in KINDS:
+        return None
+    return cast(Record, value)
+
+
+class MetricsFile:
+    """The metrics file of a run, open for appending.
+
+    A torn last line left by a killed run is repaired on opening: completed if only its newline is
+    missing, removed otherwise.
+
+    Args:
+        path: The file; made, with its directory, when missing.
+
+    Raises:
+        UserError: The file cannot be made or written, or holds a line that is not a record.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            self._repair()
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def append(self, record: Record) -> None:
+        """Write one record and flush it.
+
+        Raises:
+            UserError: The record does not reach the file (full disk, read-only file system).
+        """
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the train and eval records of steps after ``step``; events stay, as history.
+
+        The new file is complete on disk before it takes the old one's name, so a crash leaves one
+        or the other whole.
+
+        Returns:
+            The number of records dropped.
+        """
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["kind"] == "event" or r["step"] <= step]
+        if len(kept) == len(records):
+            return 0
+        temporary = self.path.with_name(self.path.name + ".new")
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            os.replace(temporary, self.path)
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return len(records) - len(kept)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _repair(self) -> None:
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        torn = content[end:]
+        if not torn:
+            return
+        with self.path.open("r+b") as file:
+            if _parse_line(torn) is None:
+                file.truncate(end)
+            else:
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(str(self.path), f"cannot be written: {error.strerror}", "a writable file")

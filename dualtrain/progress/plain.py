@@ -1,0 +1,97 @@
+"""The view where the output is not a terminal: one aligned line per interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from dualtrain.progress.formatting import (
+    NOTABLE_WAIT_S,
+    count,
+    duration,
+    loss,
+    number,
+    percent,
+    size,
+)
+from dualtrain.progress.metrics import EvalRecord, EventRecord, Record, TrainRecord
+from dualtrain.progress.remaining import RemainingTime
+from dualtrain.progress.report import RunFacts, Summary, View, summary_lines
+
+SUMMARY_WIDTH = 100
+
+
+class PlainView(View):
+    """Write lines to a log file, a pipe, or a terminal that cannot redraw.
+
+    Args:
+        stream: Where to write. Characters its encoding lacks become ``?``.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._remaining = RemainingTime()
+
+    def start(self, facts: RunFacts, history: Sequence[Record]) -> None:
+        self._write(facts.sentence())
+
+    def record(self, record: Record) -> None:
+        if record["kind"] == "train":
+            self._remaining.add(record)
+            self._write(train_line(record, self._remaining.seconds()))
+        elif record["kind"] == "eval":
+            self._write(eval_line(record))
+        else:
+            self._write(event_line(record))
+
+    def message(self, text: str) -> None:
+        self._write(text)
+
+    def finish(self, summary: Summary) -> None:
+        self._write("\n".join(line.plain for line in summary_lines(summary, SUMMARY_WIDTH)))
+
+    def _write(self, text: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+
+
+def train_line(record: TrainRecord, remaining_s: float | None) -> str:
+    """Return the line of a train record; columns keep their places as numbers grow."""
+    steps = str(record["steps"])
+    fields = [
+        f"step {record['step']:>{len(steps)}}/{steps}",
+        f"ar {loss(record['ar_loss']):>7}",
+        f"diffusion {loss(record['diffusion_loss']):>7}",
+        f"lr {record['lr']:.2e}",
+        f"alpha {record['alpha']:.3f}",
+        f"{count(record['tokens_per_second']):>5} tokens/s",
+        f"epoch {record['epoch']:6.2f}",
+        f"ar passes {record['ar_passes']:6.2f}",
+        size(record["memory_bytes"]),
+        f"{duration(record['elapsed_s'])} elapsed",
+        f"{duration(remaining_s)} left",
+    ]
+    if record["mfu"] is not None:
+        fields.insert(6, f"mfu {percent(record['mfu']):>5}")
+    if record["grad_norm"] is not None:
+        fields.insert(5, f"grad norm {record['grad_norm']:.2e}")
+    if record["data_wait_s"] >= NOTABLE_WAIT_S:
+        fields.append(f"waited {record['data_wait_s']:.1f} s for data")
+    fields += [f"{name} {number(value)}" for name, value in record["logged"].items()]
+    return " | ".join(fields)
+
+
+def eval_line(record: EvalRecord) -> str:
+    """Return the line of an evaluation."""
+    return (
+        f"held-out at step {record['step']} | "
+        f"ar {loss(record['ar_nll'])} nats/token, {loss(record['ar_bits_per_byte'])} bits/byte | "
+        f"diffusion {loss(record['diffusion_nll'])} nats/token, "
+        f"{loss(record['diffusion_bits_per_byte'])} bits/byte | {record['tokens']:,} tokens"
+    )
+
+
+def event_line(record: EventRecord) -> str:
+    """Return the line of an event."""
+    return f"{record['event']} at step {record['step']}: {record['message']}"

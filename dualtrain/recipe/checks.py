@@ -1,0 +1,253 @@
+"""What must hold between the fields of a recipe, and between a recipe and the number of ranks.
+
+``problems`` runs :func:`find_conflicts` on every recipe; ``start`` and ``assemble`` call
+:func:`check_world_size` once the number of ranks is known. What needs the corpus is in ``derive``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt
+
+from dualtrain.errors import UserError
+from dualtrain.recipe.schema import AlphaSchedule, Recipe, ScheduleSection, SpanCorruption
+from dualtrain.recipe.yaml_source import Path
+
+GAP = re.compile(r"<mask(:[1-9]\d*)?>")
+"""A gap in ``sample.infill``, as ``generate`` reads it."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Fields of a recipe that do not go together.
+
+    Attributes:
+        path: The field to complain about.
+        involved: The other fields.
+        what: What is wrong, with all values.
+        expected: What would be right.
+        hint: How to get there.
+    """
+
+    path: Path
+    involved: tuple[Path, ...]
+    what: str
+    expected: str
+    hint: str = ""
+
+
+def find_conflicts(recipe: Recipe) -> list[Conflict]:
+    """Everything that does not fit together in a recipe whose fields are right by themselves."""
+    return [conflict for check in CHECKS for conflict in check(recipe)]
+
+
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """Check that a step's micro-batches can be divided over the ranks.
+
+    Raises:
+        UserError: They cannot; lists the numbers of ranks that can.
+    """
+    slots = recipe.global_batch // recipe.micro_batch
+    if slots % world_size == 0:
+        return
+    possible = ", ".join(str(number) for number in divisors(slots))
+    raise UserError(
+        "ranks",
+        f"{world_size} ranks cannot share the {slots} micro-batches of a step equally "
+        f"(global_batch {recipe.global_batch} / micro_batch {recipe.micro_batch})",
+        f"a number of ranks among {possible}",
+        "or change global_batch or micro_batch",
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in increasing order."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
+
+
+def check_batches(recipe: Recipe) -> Iterator[Conflict]:
+    batch, micro = recipe.global_batch, recipe.micro_batch
+    if batch % micro:
+        below = max(n for n in divisors(batch) if n <= micro)
+        yield Conflict(
+            ("global_batch",),
+            (("micro_batch",),),
+            f"{batch} is not divisible by micro_batch {micro}",
+            f"a multiple of {micro}",
+            f"nearest: global_batch {max(1, round(batch / micro)) * micro}, or micro_batch {below}",
+        )
+
+
+def check_length(recipe: Recipe) -> Iterator[Conflict]:
+    """Two of the three that fix the length of the run; a third may only agree."""
+    given = {
+        name: getattr(recipe, name)
+        for name in ("steps", "unique_tokens", "repetitions")
+        if getattr(recipe, name) is not None
+    }
+    paths: tuple[Path, ...] = (("steps",), ("unique_tokens",), ("repetitions",))
+    if len(given) < 2:
+        missing = [name for name in ("steps", "unique_tokens", "repetitions") if name not in given]
+        only = f"only {next(iter(given))} is given" if given else "none of them is given"
+        yield Conflict(
+            (missing[0],),
+            paths,
+            f"the length of the run is open: {only}",
+            "two of steps, unique_tokens and repetitions; the third follows",
+            f"add {' or '.join(missing)}",
+        )
+    elif len(given) == 3 and isinstance(recipe.unique_tokens, int):
+        assert recipe.steps is not None and recipe.repetitions is not None
+        per_step = recipe.global_batch * recipe.sequence_length
+        total = Fraction(str(recipe.repetitions)) * recipe.unique_tokens
+        if abs(total - recipe.steps * per_step) >= Fraction(per_step, 2):
+            yield Conflict(
+                ("steps",),
+                (*paths, ("global_batch",), ("sequence_length",)),
+                f"{recipe.steps} steps of {per_step:,} tokens are not {recipe.repetitions:g} "
+                f"repetitions of {recipe.unique_tokens:,} unique tokens",
+                f"{float(total / per_step):.6g} steps, or two of the three only",
+                "remove the one that is to follow from the others",
+            )
+
+
+def check_alpha(recipe: Recipe) -> Iterator[Conflict]:
+    alpha = recipe.alpha
+    if not isinstance(alpha, AlphaSchedule):
+        return
+    ends = [phase.until for phase in alpha.phases]
+    for i, (before, end) in enumerate(zip([Fraction(0), *ends], ends, strict=False)):
+        if end <= before:
+            yield Conflict(
+                ("alpha", "phases", i, "until"),
+                (),
+                f"{end} is not after {before}, where the phase begins",
+                "phases in increasing order of `until`",
+            )
+    if ends[-1] != 1:
+        last = ("alpha", "phases", len(ends) - 1, "until")
+        yield Conflict(last, (), f"the last phase ends at {ends[-1]}", "1, the end of the run")
+    if alpha.name == "phases" and alpha.start != 1:
+        yield Conflict(
+            ("alpha", "start"),
+            (("alpha", "name"),),
+            f"{alpha.start} has no effect on a schedule of phases",
+            "start with name: linear only",
+        )
+
+
+def check_rotation(recipe: Recipe) -> Iterator[Conflict]:
+    objective = recipe.objective
+    if not objective.rotation:
+        return
+    path: Path = ("objective", "rotation")
+    if isinstance(recipe.alpha, AlphaSchedule):
+        yield Conflict(
+            path, (("alpha",),), "true, but alpha changes during the run", "null or false"
+        )
+    if objective.mixing == "weighted_sum":
+        mixing = ("objective", "mixing")
+        what = "true, but in a weighted sum every sequence has both objectives"
+        yield Conflict(path, (mixing,), what, "null or false")
+
+
+def check_corruption(recipe: Recipe) -> Iterator[Conflict]:
+    corruption, path = recipe.objective.corruption, ("objective", "corruption")
+    if not isinstance(corruption, SpanCorruption):
+        return
+    if corruption.min_rate > corruption.max_rate:
+        yield Conflict(
+            (*path, "min_rate"),
+            ((*path, "max_rate"),),
+            f"{corruption.min_rate} is above max_rate {corruption.max_rate}",
+            "min_rate <= max_rate",
+        )
+    if corruption.random_share + corruption.keep_share > 1:
+        yield Conflict(
+            (*path, "random_share"),
+            ((*path, "keep_share"),),
+            f"{corruption.random_share} + keep_share {corruption.keep_share} is above 1",
+            "random_share + keep_share <= 1; the rest becomes <mask>",
+        )
+
+
+def check_model(recipe: Recipe) -> Iterator[Conflict]:
+    width, heads = recipe.model.width, recipe.model.heads
+    paths: tuple[Path, Path] = ("model", "width"), ("model", "heads")
+    if width % heads or width // heads % 2:
+        problem = "not divisible by" if width % heads else "an odd number of times"
+        yield Conflict(
+            paths[0],
+            paths[1:],
+            f"{width} is {problem} heads {heads}",
+            f"a multiple of {2 * heads}: rotary positions pair the dimensions of each head",
+            f"nearest: {max(1, round(width / (2 * heads))) * 2 * heads}",
+        )
+    build, rows = recipe.data.build, recipe.model.vocab_size
+    if build and build.tokenizer is None and rows is not None and rows < build.vocab_size:
+        yield Conflict(
+            ("model", "vocab_size"),
+            (("data", "build", "vocab_size"),),
+            f"{rows} is below data.build.vocab_size {build.vocab_size}",
+            f"at least {build.vocab_size}",
+            "leave it out to take the dataset's",
+        )
+
+
+def check_schedule(recipe: Recipe) -> Iterator[Conflict]:
+    schedule, path = recipe.optim.schedule, ("optim", "schedule")
+    default = ScheduleSection()
+    unused = {
+        "wsd": (),
+        "cosine": ("cooldown", "shape"),
+        "constant": ("cooldown", "shape", "final"),
+    }
+    for name in unused[schedule.name]:
+        value = getattr(schedule, name)
+        if value != getattr(default, name):
+            yield Conflict(
+                (*path, name),
+                ((*path, "name"),),
+                f"{value} has no effect on a {schedule.name} schedule",
+                "a schedule that decays so" if name == "final" else "name: wsd",
+                f"leave {name} out",
+            )
+
+
+def check_sample(recipe: Recipe) -> Iterator[Conflict]:
+    infill = recipe.sample.infill
+    if infill and not GAP.search(infill):
+        yield Conflict(
+            ("sample", "infill"),
+            (),
+            f"no gap in {infill!r}",
+            "<mask:N> for a gap of N tokens, N of 1 or more",
+            "such as 'A list is <mask:8> in Python.'",
+        )
+
+
+def check_resume(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.checkpoint.resume in ("", "weights:"):
+        yield Conflict(
+            ("checkpoint", "resume"),
+            (),
+            f"{recipe.checkpoint.resume!r} names no checkpoint",
+            "auto, must, never, a checkpoint directory or weights:PATH",
+        )
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
+    check_batches,
+    check_length,
+    check_alpha,
+    check_rotation,
+    check_corruption,
+    check_model,
+    check_schedule,
+    check_sample,
+    check_resume,
+)

@@ -1,0 +1,187 @@
+"""What a recipe's model takes: parameters, checkpoint size, memory of a rank, operations.
+
+Called by ``derive``. Parameters and operations are exact; bytes are estimates, made from how
+DeepSpeed keeps weights, gradients and states at each ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from dualtrain.model.arithmetic import count_parameters, flops_per_token
+from dualtrain.recipe.merge import BFloat16, DsConfig, bfloat16_mode
+from dualtrain.recipe.schema import ModelSection, Recipe
+
+FP32, BF16 = 4, 2
+
+VOCABULARY_MULTIPLE = 64
+"""The dataset's vocabulary is rounded up to a multiple of this."""
+
+LOGIT_ROWS = 2048
+"""Positions whose logits exist at the same time, roughly: the loss works in chunks."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model whose vocabulary is known."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    mlp_width: int
+    head: Literal["paper", "linear"]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model takes.
+
+    Attributes:
+        parameters: All of them.
+        without_vocabulary: Without embedding and output matrix.
+        muon_parameters: Those that Muon updates, if it is used.
+        training_flops: Operations of the whole run, forward and backward.
+        checkpoint_bytes: Estimate, of one checkpoint.
+        memory: Estimate, of one rank.
+    """
+
+    parameters: int
+    without_vocabulary: int
+    muon_parameters: int
+    training_flops: float
+    checkpoint_bytes: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the device of one rank.
+
+    Attributes:
+        weights: What the forward pass uses.
+        gradients: Accumulated and, where they differ, those of the backward pass.
+        optimizer: fp32 master weights and states; 0 where they are in host memory.
+        activations: Saved for the backward pass, and the logits of a chunk; rough.
+        host: Master weights and states in host memory.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
+    """The model's sizes.
+
+    Args:
+        model: The recipe's.
+        vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
+    """
+    rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return Sizes(rows, model.width, model.layers, model.mlp_width, model.head)
+
+
+def model_cost(
+    recipe: Recipe,
+    sizes: Sizes,
+    ds_config: DsConfig,
+    *,
+    world_size: int,
+    ar_tokens: int,
+    diffusion_tokens: int,
+) -> ModelCost:
+    """Compute what the recipe's model takes.
+
+    Args:
+        recipe: The recipe.
+        sizes: Its model, with its vocabulary.
+        ds_config: Its ds_config.
+        world_size: Ranks.
+        ar_tokens: Input tokens of the run's AR slots.
+        diffusion_tokens: Input tokens of its diffusion slots.
+    """
+    count = count_parameters(sizes)
+    muon = muon_parameters(sizes) if recipe.optim.name == "muon" else 0
+    length = recipe.sequence_length
+    flops = ar_tokens * flops_per_token(sizes, length, "causal")
+    flops += diffusion_tokens * flops_per_token(sizes, length, "full")
+    mode = bfloat16_mode(recipe.engine.precision, ds_config.stage)
+    # AdamW keeps two moments, Muon one momentum.
+    states = FP32 * (2 * count.total - muon)
+    return ModelCost(
+        parameters=count.total,
+        without_vocabulary=count.without_vocabulary,
+        muon_parameters=muon,
+        training_flops=flops,
+        checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
+        memory=_memory(recipe, sizes, count.total, states, ds_config, mode, world_size),
+    )
+
+
+def muon_parameters(sizes: Sizes) -> int:
+    """Parameters in the body's matrices and the head's projection."""
+    body = sizes.layers * (4 * sizes.width**2 + 3 * sizes.width * sizes.mlp_width)
+    return body + (sizes.width**2 if sizes.head == "paper" else 0)
+
+
+def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) -> int:
+    """fp32 weights for use elsewhere, and DeepSpeed's files: module, master weights, states."""
+    module = parameters * (BF16 if mode == "weights" else FP32)
+    # At stage 3 the module has no weights of its own; at stage 0 it is its own master.
+    own = (0 if stage == 3 else module) + (0 if stage == 0 else FP32 * parameters)
+    return FP32 * parameters + own + states
+
+
+def _memory(
+    recipe: Recipe,
+    sizes: Sizes,
+    parameters: int,
+    states: int,
+    ds_config: DsConfig,
+    mode: BFloat16,
+    ranks: int,
+) -> Memory:
+    stage = ds_config.stage
+    weights = parameters * (BF16 if mode == "weights" else FP32)
+    gradients = FP32 * parameters
+    if mode == "weights" and stage == 1:
+        # BF16_Optimizer accumulates bf16 gradients into whole fp32 ones.
+        gradients += BF16 * parameters
+    if stage >= 2:
+        gradients //= ranks
+    master = FP32 * parameters if stage >= 1 else 0
+    optimizer = (master + states) // (ranks if stage >= 1 else 1)
+    host = optimizer if ds_config.offloads_optimizer else 0
+    return Memory(
+        weights=weights // ranks if stage == 3 else weights,
+        gradients=gradients,
+        optimizer=optimizer - host,
+        activations=_activations(recipe, sizes),
+        host=host,
+    )
+
+
+def _activations(recipe: Recipe, sizes: Sizes) -> int:
+    """Bytes that a micro-batch leaves for its backward pass.
+
+    A block saves about ten vectors of the width (two residuals, two normalised inputs, queries,
+    keys and values before and after rotation, the attention's output) and four of the MLP's.
+    """
+    tokens = recipe.micro_batch * recipe.sequence_length
+    size = BF16 if recipe.engine.precision == "bf16" else FP32
+    block = tokens * (10 * sizes.width + 4 * sizes.mlp_width) * size
+    if recipe.model.activation_checkpointing:
+        body = sizes.layers * tokens * sizes.width * size + block
+    else:
+        body = sizes.layers * block
+    logits = 2 * min(tokens, LOGIT_ROWS) * sizes.vocab_size * FP32
+    return body + logits

@@ -1,0 +1,425 @@
+"""The recipe: every setting of a run, described once.
+
+A field's description here is the single source for ``dualtrain schema``, the README's recipe
+reference and the messages about wrong values. Nothing here does any work: ``load`` reads a file
+into these classes, ``derive`` computes the numbers that follow from them, ``merge`` turns them into
+a DeepSpeed configuration.
+
+Units: ``steps`` are optimizer updates, batches are counted in sequences, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+)
+
+SHARE_PATTERN = r"[+-]?(\d{1,20} */ *\d{1,20}|\d{1,20}(\.\d{0,20})?|\.\d{1,20})"
+
+
+def parse_share(value: object) -> Fraction:
+    """Read a share such as ``1/8``, ``0.125`` or ``1`` as an exact fraction.
+
+    A decimal is taken at its written value: ``0.1`` is one tenth, not the nearest binary number.
+
+    Raises:
+        ValueError: It is no number or fraction, or outside [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
+        raise ValueError("is not a number or a fraction")
+    text = str(value).strip()
+    # Of text only what the pattern describes: an exponent could ask for gigabytes of digits.
+    if isinstance(value, str) and not re.fullmatch(SHARE_PATTERN, text):
+        raise ValueError("is not a number or a fraction")
+    try:
+        share = Fraction(text.replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("is not a number or a fraction") from None
+    if not 0 <= share <= 1:
+        raise ValueError("is outside [0, 1]")
+    return share
+
+
+def _plain_share(share: Fraction) -> int | str:
+    return share.numerator if share.denominator == 1 else str(share)
+
+
+Share = Annotated[
+    Fraction,
+    PlainValidator(parse_share),
+    PlainSerializer(_plain_share, return_type=int | str),
+    WithJsonSchema(
+        {
+            "title": "Share",
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": f"^ *{SHARE_PATTERN} *$"},
+            ],
+        }
+    ),
+]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class AlphaPhase(Section):
+    """One phase of an alpha curriculum."""
+
+    until: Share = Field(description="End of the phase, as a share of all steps.")
+    alpha: Share = Field(description="AR share at the end of the phase.")
+
+
+class AlphaSchedule(Section):
+    """An AR share that changes during training."""
+
+    name: Literal["phases", "linear"] = Field(
+        description="phases: each phase keeps its alpha; linear: straight lines between the ends."
+    )
+    start: Share = Field(default=Fraction(1), description="Alpha at step 0 (linear only).")
+    phases: list[AlphaPhase] = Field(
+        min_length=1, description="In increasing order of `until`; the last one ends at 1."
+    )
+
+
+def _alpha_kind(value: object) -> str:
+    return "schedule" if isinstance(value, (dict, AlphaSchedule)) else "share"
+
+
+Alpha = Annotated[
+    Annotated[Share, Tag("share")] | Annotated[AlphaSchedule, Tag("schedule")],
+    Discriminator(_alpha_kind),
+]
+
+
+class BuildSection(Section):
+    """How to make the dataset when it is not there yet."""
+
+    source: str = Field(
+        description="`builtin:python-docs`, or a .txt or .jsonl file, a directory of such files, "
+        "or a glob pattern."
+    )
+    text_field: str = Field(default="text", description="Field that holds the text in JSON lines.")
+    tokenizer: str | None = Field(
+        default=None, description="A tokenizer.json to encode with; null trains one on the source."
+    )
+    vocab_size: int = Field(
+        default=4096, ge=272, le=2**20, description="Vocabulary of the tokenizer that is trained."
+    )
+    val_fraction: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Share of documents held out, chosen by document hash.",
+    )
+    shuffle_seed: int | None = Field(
+        default=0,
+        description="Seed of the document order on disk, which decides subsets; null keeps it.",
+    )
+
+
+class DataSection(Section):
+    """Where the text comes from."""
+
+    path: str = Field(description="Directory of MDS shards with `train/` and `val/` splits.")
+    build: BuildSection | None = Field(
+        default=None,
+        description="Makes `path` first when it does not exist; null demands that it exists.",
+    )
+    append_eos: bool = Field(
+        default=False, description="End each document with `</s>` before packing."
+    )
+    prefetch_steps: int = Field(
+        default=4, ge=1, le=64, description="Steps of data prepared ahead in the background."
+    )
+
+
+class ModelSection(Section):
+    """The transformer."""
+
+    layers: int = Field(default=24, ge=1, description="Transformer blocks.")
+    width: int = Field(default=1024, ge=8, description="Width of the residual stream.")
+    heads: int = Field(
+        default=16, ge=1, description="Attention heads; `width` is divisible by them."
+    )
+    mlp_width: int = Field(default=3554, ge=8, description="Hidden width of the SwiGLU MLP.")
+    vocab_size: int | None = Field(
+        default=None,
+        ge=8,
+        description="Rows of the embedding; null takes the dataset's, rounded up to 64.",
+    )
+    rope_theta: float = Field(
+        default=160_000.0, gt=0, description="Base of the rotary frequencies."
+    )
+    norm_eps: float = Field(default=1e-7, gt=0, description="Epsilon of RMSNorm.")
+    head: Literal["paper", "linear"] = Field(
+        default="paper",
+        description="paper: norm, linear, GELU, linear with bias; linear: Llama's layout.",
+    )
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = Field(
+        default="auto",
+        description="Attention backend; auto is sdpa on CPU, varlen or flex on CUDA.",
+    )
+    compile: bool = Field(
+        default=False, description="Compile the model with torch.compile, one graph per objective."
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Recompute each block in the backward pass to save memory."
+    )
+
+
+class UniformCorruption(Section):
+    """METHOD: a uniform share of the tokens becomes the mask token."""
+
+    name: Literal["uniform"] = Field(
+        default="uniform", description="Masked diffusion, linear schedule."
+    )
+    smoothing: float = Field(
+        default=1e-4, ge=0, lt=1, description="The weight is 1 / ((1 - smoothing) * p + smoothing)."
+    )
+
+
+class SpanCorruption(Section):
+    """GPT-BERT: short spans, a narrow range of rates, BERT's 80/10/10."""
+
+    name: Literal["span"] = Field(description="Span masking at a limited rate.")
+    min_rate: float = Field(default=0.15, gt=0, le=1, description="Lowest share of masked tokens.")
+    max_rate: float = Field(default=0.30, gt=0, le=1, description="Highest share of masked tokens.")
+    max_span: int = Field(
+        default=3, ge=1, description="Longest span, in tokens; lengths are uniform from 1."
+    )
+    random_share: float = Field(
+        default=0.1, ge=0, le=1, description="Share of chosen tokens replaced by a random token."
+    )
+    keep_share: float = Field(
+        default=0.1, ge=0, le=1, description="Share of chosen tokens left as they are."
+    )
+
+
+class ObjectiveSection(Section):
+    """What is trained, and how the two objectives are mixed."""
+
+    mixing: Literal["slots", "weighted_sum"] = Field(
+        default="slots",
+        description="slots: each micro-batch has one objective; weighted_sum: both on every batch.",
+    )
+    rotation: bool | None = Field(
+        default=None,
+        description="Rotate objectives over document groups between epochs, so that each document "
+        "gets exactly alpha*R AR passes; null: yes when alpha is constant and mixing is slots.",
+    )
+    ar_weight: float = Field(
+        default=1.0, gt=0, description="Factor on the AR loss (paper 1.0, released code 2.0)."
+    )
+    z_loss: float = Field(
+        default=1e-4, ge=0, description="Factor on the squared log-sum-exp of the logits."
+    )
+    target: Literal["next", "in_place"] = Field(
+        default="next",
+        description="What diffusion predicts at i: token i+1 (MNTP) or token i (in place).",
+    )
+    corruption: Annotated[UniformCorruption | SpanCorruption, Field(discriminator="name")] = Field(
+        default=UniformCorruption(), description="How the diffusion objective's input is corrupted."
+    )
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run, a pure function of the step."""
+
+    name: Literal["wsd", "cosine", "constant"] = Field(
+        default="wsd",
+        description="wsd: warm-up, stable, decay; cosine: to `final` over the whole run.",
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up from 0.")
+    cooldown: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of the run, at its end, that decays (wsd only).",
+    )
+    shape: Literal["linear", "one_minus_sqrt"] = Field(
+        default="linear", description="Shape of the decay (wsd only)."
+    )
+    final: float = Field(
+        default=0.0, ge=0, le=1, description="Factor on lr at the end of the decay."
+    )
+
+
+class OptimSection(Section):
+    """Optimizer and learning rate."""
+
+    name: Literal["muon", "adamw"] = Field(
+        default="muon",
+        description="muon: Muon for the body's matrices, AdamW for the rest; adamw: AdamW for all.",
+    )
+    lr: float = Field(default=7e-3, gt=0, description="Peak learning rate, of both optimizers.")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="Decoupled decay: p <- p * (1 - lr * weight_decay), on everything.",
+    )
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum (Nesterov).")
+    newton_schulz: Literal["gram", "standard"] = Field(
+        default="standard",
+        description="DeepSpeed's Newton-Schulz kernel, 5 steps (gram: fewer FLOPs, fp16).",
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW's betas."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    schedule: ScheduleSection = Field(
+        default=ScheduleSection(), description="Learning-rate schedule."
+    )
+
+
+class EngineSection(Section):
+    """DeepSpeed."""
+
+    deepspeed: str = Field(
+        default="zero1",
+        description="A shipped ds_config (zero0, zero1, zero2, zero3) or a path to one.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="Compute precision; master weights are fp32 in both."
+    )
+    timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Longest wait of a rank for the others before it fails, seconds.",
+    )
+
+
+class EvalSection(Section):
+    """Held-out losses of both objectives."""
+
+    interval_steps: int = Field(
+        default=0, ge=0, description="Steps between evaluations; 0: only at the end."
+    )
+    sequences: int = Field(
+        default=256,
+        ge=1,
+        description="Held-out sequences scored, at most; text and masks never change.",
+    )
+
+
+class CheckpointSection(Section):
+    """Saving and resuming."""
+
+    interval_steps: int = Field(
+        default=0, ge=0, description="Steps between checkpoints; 0: only at the end."
+    )
+    keep: int | None = Field(
+        default=None, ge=2, description="Newest checkpoints kept; null keeps all of them."
+    )
+    resume: str = Field(
+        default="auto",
+        description="auto: continue the newest whole checkpoint if there is one; must; never; "
+        "a checkpoint directory; or `weights:PATH` to start from weights only.",
+    )
+
+
+class ProgressSection(Section):
+    """What the user sees."""
+
+    interval_steps: int = Field(
+        default=10, ge=1, description="Steps between records in metrics.jsonl."
+    )
+    tensorboard: bool = Field(
+        default=False, description="Also write TensorBoard events to `tensorboard/`."
+    )
+
+
+class SampleSection(Section):
+    """Text generated when the run ends."""
+
+    prompt: str = Field(default="", description="Prompt of the AR sample; empty starts a document.")
+    infill: str = Field(
+        default="",
+        description="Text with `<mask:N>` gaps for the diffusion sample; empty makes none.",
+    )
+    tokens: int = Field(default=48, ge=0, description="Tokens of the AR sample; 0 makes none.")
+    temperature: float = Field(default=0.8, ge=0, description="Sampling temperature; 0 is greedy.")
+
+
+class AlgorithmEntry(Section):
+    """One extra algorithm, run after the built-in ones."""
+
+    use: str = Field(description="A registered name, or `module:Class` of your own.")
+    args: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="Keyword arguments of the algorithm."
+    )
+
+
+class Recipe(Section):
+    """One run, completely."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
+    )
+    run_dir: str | None = Field(
+        default=None, description="Directory of checkpoints, metrics and logs; null is runs/NAME."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Decides initialisation, data order and masks."
+    )
+
+    alpha: Alpha = Field(
+        description="AR share: 1 is purely autoregressive, 0 purely diffusion; or a schedule of it."
+    )
+    steps: int | None = Field(default=None, ge=1, description="Optimizer updates.")
+    unique_tokens: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        default=None,
+        description="Tokens of the unique subset (a prefix of the corpus), or `all` of it.",
+    )
+    repetitions: float | None = Field(
+        default=None,
+        gt=0,
+        description="Passes over the unique subset. Two of steps, unique_tokens and "
+        "repetitions fix the third.",
+    )
+    sequence_length: int = Field(default=2048, ge=2, description="Tokens a sequence (T).")
+    global_batch: int = Field(default=2048, ge=1, description="Sequences a step, over all ranks.")
+    micro_batch: int = Field(
+        default=8, ge=1, description="Sequences a slot: one forward pass of one rank."
+    )
+
+    data: DataSection = Field(description="Where the text comes from.")
+    model: ModelSection = Field(default=ModelSection(), description="The transformer.")
+    objective: ObjectiveSection = Field(
+        default=ObjectiveSection(), description="The two objectives."
+    )
+    optim: OptimSection = Field(default=OptimSection(), description="Optimizer and schedule.")
+    algorithms: list[AlgorithmEntry] = Field(
+        default_factory=list, description="Extra algorithms, in order."
+    )
+    engine: EngineSection = Field(default=EngineSection(), description="DeepSpeed and precision.")
+    eval: EvalSection = Field(default=EvalSection(), description="Held-out losses.")
+    checkpoint: CheckpointSection = Field(
+        default=CheckpointSection(), description="Saving and resuming."
+    )
+    progress: ProgressSection = Field(
+        default=ProgressSection(), description="Records and live view."
+    )
+    sample: SampleSection = Field(default=SampleSection(), description="Samples at the end.")
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run's checkpoints, metrics and logs."""
+        return Path(self.run_dir or f"runs/{self.name}")

@@ -1,0 +1,298 @@
+"""Strict YAML in and out, with the file and line of every value.
+
+``load`` reads recipes with :func:`parse`, and ``merge`` reads DeepSpeed's JSON with it, so that any
+later complaint can name its place. :func:`dump` writes what :func:`parse` reads back unchanged.
+
+Scalars follow the core schema of YAML 1.2: ``1e-3`` is a number, ``yes``, ``on`` and ``1_000`` are
+text. PyYAML alone follows YAML 1.1, where ``1e-3`` is text and ``no`` is false.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+from yaml.composer import Composer
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
+
+from dualtrain.errors import UserError
+
+Scalar = str | int | float | bool | None
+Plain = Scalar | list["Plain"] | dict[str, "Plain"]
+Path = tuple[str | int, ...]
+"""Keys and list indices from the root, such as ``("optim", "lr")``."""
+
+TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a value stands: a file and its line (from 1), or ``command line`` and line 0."""
+
+    file: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value of a YAML document with its place; a mapping's values and a list's items too."""
+
+    value: Scalar | list[Located] | dict[str, Located]
+    place: Place
+
+    def plain(self) -> Plain:
+        """The value without places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def locate(self, path: Path) -> Place:
+        """The place of the value at a path, or of its nearest enclosing section that is there."""
+        node = self
+        for key in path:
+            child = node.child(key)
+            if child is None:
+                break
+            node = child
+        return node.place
+
+    def leaves(self, path: Path = ()) -> Iterator[tuple[Path, Place]]:
+        """Every value that is neither a section nor a list, with its path; empty ones, too."""
+        pairs: list[tuple[Path, Located]] = []
+        if isinstance(self.value, dict):
+            pairs = [((*path, key), child) for key, child in self.value.items()]
+        elif isinstance(self.value, list):
+            pairs = [((*path, index), child) for index, child in enumerate(self.value)]
+        if not pairs:
+            yield path, self.place
+        for inner, child in pairs:
+            yield from child.leaves(inner)
+
+    def holds(self, path: Path) -> bool:
+        """Whether there is a value at a path."""
+        node = self
+        for key in path:
+            child = node.child(key)
+            if child is None:
+                return False
+            node = child
+        return True
+
+    def child(self, key: str | int) -> Located | None:
+        """A section's value by its key, or a list's item by its index; None if it is not there."""
+        if isinstance(self.value, dict):
+            return self.value.get(str(key))
+        if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
+            return self.value[key]
+        return None
+
+
+def parse(
+    text: str, file: str, *, line: int | None = None, path: Path = ()
+) -> tuple[Located, list[UserError]]:
+    """Read one YAML document.
+
+    Args:
+        text: The document.
+        file: What to call it in places.
+        line: A fixed line for all places; None counts the lines of the text.
+        path: Where the document belongs in a larger one, for messages.
+
+    Returns:
+        The document (an empty one is null), and what is wrong with it but can be passed over:
+        duplicate keys (the first counts), keys that are not text, tags.
+
+    Raises:
+        UserError: It is not YAML.
+    """
+    try:
+        return _Converter(file, line).convert_document(_Loader(text).get_single_node(), path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Place(file, line if line is not None else (mark.line + 1 if mark else 1))
+        context = error.context
+        if context and error.context_mark and error.context_mark is not mark and line is None:
+            context += f" that begins on line {error.context_mark.line + 1}"
+        what = ", ".join(part for part in (context, error.problem) if part)
+        raise UserError(str(place), f"not valid YAML: {what}", hint=_syntax_hint(what)) from None
+    except yaml.YAMLError as error:
+        raise UserError(file, f"not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(file, "not valid YAML: nested too deeply") from None
+
+
+def dump(value: Mapping[str, object]) -> str:
+    """Write a mapping as YAML that :func:`parse`, and any reader of YAML 1.1 or 1.2, reads back."""
+    return yaml.dump(
+        dict(value),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=100,
+    )
+
+
+def dotted(path: Path) -> str:
+    """A path as users write it: ``algorithms.0.use``."""
+    return ".".join(str(key) for key in path)
+
+
+def shown(value: object) -> str:
+    """A value as YAML shows it, in one short piece."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Resolver(BaseResolver):
+    """Scalar types of the YAML 1.2 core schema."""
+
+
+_SCALARS: tuple[tuple[str, str, Sequence[str | None]], ...] = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
+    def __init__(self, text: str) -> None:
+        Reader.__init__(self, text)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        Composer.__init__(self)
+        _Resolver.__init__(self)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would take for something else."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_list(self, data: Sequence[object]) -> yaml.Node:
+        is_flat = not any(isinstance(item, (dict, list)) for item in data)
+        return self.represent_sequence(f"{TAG}seq", data, flow_style=is_flat)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+for _name, _pattern, _first in _SCALARS:
+    _Resolver.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
+
+
+_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
+    yaml.ScalarNode: ("str", *(name for name, _, _ in _SCALARS)),
+    yaml.SequenceNode: ("seq",),
+    yaml.MappingNode: ("map",),
+}
+
+
+class _Converter:
+    """From PyYAML's nodes to :class:`Located` values."""
+
+    def __init__(self, file: str, line: int | None) -> None:
+        self._file, self._line = file, line
+        self._problems: list[UserError] = []
+        self._open: set[int] = set()
+
+    def convert_document(
+        self, node: yaml.Node | None, path: Path
+    ) -> tuple[Located, list[UserError]]:
+        if node is None:
+            return Located(None, Place(self._file, self._line or 1)), []
+        return self._convert(node, path, self._place(node)), self._problems
+
+    def _place(self, node: yaml.Node) -> Place:
+        line = self._line if self._line is not None else node.start_mark.line + 1
+        return Place(self._file, line)
+
+    def _report(self, place: Place, path: Path, what: str, expected: str = "") -> None:
+        where = f"{place}: {dotted(path)}" if path else str(place)
+        self._problems.append(UserError(where, what, expected))
+
+    def _convert(self, node: yaml.Node, path: Path, place: Place) -> Located:
+        if id(node) in self._open:
+            self._report(place, path, "an alias inside its own anchor")
+            return Located(None, place)
+        if node.tag.removeprefix(TAG) not in _TAGS[type(node)]:
+            self._report(place, path, f"the tag {node.tag!r} has no meaning here", "a plain value")
+            return Located(None, place)
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return Located(self._mapping(node, path), place)
+            if isinstance(node, yaml.SequenceNode):
+                items = enumerate(node.value)
+                children = [self._convert(n, (*path, i), self._place(n)) for i, n in items]
+                return Located(children, place)
+            return Located(self._scalar(node, path, place), place)
+        finally:
+            self._open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Located]:
+        children: dict[str, Located] = {}
+        for key_node, value_node in node.value:
+            # A value's place is the line of its key: there the reader looks for it.
+            place = self._place(key_node)
+            if key_node.tag != f"{TAG}str":
+                self._report(place, path, f"the key {key_node.value!r} is not text", "a name")
+                continue
+            key = key_node.value
+            child = self._convert(value_node, (*path, key), place)
+            if key in children:
+                line = children[key].place.line
+                first = f"; the first is on line {line}" if line else ""
+                self._report(place, (*path, key), "duplicate key", f"each key once{first}")
+                continue
+            children[key] = child
+        return children
+
+    def _scalar(self, node: yaml.Node, path: Path, place: Place) -> Scalar:
+        kind, text = node.tag.removeprefix(TAG), node.value
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        try:
+            if kind == "int":
+                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            if kind == "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError:
+            self._report(place, path, f"{shown(text)} is not a number that can be read")
+            return None
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self._report(place, path, f"{shown(text)} has half of a character", "Unicode text")
+            return ""
+        return text
+
+
+def _syntax_hint(what: str) -> str:
+    if "tab" in what or "'\\t'" in what:
+        return "indent with spaces, not tabs"
+    if "mapping values are not allowed" in what or "cannot start any token" in what:
+        return "put quotes around text that has special characters such as `: `"
+    return ""

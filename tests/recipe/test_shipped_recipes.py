@@ -1,0 +1,129 @@
+"""Every shipped recipe is valid, says what it is, and means what its name says."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dualtrain.recipe import derive, load_recipe, shipped, shipped_recipes
+
+NAMES = shipped.recipe_names()
+PAPER = {
+    "paper/470m": (Fraction(63, 64), 1),
+    "paper/470m-ar": (1, 1),
+    "paper/470m-diffusion": (0, 1),
+    "paper/470m-released-code": (Fraction(63, 64), 1),
+    "paper/470m-r32": (Fraction(3, 4), 32),
+    "paper/470m-r32-ar": (1, 32),
+    "paper/470m-r32-diffusion": (0, 32),
+    "paper/470m-r128": (Fraction(1, 8), 128),
+    "paper/470m-r128-ar": (1, 128),
+    "paper/470m-r128-diffusion": (0, 128),
+}
+ABLATIONS = {
+    "ablations/adamw": {"name", "optim.name", "optim.lr", "optim.schedule.warmup_steps"},
+    "ablations/cosine": {"name", "optim.schedule.name"},
+    "ablations/weighted-sum": {"name", "objective.mixing"},
+    "ablations/span-masking": {"name", "objective.corruption"},
+    "ablations/in-place": {"name", "objective.target"},
+    "ablations/alpha-curriculum": {"name", "alpha"},
+}
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in ("corruption", "alpha"):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def differences(one: str, other: str) -> set[str]:
+    first, second = (flat(load_recipe(n).recipe.model_dump(mode="json")) for n in (one, other))
+    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+
+
+def test_the_recipes_of_the_issue_are_there():
+    assert set(NAMES) == {"quickstart", *PAPER, *ABLATIONS}
+    assert NAMES[0] == "quickstart"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_derives_without_warnings(name):
+    derived = derive(load_recipe(name).recipe, corpus=None)
+    assert derived.warnings == ()
+    assert derived.cost is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_has_the_name_of_its_recipe(name):
+    expected = name.replace("/", "-").replace("ablations", "ablation")
+    assert load_recipe(name).recipe.name == expected
+
+
+def test_every_recipe_begins_with_a_summary():
+    summaries = dict(shipped_recipes())
+    assert list(summaries) == NAMES
+    assert len(set(summaries.values())) == len(NAMES)
+    for summary in summaries.values():
+        assert summary.endswith(".") and summary[0].isupper()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_shown_has_a_comment(name):
+    text = (shipped.shipped_directory("recipes") / f"{name}.yaml").read_text()
+    head = True
+    for line in text.splitlines():
+        if head and (line.startswith(("#", "extends:", "name:")) or not line):
+            continue
+        head = False
+        if line.strip() and not line.rstrip().endswith(":") and not line.startswith("#"):
+            assert " # " in line, line
+        assert len(line) <= 100
+
+
+@pytest.mark.parametrize("name", [n for n in PAPER if n != "paper/470m"])
+def test_paper_recipes_show_only_their_difference(name):
+    allowed = {"name", "alpha", "repetitions", "objective.ar_weight"}
+    assert differences(name, "paper/470m") <= allowed
+    text = (shipped.shipped_directory("recipes") / f"{name}.yaml").read_text()
+    assert set(yaml.safe_load(text)) <= {"extends", "name", "alpha", "repetitions", "objective"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipes_have_their_alpha_and_repetitions(name):
+    recipe = load_recipe(name).recipe
+    assert (recipe.alpha, recipe.repetitions) == PAPER[name]
+    assert recipe.objective.ar_weight == (2 if name.endswith("released-code") else 1)
+    derived = derive(recipe, corpus=None)
+    assert derived.total_tokens == 34_359_738_368
+    assert derived.unique_tokens * PAPER[name][1] == derived.total_tokens
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_differ_from_the_quickstart_in_their_subject_only(name):
+    assert differences(name, "quickstart") == ABLATIONS[name]
+
+
+def test_an_installed_wheel_has_its_own_copy(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "dualtrain"
+    for kind, file in (("recipes", "paper/mine.yaml"), ("ds_configs", "zero9.json")):
+        path = package / "_shipped" / kind / file
+        path.parent.mkdir(parents=True)
+        path.write_text("# Mine.\n")
+    # What happens to lie beside the package there is not ours.
+    (tmp_path / "site-packages" / "recipes").mkdir()
+    monkeypatch.setattr(shipped, "PACKAGE", package)
+    assert shipped.recipe_names() == ["paper/mine"]
+    assert shipped.ds_config_names() == ["zero9"]
+    assert shipped.find_recipe("paper/mine").is_file()
+    assert shipped.shipped_recipes() == [("paper/mine", "Mine.")]
+
+
+def test_the_checkout_is_used_otherwise():
+    assert shipped.shipped_directory("recipes") == Path(__file__).parents[2] / "recipes"

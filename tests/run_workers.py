@@ -1,0 +1,118 @@
+"""Functions that test_runs.py calls on real ranks, and algorithms that its recipes name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from dualtrain.errors import UserError
+from dualtrain.events import Algorithm, Event, Logger, State
+
+
+def train_all(texts: list[str]) -> list[int | str]:
+    """Train resolved recipes one after another on these ranks; exit codes, or a user's error."""
+    import yaml
+
+    from dualtrain.engine import init_distributed, leave_distributed, prepare_process
+    from dualtrain.recipe.schema import Recipe
+    from dualtrain.train import train
+
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=100)
+    outcomes: list[int | str] = []
+    for text in texts:
+        try:
+            outcomes.append(train(Recipe.model_validate(yaml.safe_load(text)), view="none"))
+        except UserError as error:
+            outcomes.append(str(error))
+    leave_distributed()
+    return outcomes
+
+
+class _Stateless(Algorithm):
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        return None
+
+
+class Recorder(_Stateless):
+    """Write what every slot was trained on: its place, its sequences, its exact input."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.BEFORE_FORWARD
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        slot, example = state.slot, state.example
+        data = [example.input_ids, example.targets, example.weights, example.document_ids]
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in data)).hexdigest()
+        line = [state.step, slot.index, slot.objective, slot.stream, slot.first_sequence, digest]
+        with Path(state.recipe.run_dir, f"slots-{state.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Average(Algorithm):
+    """Has a state: scales the loss by a number that depends on all losses so far."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.AFTER_LOSS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * float(state.loss.detach())
+        state.loss = state.loss * (1 + 0.01 * self.mean)
+        logger.log("average/mean", self.mean)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        self.mean = state_dict["mean"]
+
+
+class Spoil(_Stateless):
+    """Make the loss NaN in one step."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.AFTER_LOSS and state.step == self.step
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        state.loss = state.loss * torch.nan
+
+
+class Fail(_Stateless):
+    """Fail on one rank in one step."""
+
+    def __init__(self, *, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def match(self, event: Event, state: State) -> bool:
+        here = state.rank == self.rank and state.step == self.step
+        return event is Event.STEP_START and here
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        raise RuntimeError("the reason of the failure")
+
+
+class Slow(_Stateless):
+    """Give the test time to send a signal."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self.seconds = seconds
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.STEP_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        time.sleep(self.seconds)

@@ -1,0 +1,137 @@
+"""Held-out losses: right by brute force, the same for any number of ranks, the same every time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from heldout_support import (
+    LENGTH,
+    MASK,
+    OPTIONS,
+    SPECIAL,
+    VOCABULARY,
+    Sequences,
+    score,
+    tiny_model,
+)
+from support import on_ranks
+
+from dualtrain.evaluate import HeldOut, held_out_losses
+from dualtrain.model import DualLM, plan_attention
+from dualtrain.objectives import diffusion, validation_noise
+from dualtrain.recipe.schema import UniformCorruption
+
+
+def row_losses(model: DualLM, sequences: Sequences, number: int, target: str = "next"):
+    """Both losses of one sequence, without the code under test."""
+    batch = sequences.batch(number, 1)
+    example = diffusion(
+        batch.tokens,
+        batch.document_ids,
+        mask_id=MASK,
+        special_ids=SPECIAL,
+        noise=validation_noise(0, [number], sequences.count, LENGTH),
+        corruption=UniformCorruption(smoothing=0.0),
+        target=target,
+        exact=True,
+    )
+    losses = []
+    clean, following = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    for kind, ids, targets, weights in (
+        ("causal", clean, following, torch.ones(1, LENGTH)),
+        ("full", example.input_ids, example.targets, example.weights),
+    ):
+        plan = plan_attention(kind, batch.document_ids, backend="sdpa", device="cpu")
+        with torch.no_grad():
+            logits = model(ids, attention=plan).logits
+        nll = F.cross_entropy(logits[0], targets[0], reduction="none")
+        losses.append(float((nll * weights[0]).sum() / LENGTH))
+    return losses
+
+
+@pytest.mark.parametrize("target", ["next", "in_place"])
+@pytest.mark.parametrize(("count", "micro_batch"), [(6, 3), (7, 3), (2, 5), (1, 1)])
+def test_losses_are_the_means_over_sequences(target: str, count: int, micro_batch: int):
+    model, sequences = tiny_model(), Sequences(count)
+    found = held_out_losses(model, sequences, micro_batch=micro_batch, target=target, **OPTIONS)
+    rows = torch.tensor([row_losses(model, sequences, n, target) for n in range(count)]).double()
+    ar, diffusion_loss = rows.mean(0).tolist()
+    assert found.ar_nll == pytest.approx(ar, rel=1e-5)
+    assert found.diffusion_nll == pytest.approx(diffusion_loss, rel=1e-5)
+    assert abs(found.ar_nll - found.diffusion_nll) > 1e-3
+    assert found.ar_bits_per_byte == pytest.approx(ar / math.log(2) / 3.0, rel=1e-5)
+    assert found.diffusion_bits_per_byte == pytest.approx(diffusion_loss / math.log(2) / 3, 1e-5)
+    assert (found.sequences, found.tokens) == (count, count * LENGTH)
+    errors = [0.0, 0.0]
+    if count > 1:
+        errors = (rows.std(0) / math.sqrt(count)).tolist()
+    assert [found.ar_error, found.diffusion_error] == pytest.approx(errors, rel=1e-3)
+
+
+def test_a_model_that_knows_nothing_has_the_loss_of_guessing():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    # `<s>` in front: each of the T targets counts once, whatever is masked.
+    found = held_out_losses(model, Sequences(5, start=0), micro_batch=2, **OPTIONS)
+    assert found.ar_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert found.diffusion_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+
+
+def test_repeating_changes_nothing_and_training_goes_on():
+    model, sequences = tiny_model(), Sequences(5)
+    model.train()
+    first = held_out_losses(model, sequences, micro_batch=2, **OPTIONS)
+    assert model.training and torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.manual_seed(1)
+    assert held_out_losses(model, sequences, micro_batch=2, **OPTIONS) == first
+    model.eval()
+    assert held_out_losses(model, sequences, micro_batch=2, **OPTIONS) == first
+    assert not model.training
+
+
+def test_only_the_first_sequences_count():
+    model = tiny_model()
+    three = held_out_losses(model, Sequences(5), micro_batch=2, sequences=3, **OPTIONS)
+    assert three == held_out_losses(model, Sequences(3), micro_batch=2, **OPTIONS)
+    everything = held_out_losses(model, Sequences(5), micro_batch=2, sequences=99, **OPTIONS)
+    assert everything.sequences == 5
+
+
+def test_another_seed_has_other_masks():
+    model, sequences = tiny_model(), Sequences(4)
+    first = held_out_losses(model, sequences, micro_batch=2, **OPTIONS)
+    second = held_out_losses(model, sequences, micro_batch=2, seed=1, **OPTIONS)
+    assert first.ar_nll == second.ar_nll
+    assert first.diffusion_nll != second.diffusion_nll
+
+
+@pytest.mark.parametrize(("world", "counts"), [(2, [8, 5]), (3, [3])])
+def test_any_number_of_ranks_finds_exactly_the_same(world: int, counts: list[int], tmp_path: Path):
+    found = on_ranks(score, counts, str(tmp_path / "store"), ranks=world, tmp_path=tmp_path)
+    for case, count in enumerate(counts):
+        alone = held_out_losses(tiny_model(), Sequences(count), micro_batch=2, **OPTIONS)
+        # As many passes of one shape on every rank: ZeRO-3 waits for all of them.
+        passes = 2 * math.ceil(math.ceil(count / 2) / world)
+        shapes = [(2, LENGTH)] * passes
+        assert [rank[case] for rank in found] == [(alone, shapes)] * world
+
+
+def test_the_record_holds_the_losses():
+    losses = HeldOut(1.0, 2.0, 0.1, 3.0, 4.0, 0.2, sequences=5, tokens=6)
+    assert losses.record(7, 8.0) == {
+        "kind": "eval",
+        "step": 7,
+        "ar_nll": 1.0,
+        "ar_bits_per_byte": 2.0,
+        "diffusion_nll": 3.0,
+        "diffusion_bits_per_byte": 4.0,
+        "tokens": 6,
+        "elapsed_s": 8.0,
+    }
+    assert losses.metrics().items() <= losses.record(0, 0.0).items()

@@ -1,0 +1,315 @@
+"""Whole runs with real DeepSpeed, shards and processes: data, losses, resume, launchers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from run_workers import train_all
+from support import on_ranks
+
+from dualtrain.launch import free_port
+from dualtrain.recipe.load import LoadedRecipe, load_recipe
+
+TESTS = Path(__file__).parent
+TINY = """
+name: tiny
+seed: 3
+alpha: 3/8
+steps: 8
+unique_tokens: 1500
+sequence_length: 32
+global_batch: 8
+micro_batch: 1
+data: {{path: {data}}}
+model: {{layers: 2, width: 32, heads: 2, mlp_width: 48, head: paper}}
+optim: {{newton_schulz: gram, lr: 2e-3}}
+engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
+eval: {{sequences: 10}}
+progress: {{interval_steps: 1}}
+sample: {{tokens: 3, infill: "a <mask:2> list"}}
+"""
+
+
+@pytest.fixture
+def tiny(tiny_dataset, tmp_path):
+    """A function from overrides to a loaded recipe of a very small run."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.format(data=tiny_dataset))
+
+    def load(*overrides: str, name: str = "run") -> LoadedRecipe:
+        return load_recipe(str(file), [f"run_dir={tmp_path / name}", *overrides])
+
+    return load
+
+
+def train_on(ranks: int, tmp_path: Path, *recipes: LoadedRecipe) -> list[int | str]:
+    """Train recipes one after another on real ranks, which must agree on the outcome."""
+    results = on_ranks(train_all, [r.text for r in recipes], ranks=ranks, tmp_path=tmp_path)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def records(recipe: LoadedRecipe, kind: str = "train") -> list[dict]:
+    lines = (recipe.recipe.directory / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def results(recipe: LoadedRecipe) -> list[tuple]:
+    """Everything in the records that does not depend on the clock or the machine."""
+    clock = ("elapsed_s", "tokens_per_second", "data_wait_s", "memory_bytes", "mfu")
+    kept = records(recipe) + records(recipe, "eval")
+    return [tuple((k, str(v)) for k, v in r.items() if k not in clock) for r in kept]
+
+
+def slots(recipe: LoadedRecipe) -> list[list]:
+    files = sorted(recipe.recipe.directory.glob("slots-*.jsonl"))
+    return sorted(json.loads(line) for file in files for line in file.read_text().splitlines())
+
+
+def test_any_number_of_ranks_and_any_stage_train_the_same(tiny, tmp_path):
+    """The same slots to the bit; the same losses up to the order of float32 additions."""
+    record = "algorithms=[{use: run_workers:Recorder}]"
+    alone = tiny(record, "engine.deepspeed=zero0", name="alone")
+    assert train_on(1, tmp_path, alone) == [0]
+    pair = [tiny(record, f"engine.deepspeed=zero{s}", name=f"pair-{s}") for s in range(4)]
+    assert train_on(2, tmp_path, *pair) == [0] * 4
+    expected = slots(alone)
+    assert len(expected) == 8 * 8
+    assert sum(objective == "ar" for _, _, objective, *_ in expected) == 8 * 8 * Fraction(3, 8)
+    for other in pair:
+        assert slots(other) == expected
+        for mine, theirs in zip(records(alone), records(other), strict=True):
+            # 5 digits: two orders of adding 8 float32 gradients, then Newton-Schulz, 8 times.
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+            assert mine["ar_slots"] == theirs["ar_slots"]
+        held_out = records(other, "eval")[-1]
+        assert records(alone, "eval")[-1]["ar_nll"] == pytest.approx(held_out["ar_nll"], rel=2e-5)
+    # It learns: better than guessing among 512 tokens.
+    assert records(alone, "eval")[-1]["ar_nll"] < math.log(512)
+
+
+def test_bf16_trains_like_fp32_at_every_stage(tiny, tmp_path):
+    exact = tiny(name="exact")
+    cast = [
+        tiny("engine.precision=bf16", f"engine.deepspeed=zero{s}", name=f"bf16-{s}")
+        for s in range(4)
+    ]
+    assert train_on(2, tmp_path, exact, *cast) == [0] * 5
+    for recipe in cast:
+        for mine, theirs in zip(records(exact), records(recipe), strict=True):
+            # bf16 keeps 8 bits: 0.4 % a product.
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+            assert mine["loss"] != theirs["loss"]
+
+
+def rewind(recipe: LoadedRecipe, step: int) -> None:
+    """Leave of a finished run what a kill after the checkpoint of ``step`` would have left."""
+    for path in recipe.recipe.directory.glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+RESUMED = [
+    *[f"engine.deepspeed=zero{stage}" for stage in range(4)],
+    "engine.precision=bf16",
+    "optim.name=adamw",
+    "optim.schedule={name: cosine, warmup_steps: 6}",
+    "alpha={name: linear, start: 1, phases: [{until: 1, alpha: 0}]}",
+    "objective.mixing=weighted_sum",
+    "algorithms=[{use: run_workers:Average}, {use: input_masking}]",
+]
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
+    """Bit for bit, from a checkpoint in the middle of an interval, an epoch and the cooldown."""
+    common = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
+    recipes = [tiny(*common, change, name=f"r{i}") for i, change in enumerate(RESUMED)]
+    assert train_on(2, tmp_path, *recipes) == [0] * len(recipes)
+    uninterrupted = [results(recipe) for recipe in recipes]
+    assert all(run == [*dict.fromkeys(run)] for run in uninterrupted)
+    for recipe in recipes:
+        rewind(recipe, 5)
+    assert train_on(2, tmp_path, *recipes) == [0] * len(recipes)
+    for change, recipe, expected in zip(RESUMED, recipes, uninterrupted, strict=True):
+        assert sorted(results(recipe)) == sorted(expected), change
+
+
+def test_resume_is_refused_where_it_would_not_be_exact(tiny, tmp_path):
+    first = tiny(name="first")
+    assert train_on(1, tmp_path, first) == [0]
+    checkpoint = tmp_path / "first" / "step-00000008"
+    other_lr = tiny("optim.lr=1e-3", name="first")
+    other_stage = tiny("engine.deepspeed=zero2", name="first")
+    weights = tiny(
+        "optim.lr=1e-9", f"checkpoint.resume=weights:{checkpoint}", "steps=1", name="weights"
+    )
+    narrow = tiny(
+        "model.width=16", f"checkpoint.resume=weights:{checkpoint}", "steps=1", name="narrow"
+    )
+    outcomes = train_on(1, tmp_path, other_lr, other_stage, weights, narrow)
+    assert "optim.lr: checkpoint 0.002, recipe 0.001" in outcomes[0]
+    assert "engine.deepspeed: checkpoint 'zero1', recipe 'zero2'" in outcomes[1]
+    assert outcomes[2] == 0
+    assert "weights do not fit the model" in outcomes[3]
+    expected = records(first, "eval")[-1]["ar_nll"]
+    assert records(weights, "eval")[-1]["ar_nll"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_refused_before_the_first_step(tiny, tmp_path):
+    bad = {
+        "there is no dataset": tiny("data.path=/nowhere"),
+        "unique tokens, but the train split": tiny("unique_tokens=99999999"),
+        "but the tokenizer of .* has 512 tokens": tiny("model.vocab_size=100"),
+        "no algorithm `input_maskin`": tiny("algorithms=[{use: input_maskin}]"),
+        "it needs a CUDA device": tiny("model.attention=varlen"),
+    }
+    outcomes = train_on(1, tmp_path, *bad.values())
+    for expected, outcome in zip(bad, outcomes, strict=True):
+        assert isinstance(outcome, str)
+        assert re.search(expected, outcome), outcome
+
+
+ABLATIONS = ("adamw", "cosine", "weighted-sum", "span-masking", "in-place", "alpha-curriculum")
+
+
+def test_every_ablation_and_the_released_code_train(tiny_dataset, tmp_path):
+    small = [
+        f"data={{path: {tiny_dataset}, build: null}}",
+        "steps=4",
+        "unique_tokens=2000",
+        "repetitions=null",
+        "sequence_length=32",
+        "global_batch=8",
+        "micro_batch=2",
+        "model={layers: 1, width: 16, heads: 2, mlp_width: 24, vocab_size: null}",
+        "engine={deepspeed: zero1, precision: fp32}",
+        "progress.interval_steps=2",
+        "sample={tokens: 2, infill: 'a <mask:2>', prompt: ''}",
+        "eval={sequences: 4, interval_steps: 0}",
+    ]
+    names = [*(f"ablations/{name}" for name in ABLATIONS), "quickstart", "paper/470m-released-code"]
+    recipes = [load_recipe(name, [*small, f"run_dir={tmp_path / name}"]) for name in names]
+    assert train_on(1, tmp_path, *recipes) == [0] * len(recipes)
+    assert all(len(records(recipe)) == 2 for recipe in recipes)
+    assert all(records(recipe, "eval")[-1]["diffusion_nll"] > 0 for recipe in recipes)
+
+
+def test_golden_losses(tiny, tmp_path):
+    """A change that is meant to change nothing changes none of these."""
+    recipe = tiny(name="golden")
+    assert train_on(1, tmp_path, recipe) == [0]
+    losses = [round(record["loss"], 3) for record in records(recipe)]
+    assert losses == pytest.approx(GOLDEN, abs=3e-3)
+
+
+GOLDEN: list[float] = []
+
+
+def test_not_finite_loss_stops_with_code_3_and_saves_nothing(tiny, tmp_path):
+    spoilt = tiny(
+        "algorithms=[{use: run_workers:Spoil, args: {step: 3}}]",
+        "checkpoint.interval_steps=2",
+        "progress.interval_steps=100",
+    )
+    assert train_on(2, tmp_path, spoilt) == [3]
+    saved = sorted(path.name for path in spoilt.recipe.directory.glob("step-*"))
+    assert saved == ["step-00000002"]
+    assert records(spoilt, "event")[-1]["event"] == "non_finite_loss"
+
+
+def command(recipe: LoadedRecipe, *options: str) -> list[str]:
+    file = recipe.recipe.directory.with_suffix(".yaml")
+    file.write_text(recipe.text)
+    return ["-m", "dualtrain", "run", str(file), "--plain", *options]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_signal_saves_and_the_same_command_continues(tiny, tmp_path):
+    slow = "algorithms=[{use: run_workers:Slow, args: {seconds: 0.15}}]"
+    whole, stopped = tiny(slow, name="whole"), tiny(slow, name="stopped")
+    assert train_on(2, tmp_path, whole) == [0]
+    process = subprocess.Popen(
+        [sys.executable, *command(stopped, "--ranks", "2")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = stopped.recipe.directory / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() or metrics.read_text().count('"train"') < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped by a signal" in output
+    done = len(records(stopped))
+    assert 2 <= done < 8
+    again = run(command(stopped, "--ranks", "2"))
+    assert again.returncode == 0, again.stderr
+    assert f"continues after step {done}" in again.stdout
+    assert results(stopped) == results(whole)
+
+
+def test_failing_rank_is_shown_once_and_ends_the_run(tiny):
+    recipe = tiny("algorithms=[{use: run_workers:Fail, args: {rank: 1, step: 2}}]")
+    finished = run(command(recipe, "--ranks", "2"))
+    assert finished.returncode == 1
+    assert finished.stderr.count("AlgorithmError: Fail failed at STEP_START of step 2") == 1
+    assert "closed by peer" not in finished.stderr
+
+
+def test_torchrun(tiny):
+    recipe = tiny("steps=1")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    finished = run(command(recipe), launcher)
+    assert finished.returncode == 0, finished.stderr
+    assert "2 ranks" in finished.stdout and finished.stdout.count("checkpoint at") == 1
+
+
+def test_deepspeed_launcher(tiny):
+    recipe = tiny("steps=1")
+    layout = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as the runner encodes it
+    launcher = ("-m", "deepspeed.launcher.launch", f"--world_info={layout}")
+    finished = run(command(recipe)[1:], (*launcher, f"--master_port={free_port()}", "--module"))
+    assert finished.returncode == 0, finished.stderr
+    assert "2 ranks" in finished.stdout
+
+
+def test_mistake_is_one_line_and_exit_code_2(tiny, tmp_path):
+    recipe = tiny("data.path=/nowhere")
+    finished = run(command(recipe))
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: /nowhere: there is no dataset")
+    assert "Traceback" not in finished.stderr
+    (tmp_path / "file").write_text("")
+    blocked = tiny(name="file/run")
+    finished = run([*command(tiny()), f"run_dir={blocked.recipe.directory}"])
+    assert finished.returncode == 2
+    assert "run_dir: cannot write to" in finished.stderr

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from dualtrain.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from dualtrain.launch import spare_shared_cores
 
 PEER_GRACE_S = 3.0
 """Time the rank with the cause of a failure has to report it before the others speak."""
@@ -113,6 +114,7 @@ def mount_data_tools() -> None:
 
 def main() -> None:
     """Entry point: run a command; report a failure once and leave with its exit code."""
+    spare_shared_cores()
     mount_data_tools()
     try:
         app(standalone_mode=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Logits in a chunk. CUDA: 0.9 GB of temporaries, few and large kernels. CPU: stays in the cache.
+# Logits in a chunk. CUDA: 1 GB of temporaries, few and large kernels. CPU: stays in the cache.
 _CHUNK_ELEMENTS = {"cuda": 1 << 27, "cpu": 1 << 19}
 # The number of selected positions is rounded up to a multiple of this share of all of them, so
 # that a run sees at most so many different shapes.

@@ -9,7 +9,6 @@ T positions, W width; H heads of size D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -306,14 +305,12 @@ def muon_parameter_names(model: DualLM) -> list[str]:
 
     To be called before ZeRO-3 flattens the parameters.
     """
-    return list(_muon_names(model))
-
-
-def _muon_names(model: DualLM) -> Iterator[str]:
     vocabulary = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and id(parameter) not in vocabulary:
-            yield name
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and id(parameter) not in vocabulary
+    ]
 
 
 def rotary_tables(config: DualConfig, length: int, device: torch.device) -> Rotary:

@@ -22,7 +22,7 @@ DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 5 + [1] * 9 + [2] * 10], dt
 IDS = torch.randint(96, (2, LENGTH), generator=torch.Generator().manual_seed(4))
 TARGETS = torch.randint(96, (2, LENGTH), generator=torch.Generator().manual_seed(5))
 WEIGHTS = torch.zeros(2, LENGTH).index_fill(1, torch.tensor([0, 3, 4, 9, 10, 17, 22]), 2.5)
-WEIGHTS[1, 23] = 0.5  # 15 in all: not a multiple of the selection's step
+WEIGHTS[1, [1, 23]] = 0.5  # 16 in all, of 48: not a multiple of the selection's step
 HEADS = pytest.mark.parametrize("head", ["paper", "linear"])
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,11 +43,14 @@ from dualtrain.model import (
 )
 from dualtrain.progress import EvalRecord, Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.derive import Derived, build_mixture, derive
-from dualtrain.recipe.estimates import VOCABULARY_MULTIPLE
+from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.merge import deepspeed_config, zero_stage
 from dualtrain.recipe.schema import Recipe
 from dualtrain.signals import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
 
 @dataclass
@@ -103,6 +106,12 @@ class Run:
     last_saved: Path | None
     _began: float = field(default_factory=time.monotonic)
     _waited_s: float = 0.0
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """DeepSpeed's engine around the model."""
+        assert self.state.engine is not None
+        return self.state.engine
 
     def dispatch(self, event: Event) -> None:
         """Announce an event to the algorithms."""
@@ -170,7 +179,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     meter = Meter(
         device,
         ar_weight=recipe.objective.ar_weight,
-        flops_per_token=_flops_per_token(recipe, model.config),
+        flops_per_token=_flops_per_token(recipe, model.config.vocab_size),
         peak_flops=peak_flops(torch.cuda.get_device_name(device))
         if device.type == "cuda"
         else None,
@@ -242,10 +251,9 @@ def build_missing_dataset(recipe: Recipe) -> None:
 
 def build_model(recipe: Recipe, info: DatasetInfo) -> DualLM:
     """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed."""
-    rounded = -(-info.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     section = recipe.model
     config = DualConfig(
-        vocab_size=section.vocab_size or rounded,
+        vocab_size=model_sizes(section, info.vocab_size).vocab_size,
         width=section.width,
         layers=section.layers,
         heads=section.heads,
@@ -316,7 +324,8 @@ def _attach_engine(state: State, config: dict[str, object]) -> None:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     muon = muon_parameter_names(model) if recipe.optim.name == "muon" else ()
     groups = group_parameters(shapes, muon)
-    model.to(state.device)
+    # transformers annotates its own `to` so that type checkers reject a device.
+    torch.nn.Module.to(model, state.device)
     state.engine = build_engine(model, build_optimizer(model, groups, recipe.optim), config)
     state.optimizer_groups = groups
 
@@ -335,9 +344,9 @@ def _slots(mixture: Mixture, step: int, world: World) -> Iterator[Slot]:
         yield from mixture.for_rank(number, world.rank, world.world_size)
 
 
-def _flops_per_token(recipe: Recipe, config: DualConfig) -> dict[Objective, float]:
-    length = recipe.sequence_length
+def _flops_per_token(recipe: Recipe, vocab_size: int) -> dict[Objective, float]:
+    sizes, length = model_sizes(recipe.model, vocab_size), recipe.sequence_length
     return {
-        "ar": flops_per_token(config, length, "causal", supervised_share=1.0),
-        "diffusion": flops_per_token(config, length, "full", supervised_share=0.5),
+        "ar": flops_per_token(sizes, length, "causal"),
+        "diffusion": flops_per_token(sizes, length, "full"),
     }

@@ -351,7 +351,9 @@ def _save_weights(engine: DeepSpeedEngine, file: Path, *, is_writer: bool) -> No
     from safetensors.torch import save_file
 
     weights: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    model = engine.module
+    assert isinstance(model, nn.Module)
+    for name, parameter in model.named_parameters():
         # A collective under ZeRO, so every rank asks; None where the parameter is its own master.
         full = safe_get_full_fp32_param(parameter)
         if is_writer:

@@ -19,10 +19,10 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -118,10 +118,12 @@ def build_optimizer(
 
 
 def set_learning_rate(
-    engine: DeepSpeedEngine, groups: list[ParameterGroup], learning_rate: float
+    engine: DeepSpeedEngine, groups: Sequence[ParameterGroup], learning_rate: float
 ) -> None:
     """Give every group its learning rate; takes effect in the next ``engine.step()``."""
-    for options, group in zip(engine.optimizer.param_groups, groups, strict=True):
+    # Some of DeepSpeed's optimizers are not torch's, but all have its parameter groups.
+    optimizer = cast("torch.optim.Optimizer", engine.optimizer)
+    for options, group in zip(optimizer.param_groups, groups, strict=True):
         options["lr"] = learning_rate * group.lr_scale
 
 

@@ -37,19 +37,19 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
             )
         return _train(loaded, plain=plain)
     run_dir = prepare_run_directory(loaded.recipe)
-    if hostfile is None:
-        ranks = ranks or default_ranks()
+    ranks = ranks if hostfile is not None else ranks or default_ranks()
+    if ranks is not None and hostfile is None:
         check_world_size(loaded.recipe, ranks)
-        if ranks == 1:
-            (run_dir / RESOLVED).write_text(loaded.text)
-            single_world()
-            return _train(loaded, plain=plain)
-    _build_dataset(loaded.recipe)
     resolved = (run_dir / RESOLVED).resolve()
     resolved.write_text(loaded.text)
+    if ranks == 1 and hostfile is None:
+        single_world()
+        return _train(loaded, plain=plain)
+    _build_dataset(loaded.recipe)
     arguments = ["run", str(resolved), *(["--plain"] if plain else [])]
     if hostfile is not None:
         return run_hostfile(arguments, hostfile=hostfile, ranks=ranks)
+    assert ranks is not None
     command = [sys.executable, "-m", "dualtrain", *arguments]
     return run_ranks(command, ranks=ranks, log_dir=run_dir / "logs")
 

@@ -87,7 +87,7 @@ def make_samples(run: Run) -> list[Sample]:
         if wanted.tokens:
             prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
             ids = sample_autoregressive(
-                state.engine,
+                run.engine,
                 prompt,
                 tokens=wanted.tokens,
                 stop_ids=(info.bos_id, info.eos_id),
@@ -98,7 +98,7 @@ def make_samples(run: Run) -> list[Sample]:
         if wanted.infill:
             gaps = parse_gaps(wanted.infill, tokenizer, bos_id=info.bos_id, mask_id=info.mask_id)
             filled = infill(
-                state.engine,
+                run.engine,
                 gaps,
                 mask_id=info.mask_id,
                 target=run.recipe.objective.target,

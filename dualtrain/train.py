@@ -7,6 +7,8 @@ Nothing here waits for the device within a step: losses stay where they are unti
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.distributed as dist
 
 from dualtrain import checkpoint
@@ -20,6 +22,8 @@ from dualtrain.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
 from dualtrain.signals import watch_signals
 from dualtrain.summary import run_facts, summarise
+
+Thing = TypeVar("Thing")
 
 
 class NonFiniteLoss(Exception):
@@ -47,7 +51,7 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
             code = fit(run)
     finally:
         run.close()
-    run.state.engine.destroy()
+    run.engine.destroy()
     del run
     if joins_group:
         leave_distributed()
@@ -78,7 +82,7 @@ def train_step(run: Run) -> None:
     """One optimizer update: every slot of this rank, one after another."""
     state = run.state
     run.dispatch(Event.STEP_START)
-    set_learning_rate(state.engine, state.optimizer_groups, state.learning_rate)
+    set_learning_rate(run.engine, state.optimizer_groups, state.learning_rate)
     for _ in range(run.slots_per_rank):
         train_slot(run)
     run.dispatch(Event.STEP_END)
@@ -88,22 +92,23 @@ def train_step(run: Run) -> None:
 def train_slot(run: Run) -> None:
     """One micro-batch: forward with its objective's input and attention, then backward."""
     state = run.state
-    state.slot, state.batch = next(run.batches)
+    state.slot, state.batch = slot, batch = next(run.batches)
     run.dispatch(Event.BATCH_START)
     run.dispatch(Event.BEFORE_FORWARD)
     state.output = forward(run)
     run.dispatch(Event.AFTER_FORWARD)
-    state.loss = state.output.loss * state.slot.loss_scale
+    output = there(state.output)
+    state.loss = there(output.loss) * slot.loss_scale
     run.dispatch(Event.AFTER_LOSS)
-    state.engine.backward(state.loss)
+    run.engine.backward(there(state.loss))
     run.dispatch(Event.AFTER_BACKWARD)
     # Updates the weights after the last slot of the step, and only then.
-    state.engine.step()
+    run.engine.step()
     run.meter.add(
-        state.slot.objective,
-        state.output.cross_entropy,
-        state.output.z_loss,
-        tokens=state.example.input_ids.numel(),
+        slot.objective,
+        there(output.cross_entropy),
+        output.z_loss,
+        tokens=batch.document_ids.numel(),
         loss=state.loss,
     )
 
@@ -111,7 +116,7 @@ def train_slot(run: Run) -> None:
 def forward(run: Run) -> DualOutput:
     """Give the state's example to the engine, under the attention of its objective."""
     state = run.state
-    example = state.example
+    example = there(state.example)
     attention = plan_attention(
         example.attention,
         example.document_ids,
@@ -122,7 +127,7 @@ def forward(run: Run) -> DualOutput:
     # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
     selection = select_positions(example.weights)
     moved = example.to(state.device)
-    return state.engine(
+    return run.engine(
         moved.input_ids,
         attention=attention,
         targets=moved.targets,
@@ -130,6 +135,13 @@ def forward(run: Run) -> DualOutput:
         z_loss=run.recipe.objective.z_loss,
         selection=None if selection is None else to_device(selection, state.device),
     )
+
+
+def there(value: Thing | None) -> Thing:
+    """A part of the state that exists at this moment, unless an algorithm has taken it away."""
+    if value is None:
+        raise ValueError("an algorithm set a part of the state to None that the loop needs")
+    return value
 
 
 def finish_step(run: Run) -> bool:
@@ -190,7 +202,7 @@ def evaluate(run: Run) -> None:
     """Held-out losses of both objectives, on all ranks."""
     with run.progress.busy("evaluating"), run.meter.paused():
         losses = held_out_losses(
-            run.state.engine,
+            run.engine,
             run.validation,
             micro_batch=run.recipe.micro_batch,
             mask_id=run.state.vocabulary.mask_id,
@@ -221,7 +233,7 @@ def save(run: Run) -> None:
     with run.progress.busy("saving"), run.meter.paused():
         path = checkpoint.save(
             run.run_dir,
-            engine=run.state.engine,
+            engine=run.engine,
             world=run.world,
             step=run.state.step,
             recipe_text=run.text,

@@ -89,7 +89,7 @@ def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class PaperOptimizer:
-    """METHOD's Muon and AdamW on full fp32 parameters, written independently of DeepSpeed."""
+    """The paper's Muon and AdamW on full fp32 parameters, written independently of DeepSpeed."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Parameter groups by value, and DeepSpeed's updates against METHOD's written in plain PyTorch."""
+"""Parameter groups by value, and DeepSpeed's updates against the paper's in plain PyTorch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Initial weights: METHOD's distributions, from a seed and a parameter's name alone.
+"""Initial weights: the paper's distributions, from a seed and a parameter's name alone.
 
 Each parameter draws from a generator of its own, on the CPU, so its values depend neither on the
 other parameters nor on the device, the number of ranks or any global generator.

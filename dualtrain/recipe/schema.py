@@ -186,7 +186,7 @@ class ModelSection(Section):
 
 
 class UniformCorruption(Section):
-    """METHOD: a uniform share of the tokens becomes the mask token."""
+    """The paper: a uniform share of the tokens becomes the mask token."""
 
     name: Literal["uniform"] = Field(
         default="uniform", description="Masked diffusion, linear schedule."

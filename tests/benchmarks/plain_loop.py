@@ -5,7 +5,7 @@
 Each pair runs both, one after the other, as processes of their own on the same machine, and the
 ratio is taken within the pair, since machines drift. The plain loop is what one would write
 without dualtrain: the same transformer and batches of the same shape, whole logits through
-``F.cross_entropy``, METHOD's Muon and AdamW on full parameters, no checkpoints and no records.
+``F.cross_entropy``, the paper's Muon and AdamW on full parameters, no checkpoints and no records.
 
 Tokens per second leave out start-up, evaluation and saving in both. Peak memory is of the whole
 process. Results: RESULTS.md in this directory.

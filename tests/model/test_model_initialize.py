@@ -1,4 +1,4 @@
-"""Initial weights: METHOD's distributions, and what they depend on."""
+"""Initial weights: the paper's distributions, and what they depend on."""
 
 import math
 
@@ -17,7 +17,7 @@ def model() -> DualLM:
 
 
 def expected_std(name: str, config: DualConfig) -> float:
-    """METHOD's table, written out."""
+    """The paper's table, written out."""
     body = math.sqrt(2 / (5 * config.width))
     if "embed_tokens" in name or "lm_head" in name:
         return math.sqrt(2 / (config.width + config.vocab_size))

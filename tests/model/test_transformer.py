@@ -57,7 +57,7 @@ def test_a_token_reaches_exactly_what_may_see_it(tiny_model, kind, prefix, posit
 
 
 def naive_forward(model: DualLM, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """(B, T, V) logits in float64, from the parameters and the description in METHOD."""
+    """(B, T, V) logits in float64, from the parameters and the description in the paper."""
     state = {name: p.detach().double() for name, p in model.named_parameters()}
     config = model.config
     size = config.width // config.heads

@@ -129,7 +129,6 @@ class Run:
     def close(self) -> None:
         """Give back terminal, threads and files."""
         self.batches.close()
-        self.stop.close()
         self.progress.close()
 
 
@@ -161,6 +160,8 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
     source = _Source.of(recipe, world=world, dataset=dataset, slots_per_rank=slots_per_rank)
+    if world.rank == 0:
+        (source.run_dir / checkpoint.RECIPE).write_text(source.text)
     model = build_model(recipe, dataset.info)
     if source.resume.kind == "weights":
         checkpoint.load_weights(source.path, model)

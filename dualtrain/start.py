@@ -17,8 +17,6 @@ from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
 
-RESOLVED = "recipe.yaml"
-
 
 def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, plain: bool) -> int:
     """Train a recipe and return the exit code.
@@ -35,17 +33,21 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
             raise UserError(
                 "--ranks", f"{ranks}, but the launcher started {world.world_size}", "the same"
             )
+        if world.rank == 0:
+            prepare_run_directory(loaded.recipe)
         return _train(loaded, plain=plain)
     run_dir = prepare_run_directory(loaded.recipe)
     ranks = ranks if hostfile is not None else ranks or default_ranks()
     if ranks is not None and hostfile is None:
         check_world_size(loaded.recipe, ranks)
-    resolved = (run_dir / RESOLVED).resolve()
-    resolved.write_text(loaded.text)
     if ranks == 1 and hostfile is None:
         single_world()
         return _train(loaded, plain=plain)
     _build_dataset(loaded.recipe)
+    # Not the run's own recipe.yaml, which is written once nothing speaks against this one.
+    resolved = (run_dir / "logs" / "recipe.yaml").resolve()
+    resolved.parent.mkdir(exist_ok=True)
+    resolved.write_text(loaded.text)
     arguments = ["run", str(resolved), *(["--plain"] if plain else [])]
     if hostfile is not None:
         return run_hostfile(arguments, hostfile=hostfile, ranks=ranks)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dualtrain.checkpoint import RECIPE
 from dualtrain.generate import (
     encode_prompt,
     infill,
@@ -110,7 +111,7 @@ def make_samples(run: Run) -> list[Sample]:
 
 
 def _next_commands(run: Run, *, stopped: bool) -> list[tuple[str, str]]:
-    recipe = f"{run.run_dir}/recipe.yaml"
+    recipe = str(run.run_dir / RECIPE)
     if stopped:
         return [(f"dualtrain run {recipe}", "continue where it stopped")]
     return [

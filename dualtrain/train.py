@@ -49,6 +49,7 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
     try:
         with watch_signals(run.stop):
             code = fit(run)
+        run.stop.close()
     finally:
         run.close()
     run.engine.destroy()

@@ -125,5 +125,14 @@ def test_an_installed_wheel_has_its_own_copy(tmp_path, monkeypatch):
     assert shipped.shipped_recipes() == [("paper/mine", "Mine.")]
 
 
-def test_the_checkout_is_used_otherwise():
-    assert shipped.shipped_directory("recipes") == Path(__file__).parents[2] / "recipes"
+def test_the_checkout_is_used_otherwise(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr(shipped, "PACKAGE", root / "dualtrain")
+    assert shipped.shipped_directory("recipes") == root / "recipes"
+
+
+def test_what_is_installed_is_what_the_checkout_has():
+    root = Path(__file__).parents[2]
+    for name in shipped.recipe_names():
+        mine = root / "recipes" / f"{name}.yaml"
+        assert shipped.find_recipe(name).read_text() == mine.read_text()

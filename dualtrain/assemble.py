@@ -47,6 +47,7 @@ from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.merge import deepspeed_config, zero_stage
 from dualtrain.recipe.schema import Recipe
+from dualtrain.run_directory import prepare_run_directory
 from dualtrain.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     backend = resolve_backend(recipe.model.attention, device, compute_dtype)
     algorithms = build_algorithms(recipe)
     if world.rank == 0:
+        prepare_run_directory(recipe)
         build_missing_dataset(recipe)
     if not torch.distributed.is_initialized():
         init_distributed(timeout_s=recipe.engine.timeout_s)

@@ -16,6 +16,7 @@ from dualtrain.launch import (
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
+from dualtrain.run_directory import prepare_run_directory
 
 
 def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, plain: bool) -> int:
@@ -33,8 +34,6 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
             raise UserError(
                 "--ranks", f"{ranks}, but the launcher started {world.world_size}", "the same"
             )
-        if world.rank == 0:
-            prepare_run_directory(loaded.recipe)
         return _train(loaded, plain=plain)
     run_dir = prepare_run_directory(loaded.recipe)
     ranks = ranks if hostfile is not None else ranks or default_ranks()
@@ -54,28 +53,6 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
     assert ranks is not None
     command = [sys.executable, "-m", "dualtrain", *arguments]
     return run_ranks(command, ranks=ranks, log_dir=run_dir / "logs")
-
-
-def prepare_run_directory(recipe: Recipe) -> Path:
-    """Make the run directory.
-
-    Raises:
-        UserError: when it cannot be made or written to.
-    """
-    run_dir = recipe.directory
-    probe = run_dir / ".writable"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            "run_dir",
-            f"cannot write to {run_dir}: {error.strerror}",
-            "a directory that can be made and written to",
-            "set run_dir=PATH",
-        ) from None
-    return run_dir
 
 
 def _train(loaded: LoadedRecipe, *, plain: bool) -> int:

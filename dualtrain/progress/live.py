@@ -182,8 +182,6 @@ def _position(state: RunState) -> list[tuple[str, str]]:
         ("epoch", f"{train['epoch']:.2f} of {formatting.passes(facts.epochs)}"),
         ("AR passes", f"{train['ar_passes']:.2f} of {formatting.passes(facts.ar_passes)}"),
     ]
-    if train["grad_norm"] is not None:
-        fields.append(("grad norm", f"{train['grad_norm']:.2g}"))
     for name, value in train["logged"].items():
         fields.append((name, formatting.number(value)))
     return fields

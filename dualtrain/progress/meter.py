@@ -266,7 +266,6 @@ def train_record(
     diffusion_slots: int,
     ar_passes: float,
     elapsed_s: float,
-    grad_norm: float | None = None,
 ) -> TrainRecord:
     """Put an interval and where the run stands into the record of ``metrics.jsonl``."""
     return TrainRecord(
@@ -281,7 +280,6 @@ def train_record(
         diffusion_loss=interval.diffusion_loss,
         loss=interval.loss,
         z_loss=interval.z_loss,
-        grad_norm=grad_norm,
         ar_slots=ar_slots,
         diffusion_slots=diffusion_slots,
         ar_passes=ar_passes,

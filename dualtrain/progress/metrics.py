@@ -39,7 +39,6 @@ class TrainRecord(TypedDict):
     diffusion_loss: float | None
     loss: float | None  # what was minimised: weights, scales and z-loss included
     z_loss: float | None  # already multiplied by its factor
-    grad_norm: float | None
     ar_slots: int  # since the start of the run
     diffusion_slots: int
     ar_passes: float  # times a token of the unique subset has been an AR target, on average

@@ -74,8 +74,6 @@ def train_line(record: TrainRecord, remaining_s: float | None) -> str:
     ]
     if record["mfu"] is not None:
         fields.insert(6, f"mfu {percent(record['mfu']):>5}")
-    if record["grad_norm"] is not None:
-        fields.insert(5, f"grad norm {record['grad_norm']:.2e}")
     if record["data_wait_s"] >= NOTABLE_WAIT_S:
         fields.append(f"waited {record['data_wait_s']:.1f} s for data")
     fields += [f"{name} {number(value)}" for name, value in record["logged"].items()]

@@ -170,7 +170,6 @@ def test_record_holds_interval_and_position():
         epoch=0.5,
         lr=0.1,
         alpha=0.25,
-        grad_norm=None,
         ar_slots=3,
         diffusion_slots=0,
         ar_passes=0.5,

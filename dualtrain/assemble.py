@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -47,7 +47,7 @@ from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.merge import deepspeed_config, zero_stage
 from dualtrain.recipe.schema import Recipe
-from dualtrain.run_directory import prepare_run_directory
+from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Run:
         elapsed_before_s: Wall time the run took before this process started.
         last_eval: The newest evaluation.
         last_saved: The newest checkpoint.
+        lock: Rank 0's claim to the run directory.
     """
 
     recipe: Recipe
@@ -105,6 +106,7 @@ class Run:
     elapsed_before_s: float
     last_eval: EvalRecord | None
     last_saved: Path | None
+    lock: TextIO | None
     _began: float = field(default_factory=time.monotonic)
     _waited_s: float = 0.0
 
@@ -131,6 +133,8 @@ class Run:
         """Give back terminal, threads and files."""
         self.batches.close()
         self.progress.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
@@ -151,8 +155,10 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     compute_dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     backend = resolve_backend(recipe.model.attention, device, compute_dtype)
     algorithms = build_algorithms(recipe)
+    lock = None
     if world.rank == 0:
         prepare_run_directory(recipe)
+        lock = lock_run_directory(recipe)
         build_missing_dataset(recipe)
     if not torch.distributed.is_initialized():
         init_distributed(timeout_s=recipe.engine.timeout_s)
@@ -236,6 +242,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         first_step=state.step,
         elapsed_before_s=source.facts.get("elapsed_s", 0.0),
         last_eval=source.facts.get("last_eval"),
+        lock=lock,
         last_saved=source.resume.path if source.resume.kind == "full" else None,
     )
 

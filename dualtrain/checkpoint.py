@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -101,13 +102,16 @@ def is_whole(path: Path) -> bool:
 def choose_resume(resume: str, run_dir: Path) -> Resume:
     """Turn ``checkpoint.resume`` into the checkpoint to start from.
 
+    A run that has begun continues its own newest checkpoint, whatever it began from: so a command
+    with ``weights:PATH`` can be repeated, too. Never does a run begin beside checkpoints that would
+    later be mistaken for its own.
+
     Raises:
-        UserError: when ``must``, or a path, names nothing that can be continued.
+        UserError: when ``must``, or a path, names nothing that can be continued; when ``never``, or
+            an older checkpoint of the same run, would mix two runs in one directory.
     """
-    if resume == "never":
-        return Resume("fresh")
+    whole = find_checkpoints(run_dir)
     if resume in ("auto", "must"):
-        whole = find_checkpoints(run_dir)
         if whole:
             return Resume("full", whole[-1])
         if resume == "must":
@@ -118,21 +122,48 @@ def choose_resume(resume: str, run_dir: Path) -> Resume:
                 "use resume: auto to start from the beginning",
             )
         return Resume("fresh")
+    if resume == "never":
+        if whole:
+            raise _mixed(resume, run_dir, whole[-1])
+        return Resume("fresh")
     kind: Literal["full", "weights"] = "weights" if resume.startswith("weights:") else "full"
     path = Path(resume.removeprefix("weights:"))
     if path.is_dir() and not (path / MARKER).exists() and find_checkpoints(path):
         path = find_checkpoints(path)[-1]
     defects = _defects(path)
     if defects:
-        raise UserError(
-            "checkpoint.resume", f"{path}: {defects[0]}", "a whole checkpoint directory"
-        )
-    return Resume(kind, path)
+        expected = "auto, must, never, a whole checkpoint directory, or weights:PATH to one"
+        raise UserError("checkpoint.resume", f"{path}: {defects[0]}", expected)
+    if not whole:
+        return Resume(kind, path)
+    if path.resolve().parent == run_dir.resolve() and path.resolve() != whole[-1].resolve():
+        raise _mixed(resume, run_dir, whole[-1])
+    return Resume("full", whole[-1])
+
+
+def _mixed(resume: str, run_dir: Path, newest: Path) -> UserError:
+    return UserError(
+        "checkpoint.resume",
+        f"{resume!r}, but {run_dir} has checkpoints up to {newest.name}, with which the new run's "
+        "would be mixed",
+        "a run directory without newer checkpoints",
+        "set run_dir to a new directory, move the checkpoints away, or use checkpoint.resume=auto",
+    )
 
 
 def read_state(path: Path) -> dict:
-    """The checkpoint's ``state.json``."""
-    return json.loads((path / STATE).read_text())
+    """The checkpoint's ``state.json``.
+
+    Raises:
+        UserError: when it is damaged.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+    except ValueError as error:
+        raise _damaged(path / STATE, error) from None
+    if not isinstance(state, dict) or "step" not in state:
+        raise _damaged(path / STATE, ValueError("no step in it"))
+    return state
 
 
 def check_compatible(
@@ -237,7 +268,11 @@ def load(path: Path, engine: DeepSpeedEngine, world: World) -> dict:
     loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE)
     if loaded is None:
         raise UserError(str(path), "DeepSpeed found no engine state", f"{path / ENGINE}")
-    rank_state = torch.load(path / f"rank-{world.rank:05d}.pt", weights_only=False)
+    file = path / f"rank-{world.rank:05d}.pt"
+    try:
+        rank_state = torch.load(file, weights_only=False)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(file, error) from None
     _set_random_state(rank_state.pop("random"))
     step = torch.tensor([read_state(path)["step"]], device=engine.device)
     lowest, highest = step.clone(), step.clone()
@@ -301,14 +336,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        str(file),
+        f"is damaged: {error}",
+        "the file as it was saved",
+        "move the checkpoint's directory away to continue from an older one",
+    )
+
+
 def _defects(path: Path) -> list[str]:
     marker = path / MARKER
     if not marker.is_file():
         return [f"no {MARKER}, so it is not a whole checkpoint"]
     try:
         sizes = json.loads(marker.read_text())["sizes"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return [f"{MARKER} cannot be read"]
+    if not isinstance(sizes, dict) or not {STATE, RECIPE} <= sizes.keys():
+        return [f"{MARKER} does not list the files of a checkpoint"]
     defects = []
     for name, size in sizes.items():
         file = path / name

@@ -74,10 +74,20 @@ def run(
     if dry_run:
         from dualtrain.data.corpus import read_corpus
         from dualtrain.recipe.derive import derive
+        from dualtrain.recipe.merge import deepspeed_config
         from dualtrain.recipe.render import print_dry_run
 
         corpus = read_corpus(loaded.recipe)
-        print_dry_run(loaded, derive(loaded.recipe, corpus=corpus, world_size=ranks))
+        derived = derive(loaded.recipe, corpus=corpus, world_size=ranks)
+        per_rank = derived.slots_per_step // derived.world_size
+        deepspeed_config(
+            loaded.recipe, world_size=derived.world_size, slots_per_step_per_rank=per_rank
+        )
+        if loaded.recipe.algorithms:
+            from dualtrain.algorithms import build_algorithms
+
+            build_algorithms(loaded.recipe)
+        print_dry_run(loaded, derived)
         return
     from dualtrain.start import start
 

@@ -97,6 +97,12 @@ def single_world() -> World:
     return World(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 
+def show_cursor() -> None:
+    """Give a terminal its cursor back, which a live view that is killed has hidden."""
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")
+
+
 def free_port() -> int:
     """Return a TCP port that nobody listens on now."""
     with socket.socket() as listener:
@@ -254,7 +260,7 @@ class _Watch:
         self.rank_0_has_spoken = False
 
     def wait(self) -> int:
-        watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
         previous = {number: signal.signal(number, self._pass_on) for number in watched}
         try:
             while any(process.poll() is None for process in self.processes):
@@ -275,6 +281,8 @@ class _Watch:
     def _pass_on(self, number: int, _frame: object) -> None:
         self.signals += 1
         self._send(number if self.signals == 1 else signal.SIGKILL)
+        if self.signals > 1:
+            show_cursor()
 
     def _send(self, number: int) -> None:
         for process in self.processes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
+from typing import TextIO
 
 from dualtrain.errors import UserError
 from dualtrain.recipe.schema import Recipe
@@ -28,3 +31,30 @@ def prepare_run_directory(recipe: Recipe) -> Path:
             "set run_dir=PATH",
         ) from None
     return run_dir
+
+
+def lock_run_directory(recipe: Recipe) -> TextIO:
+    """Claim the run directory for this process, until the returned file is closed.
+
+    The kernel gives the lock back when the process ends, however it ends.
+
+    Raises:
+        UserError: when another process is at work there.
+    """
+    file = (recipe.directory / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            "run_dir",
+            f"{recipe.directory} is in use by another run (process {owner})",
+            "a directory that no other run writes to",
+            "wait for it, stop it, or set run_dir=PATH",
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

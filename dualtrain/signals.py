@@ -10,7 +10,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from dualtrain.launch import show_cursor
+
+# SIGHUP is what a closed terminal or a lost connection sends.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -51,11 +54,12 @@ class StopRequest:
 
 @contextmanager
 def watch_signals(request: StopRequest) -> Iterator[None]:
-    """Note SIGTERM, SIGINT and SIGUSR1 in ``request``; a second one ends this process at once."""
+    """Note the stop signals in ``request``; a second one ends this process at once."""
 
     def note(number: int, _frame: object) -> None:
         if request.received is not None:
             # Not sys.exit: a rank that hangs in a collective would never get to it.
+            show_cursor()
             os._exit(128 + number)
         request.received = number
 

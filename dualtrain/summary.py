@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer
 
 from dualtrain.checkpoint import RECIPE
+from dualtrain.errors import UserError
 from dualtrain.generate import (
     encode_prompt,
     infill,
@@ -67,11 +69,33 @@ def summarise(run: Run, *, stopped: bool) -> Summary:
     )
 
 
+def sample_rows(run: Run) -> tuple[list[int], list[int]]:
+    """The ids of the recipe's prompt and of its text with gaps; empty where none is wanted.
+
+    Called before training, so that a mistake in them does not come to light after it.
+
+    Raises:
+        UserError: a malformed gap, or a text longer than the model's context.
+    """
+    wanted, info = run.recipe.sample, run.dataset.info
+    tokenizer = Tokenizer.from_file(str(run.dataset.tokenizer_path))
+    prompt, gaps = [], []
+    if wanted.tokens:
+        prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
+    if wanted.infill:
+        gaps = parse_gaps(wanted.infill, tokenizer, bos_id=info.bos_id, mask_id=info.mask_id)
+    context = run.recipe.sequence_length
+    for key, row in (("prompt", prompt), ("infill", gaps)):
+        if len(row) > context:
+            raise UserError(
+                f"sample.{key}", f"{len(row)} tokens", f"at most {context}, the sequence_length"
+            )
+    return prompt, gaps
+
+
 def make_samples(run: Run) -> list[Sample]:
     """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
-    from tokenizers import Tokenizer
-
-    wanted, info, state = run.recipe.sample, run.dataset.info, run.state
+    wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = Tokenizer.from_file(str(run.dataset.tokenizer_path))
     common = {
         "context": run.recipe.sequence_length,
@@ -79,14 +103,14 @@ def make_samples(run: Run) -> list[Sample]:
         "temperature": wanted.temperature,
         "forbidden_ids": info.special_ids,
         "vocab_size": info.vocab_size,
-        "device": state.device,
+        "device": run.state.device,
         "backend": run.backend,
         "dtype": run.compute_dtype,
     }
     samples = []
+    prompt, gaps = sample_rows(run)
     with run.progress.busy("sampling"):
-        if wanted.tokens:
-            prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
+        if prompt:
             ids = sample_autoregressive(
                 run.engine,
                 prompt,
@@ -96,15 +120,9 @@ def make_samples(run: Run) -> list[Sample]:
             )
             text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
             samples.append(Sample("AR sample", ((wanted.prompt, False), (text, True))))
-        if wanted.infill:
-            gaps = parse_gaps(wanted.infill, tokenizer, bos_id=info.bos_id, mask_id=info.mask_id)
-            filled = infill(
-                run.engine,
-                gaps,
-                mask_id=info.mask_id,
-                target=run.recipe.objective.target,
-                **common,
-            )
+        if gaps:
+            target = run.recipe.objective.target
+            filled = infill(run.engine, gaps, mask_id=info.mask_id, target=target, **common)
             pieces = infilled_pieces(gaps, filled, tokenizer, mask_id=info.mask_id)
             samples.append(Sample("infilled", pieces))
     return samples
@@ -113,7 +131,9 @@ def make_samples(run: Run) -> list[Sample]:
 def _next_commands(run: Run, *, stopped: bool) -> list[tuple[str, str]]:
     recipe = str(run.run_dir / RECIPE)
     if stopped:
-        return [(f"dualtrain run {recipe}", "continue where it stopped")]
+        resume = run.recipe.checkpoint.resume
+        again = "" if resume == "auto" else " checkpoint.resume=auto"
+        return [(f"dualtrain run {recipe}{again}", "continue where it stopped")]
     return [
         (
             f"dualtrain run {recipe} alpha=1 name={run.recipe.name}-ar run_dir=null",

@@ -21,7 +21,7 @@ from dualtrain.model import DualOutput, plan_attention, select_positions, to_dev
 from dualtrain.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
 from dualtrain.signals import watch_signals
-from dualtrain.summary import run_facts, summarise
+from dualtrain.summary import run_facts, sample_rows, summarise
 
 Thing = TypeVar("Thing")
 
@@ -47,6 +47,7 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
     joins_group = not dist.is_initialized()
     run = assemble(recipe, view=view)
     try:
+        sample_rows(run)
         with watch_signals(run.stop):
             code = fit(run)
         run.stop.close()

@@ -12,6 +12,7 @@ from dualtrain.checkpoint import (
     choose_resume,
     find_checkpoints,
     is_whole,
+    read_state,
     recipe_differences,
     remove,
     retain,
@@ -41,7 +42,7 @@ def test_newest_whole_checkpoint_counts_by_number_not_by_name(tmp_path):
     assert choose_resume("auto", tmp_path).path == checkpoint_path(tmp_path, 99_999_999)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "marker"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "marker", "empty"])
 def test_damaged_checkpoint_does_not_count(tmp_path, damage):
     path = make(tmp_path, 7)
     assert is_whole(path)
@@ -50,20 +51,31 @@ def test_damaged_checkpoint_does_not_count(tmp_path, damage):
     elif damage == "remove":
         (path / "state.json").unlink()
     else:
-        (path / MARKER).write_text("{")
+        (path / MARKER).write_text("{" if damage == "marker" else '{"sizes": {}}')
     assert not is_whole(path)
     assert choose_resume("auto", tmp_path).kind == "fresh"
     with pytest.raises(UserError, match="no whole checkpoint"):
         choose_resume("must", tmp_path)
     with pytest.raises(
-        UserError, match="part.pt has 99 bytes, expected 100|missing|cannot be read"
+        UserError, match="part.pt has 99 bytes, expected 100|missing|cannot be read|not list"
     ):
         choose_resume(str(path), tmp_path)
 
 
-def test_never_starts_afresh_beside_a_checkpoint(tmp_path):
-    make(tmp_path, 7)
-    assert choose_resume("never", tmp_path).kind == "fresh"
+def test_two_runs_are_never_mixed_in_one_directory(tmp_path):
+    older = make(tmp_path, 7)
+    make(tmp_path, 9)
+    for resume in ("never", str(older), f"weights:{older}"):
+        with pytest.raises(UserError, match="has checkpoints up to step-00000009"):
+            choose_resume(resume, tmp_path)
+    assert choose_resume("never", tmp_path / "new").kind == "fresh"
+
+
+def test_a_run_begun_from_elsewhere_continues_its_own_checkpoint(tmp_path):
+    elsewhere, own = make(tmp_path / "a", 7), make(tmp_path / "b", 2)
+    for resume in (str(elsewhere), f"weights:{elsewhere}"):
+        chosen = choose_resume(resume, tmp_path / "b")
+        assert (chosen.kind, chosen.path) == ("full", own)
 
 
 def test_a_path_may_be_a_checkpoint_or_a_run(tmp_path):
@@ -71,6 +83,13 @@ def test_a_path_may_be_a_checkpoint_or_a_run(tmp_path):
     assert choose_resume(str(path), tmp_path / "other").path == path
     chosen = choose_resume(f"weights:{tmp_path}", tmp_path / "other")
     assert (chosen.kind, chosen.path) == ("weights", path)
+
+
+def test_damaged_state_is_named(tmp_path):
+    path = make(tmp_path, 7)
+    (path / "state.json").write_text("?")
+    with pytest.raises(UserError, match="state.json: is damaged"):
+        read_state(path)
 
 
 def test_retention_keeps_the_newest_and_never_fewer_than_two(tmp_path):

@@ -20,6 +20,7 @@ from support import on_ranks
 
 from dualtrain.launch import free_port
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
+from dualtrain.run_directory import lock_run_directory
 
 TESTS = Path(__file__).parent
 TINY = """
@@ -173,6 +174,7 @@ def test_refused_before_the_first_step(tiny, tmp_path):
         "but the tokenizer of .* has 512 tokens": tiny("model.vocab_size=100"),
         "no algorithm `input_maskin`": tiny("algorithms=[{use: input_maskin}]"),
         "it needs a CUDA device": tiny("model.attention=varlen"),
+        "sample.infill: 101 tokens — expected at most 32": tiny("sample.infill='a <mask:99>'"),
     }
     outcomes = train_on(1, tmp_path, *bad.values())
     for expected, outcome in zip(bad, outcomes, strict=True):
@@ -300,6 +302,25 @@ def test_deepspeed_launcher(tiny):
     finished = run(command(recipe)[1:], (*launcher, f"--master_port={free_port()}", "--module"))
     assert finished.returncode == 0, finished.stderr
     assert "2 ranks" in finished.stdout
+
+
+def test_second_run_in_one_directory_is_refused(tiny):
+    recipe = tiny(name="shared")
+    recipe.recipe.directory.mkdir()
+    with lock_run_directory(recipe.recipe):
+        finished = run(command(recipe))
+        assert finished.returncode == 2
+        assert f"is in use by another run (process {os.getpid()})" in finished.stderr
+    lock_run_directory(recipe.recipe).close()
+
+
+def test_dry_run_sees_what_the_run_refuses(tiny, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
+    finished = run([*command(tiny(f"engine.deepspeed={file}")), "--dry-run"])
+    assert finished.returncode == 2 and "gradient_clipping" in finished.stderr
+    finished = run([*command(tiny("algorithms=[{use: nope}]")), "--dry-run"])
+    assert finished.returncode == 2 and "no algorithm `nope`" in finished.stderr
 
 
 def test_mistake_is_one_line_and_exit_code_2(tiny, tmp_path):

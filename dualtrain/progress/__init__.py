@@ -142,7 +142,7 @@ class Progress:
             screen.record(record)
 
     def event(self, event: str, message: str, *, step: int) -> None:
-        """Keep and show an event: ``checkpoint`` (the message is its path), ``resume``, …."""
+        """Keep and show an event: ``checkpoint`` (the message is its path), …."""
         self.record(EventRecord(kind="event", step=step, event=event, message=message))
 
     def tick(self, step: int) -> None:

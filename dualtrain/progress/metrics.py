@@ -64,7 +64,7 @@ class EvalRecord(TypedDict):
 
 
 class EventRecord(TypedDict):
-    """Something that happened: start, resume, checkpoint, non_finite_loss, …."""
+    """Something that happened: checkpoint, non_finite_loss, terminal_lost."""
 
     kind: Literal["event"]
     step: int

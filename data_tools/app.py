@@ -2,67 +2,138 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
-from rich.progress import Progress as Bars
 
+from data_tools.reporting import Progress
+from data_tools.view import View, print_facts, print_histogram, say
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.schema import BuildSection
-
-if TYPE_CHECKING:
-    from dualtrain.data.dataset import DatasetInfo
 
 app = typer.Typer(
     help="Make, check and look at datasets.", no_args_is_help=True, rich_markup_mode=None
 )
+tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
 
-_console = Console(highlight=False)
+
+def _option(field: str, *names: str) -> Any:
+    return typer.Option(*names, help=BuildSection.model_fields[field].description)
 
 
-def _help(field: str) -> str:
-    return BuildSection.model_fields[field].description or ""
+_Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="What to read, in this order. " + "Each: a file, a directory, "
+        "a glob pattern, - for standard input, builtin:python-docs."
+    ),
+]
+_Format = Annotated[str | None, _option("format")]
+_TextField = Annotated[str, _option("text_field")]
+_Separator = Annotated[str | None, _option("separator")]
+_OnError = Annotated[str, _option("on_error")]
+_MinCharacters = Annotated[int, _option("min_characters")]
+_MaxCharacters = Annotated[int | None, _option("max_characters")]
+_Seed = Annotated[int, typer.Option(help="Seed of the document order on disk.")]
+_KeepOrder = Annotated[bool, typer.Option(help="Keep the documents in the order of the sources.")]
+_DropDuplicates = Annotated[bool, _option("drop_duplicates", "--drop-duplicates")]
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help=_help("source"))],
-    out: Annotated[Path, typer.Option(help="Directory to make.")],
-    text_field: Annotated[str, typer.Option(help=_help("text_field"))] = "text",
-    tokenizer: Annotated[str | None, typer.Option(help=_help("tokenizer"))] = None,
-    vocab_size: Annotated[int, typer.Option(help=_help("vocab_size"))] = 4096,
-    val_fraction: Annotated[float, typer.Option(help=_help("val_fraction"))] = 0.05,
-    shuffle_seed: Annotated[int, typer.Option(help="Seed of the document order on disk.")] = 0,
-    keep_order: Annotated[bool, typer.Option(help="Keep the source's document order.")] = False,
+    sources: _Sources,
+    out: Annotated[str, typer.Option(help="Directory to make, or a URL such as s3://bucket/name.")],
+    format: _Format = None,
+    text_field: _TextField = "text",
+    separator: _Separator = None,
+    on_error: _OnError = "stop",
+    min_characters: _MinCharacters = 0,
+    max_characters: _MaxCharacters = None,
+    drop_duplicates: _DropDuplicates = False,
+    tokenizer: Annotated[str | None, _option("tokenizer")] = None,
+    tokenizer_pattern: Annotated[str | None, _option("tokenizer_pattern")] = None,
+    vocab_size: Annotated[int, _option("vocab_size")] = 4096,
+    val_fraction: Annotated[float | None, _option("val_fraction")] = None,
+    val_tokens: Annotated[int | None, _option("val_tokens")] = None,
+    max_tokens: Annotated[int | None, _option("max_tokens")] = None,
+    shuffle_seed: _Seed = 0,
+    keep_order: _KeepOrder = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode; default: one for each core.")
+    ] = None,
+    local: Annotated[
+        Path | None,
+        typer.Option(help="With a URL: where the dataset is made first, and stays."),
+    ] = None,
 ) -> None:
     """Convert text into a dataset: MDS shards, tokenizer, dataset.json."""
-    there = (out / "dataset.json").exists()
     build = _build_section(
-        source=source,
+        source=sources,
+        format=format,
         text_field=text_field,
+        separator=separator,
+        on_error=on_error,
+        min_characters=min_characters,
+        max_characters=max_characters,
+        drop_duplicates=drop_duplicates,
         tokenizer=tokenizer,
+        tokenizer_pattern=tokenizer_pattern,
         vocab_size=vocab_size,
         val_fraction=val_fraction,
+        val_tokens=val_tokens,
+        max_tokens=max_tokens,
         shuffle_seed=None if keep_order else shuffle_seed,
     )
-    build_with_bar(build, out)
-    if there:
-        _say(f"{out} is there already, made with the same settings")
+    from data_tools.remote import is_remote
+
+    if is_remote(out):
+        _convert_remote(build, out, local, workers)
+        return
+    if local is not None:
+        raise UserError("--local", "goes with a URL as --out only", "leave it out")
+    if not build_with_view(build, Path(out), workers=workers):
+        say(f"{out} is there already, made with the same settings")
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="Datasets of the same tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    shuffle_seed: _Seed = 0,
+    keep_order: Annotated[bool, typer.Option(help="One dataset after another.")] = False,
+    drop_duplicates: _DropDuplicates = False,
+) -> None:
+    """Put several datasets together into one; each document stays in its split."""
+    from data_tools.merge import merge_datasets
+
+    with View() as view:
+        info = merge_datasets(
+            datasets,
+            out,
+            shuffle_seed=None if keep_order else shuffle_seed,
+            drop_duplicates=drop_duplicates,
+            report=view,
+        )
+    print_facts(out, info)
 
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="Directory of the dataset.")]) -> None:
-    """Check every shard's hash and every document's tokens."""
+    """Check every shard's size and hash, and every document's tokens."""
     from data_tools.verify import verify_dataset
 
-    with _Bar() as bar:
-        info = verify_dataset(path, progress=bar.show)
-    _print(path, info)
-    _say("every shard and every document is as it should be")
+    with View() as view:
+        info = verify_dataset(path, report=view)
+    print_facts(path, info)
+    say("every shard and every document is as it should be")
 
 
 @app.command()
@@ -71,82 +142,137 @@ def inspect(
     documents: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 2,
     characters: Annotated[int, typer.Option(min=1, help="Characters of each.")] = 300,
 ) -> None:
-    """Show what a dataset holds, and the beginnings of some documents."""
+    """Show what a dataset holds: totals, document lengths, the beginnings of some documents."""
+    import numpy as np
+
+    from data_tools.inspection import length_histogram, sample
     from data_tools.tokenizer import Tokenizer
     from dualtrain.data.dataset import DatasetInfo, TokenDataset
 
     info = DatasetInfo.load(path)
-    _print(path, info)
+    print_facts(path, info)
+    say(f"  tokenizer sha256 {info.tokenizer_sha256}")
+    say(
+        "  sources: "
+        + (", ".join(file.path for file in info.sources[:5]) or "none named")
+        + (f" and {len(info.sources) - 5:,} more" if len(info.sources) > 5 else "")
+    )
     tokenizer = Tokenizer.load(path / info.tokenizer_file)
     for split in info.splits:
         dataset = TokenDataset.open(path, split)
+        lengths = np.asarray(dataset.lengths)
+        middle = int(np.median(lengths))
+        say(
+            f"\n{split}: documents of {lengths.min():,} to {lengths.max():,} tokens, "
+            f"median {middle:,}, mean {lengths.mean():,.1f}"
+        )
+        print_histogram(length_histogram(lengths))
         for document in range(min(documents, dataset.documents)):
-            # Every token is at least a byte, but some take several to make one character.
-            text = tokenizer.decode(dataset.read(document, 0, 4 * characters).tolist())
-            _say(f"\n{split} document {document}, {dataset.lengths[document]:,} tokens:")
-            _say(text[:characters])
+            say(f"\n{split} document {document}, {lengths[document]:,} tokens:")
+            say(sample(dataset, tokenizer, document, characters))
 
 
-def build_with_bar(build: BuildSection, path: Path) -> None:
+@tokenizer_app.command()
+def train(
+    sources: _Sources,
+    vocab_size: Annotated[int, _option("vocab_size")],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    format: _Format = None,
+    text_field: _TextField = "text",
+    separator: _Separator = None,
+    on_error: _OnError = "stop",
+    min_characters: _MinCharacters = 0,
+    max_characters: _MaxCharacters = None,
+) -> None:
+    """Train a byte-level BPE tokenizer with the special tokens <unk> <s> </s> <pad> <mask>."""
+    from data_tools.train_tokenizer import train_tokenizer
+
+    build = _build_section(
+        source=sources,
+        format=format,
+        text_field=text_field,
+        separator=separator,
+        on_error=on_error,
+        min_characters=min_characters,
+        max_characters=max_characters,
+        vocab_size=vocab_size,
+    )
+    with View() as view:
+        trained = train_tokenizer(build, out, stdin=sys.stdin.buffer, report=view)
+    say(
+        f"{out}: vocabulary {trained.vocab_size:,}, {trained.bytes_per_token:.3f} bytes/token on "
+        f"{trained.measured_bytes / 1e6:,.1f} MB of its text, encodes through {trained.backend}"
+    )
+
+
+def build_with_view(build: BuildSection, path: Path, *, workers: int | None = None) -> bool:
     """Make a dataset unless it is there, showing how far it is, then what it holds.
+
+    Returns:
+        Whether it was made now.
 
     Raises:
         UserError: As :func:`data_tools.convert.build_dataset`.
     """
     from data_tools.convert import build_dataset
-    from dualtrain.data.dataset import DATASET_FILE
+    from dualtrain.data.dataset import DATASET_FILE, LEFT_OUT_FILE
 
     there = (path / DATASET_FILE).exists()
-    with _Bar() as bar:
-        info = build_dataset(build, path, progress=bar.show)
-    if not there:
-        _print(path, info)
+    began = time.monotonic()
+    with View() as view:
+        info = build_dataset(build, path, workers=workers, report=view)
+    if there:
+        return False
+    print_facts(path, info)
+    encoded = f"; {view.encoded}" if view.encoded else ""
+    say(f"  made in {time.monotonic() - began:.1f} s{encoded}")
+    if (path / LEFT_OUT_FILE).exists():
+        say(f"  what could not be read is listed in {path / LEFT_OUT_FILE}")
+    return True
 
 
-def _build_section(**values: str | int | float | None) -> BuildSection:
+def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: int | None) -> None:
+    """Make a dataset on this machine and upload it, unless it is there."""
+    from data_tools.accept import check_made_alike
+    from data_tools.remote import fetch_info, upload_dataset
+
+    there = fetch_info(url)
+    if there is not None:
+        check_made_alike(url, there, build)
+        print_facts(url, there)
+        say(f"{url} is there already, made with the same settings")
+        return
+    path = local or _upload_directory(url)
+    build_with_view(build, path, workers=workers)
+    with View() as view:
+        upload_dataset(
+            path,
+            url,
+            progress=lambda done, total: view.show(Progress("uploading", done, total, "bytes")),
+        )
+    say(f"uploaded to {url}")
+    if local is None:
+        shutil.rmtree(path)
+
+
+def _upload_directory(url: str) -> Path:
+    """Where the dataset for a URL is made: the same place each time, to go on after a failure."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    return cache / "dualtrain" / "uploads" / digest
+
+
+def _build_section(**values: Any) -> BuildSection:
     try:
         return BuildSection.model_validate(values)
     except ValidationError as error:
-        problems = [
-            UserError(
-                "--" + str(e["loc"][0]).replace("_", "-"),
-                f"{e['input']!r} is not allowed: {e['msg']}",
-            )
-            for e in error.errors()
-        ]
-        raise UserErrors(problems) from None
+        raise UserErrors([_as_user_error(e) for e in error.errors()]) from None
 
 
-def _say(text: str) -> None:
-    _console.print(text, soft_wrap=True, markup=False)
-
-
-def _print(path: Path, info: DatasetInfo) -> None:
-    _say(f"{path}: vocabulary {info.vocab_size:,}, tokens as {info.dtype}")
-    for name, split in info.splits.items():
-        _say(
-            f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
-            f"{split.bytes:,} bytes of text ({split.bytes / split.tokens:.2f} bytes a token)"
-        )
-    if info.skipped_documents:
-        _say(f"  {info.skipped_documents:,} empty documents left out")
-
-
-class _Bar(Bars):
-    """One line on stderr that follows a conversion's stages; silent where there is no terminal."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        super().__init__(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self.add_task("starting", total=None)
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        self.update(self._task, description=stage, completed=done, total=total or None)
+def _as_user_error(error: Any) -> UserError:
+    field = str(error["loc"][0])
+    expected = error["msg"].removeprefix("Input should be ")
+    description = BuildSection.model_fields[field].description or ""
+    return UserError(
+        "--" + field.replace("_", "-"), f"{error['input']!r} is not allowed", expected, description
+    )

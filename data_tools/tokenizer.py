@@ -2,47 +2,65 @@
 
 Conversion trains and applies it; generation loads it from the dataset or the checkpoint. Text is
 always text: ``<mask>`` written in a document becomes ordinary tokens, never the special id.
+
+Whole documents are encoded through tiktoken where that gives the same ids (``tokenizer_fast``),
+several times faster; what ``--tokenizer`` may name besides a file is read by ``tokenizer_ranks``.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data_tools import tokenizer_fast
+from data_tools.probes import probe_texts, token_texts
+from data_tools.tokenizer_patterns import Pattern, segments
 from dualtrain.errors import UserError
+
+Backend = Literal["tiktoken", "tokenizers"]
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
 RESERVED = 16
 """Ids 0 to 15 of a tokenizer trained here are special, as in the paper."""
 
 
+MAX_UNDIVIDED_CHARS = 16 << 20
+"""Longest text for a tokenizer that divides text in an unknown way: ``tokenizers`` needs about
+120 bytes of memory per character, and nothing says where such a text might be cut."""
+
+
 class Tokenizer:
     """Text to token ids and back.
+
+    Attributes:
+        added: Special tokens that the given file lacked, appended to vocabulary and ``json``.
 
     Args:
         json: Content of a ``tokenizer.json``.
         where: Its place, for messages.
+        backend: What :meth:`encode_array` goes through, as another process found out; None to find
+            out at its first call.
 
     Raises:
-        UserError: It is not a tokenizer, or lacks one of the five special tokens.
+        UserError: It is not a tokenizer, or cannot encode text.
     """
 
-    def __init__(self, json: str, *, where: str) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(where, f"is not a tokenizer.json: {error}") from None
+    def __init__(self, json: str, *, where: str, backend: Backend | None = None) -> None:
+        self.json, self.added = _append_special_tokens(json, where)
+        self._where, self._given_backend = where, backend
+        self._tokenizer = _parse(self.json, where)
         # Not stored in the file: without it "<s>" in a text becomes the special token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.json = json
-        self.special_tokens = self._find_special_tokens(where)
+        self.special_tokens = {name: self._tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
         self.special_ids = tuple(sorted(special | set(self.special_tokens.values())))
@@ -108,17 +126,119 @@ class Tokenizer:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
+    @property
+    def backend(self) -> Backend:
+        """What :meth:`encode_array` goes through: tiktoken if it was found to give the same ids."""
+        return "tokenizers" if self._fast is None else "tiktoken"
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids as :meth:`encode`, (tokens,) uint32, by the fastest exact way.
+
+        Args:
+            text: Of any length.
+
+        Raises:
+            UnicodeEncodeError: The text has a lone surrogate, which is not a character.
+            UserError: The text is too long for a tokenizer that allows no division of texts.
+        """
+        if not text.isascii():
+            text.encode()  # tiktoken would replace a lone surrogate without a word
+        if self._fast is not None:
+            return self._fast.encode(text)
+        if self._division is not None:
+            _, prefix_space = self._division
+            parts = segments(text, only_at_spaces=prefix_space)
+            return np.concatenate([self._encode_undivided(part) for part in parts])
+        if len(text) > MAX_UNDIVIDED_CHARS:
+            raise UserError(
+                self._where,
+                f"this tokenizer cannot encode a text of {len(text):,} characters",
+                f"at most {MAX_UNDIVIDED_CHARS:,}: it divides text in a way not known here,"
+                " and would need far more memory than the text",
+                "divide the document, leave it out by its length, or use a byte-level tokenizer",
+            )
+        return self._encode_undivided(text)
+
+    def round_trip_failures(self) -> list[str]:
+        """Probe texts that decoding does not give back, quoted and shortened; [] if exact."""
+        texts = (text for text in probe_texts() if self.decode(self.encode(text)) != text)
+        return [shown if len(shown := repr(text)) <= 60 else shown[:57] + "..." for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens appear by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def _find_special_tokens(self, where: str) -> dict[str, int]:
-        ids = {name: self._tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
-        if missing := [name for name, i in ids.items() if i is None]:
-            raise UserError(
-                where,
-                f"the tokenizer has no {', '.join(missing)}",
-                f"all of {' '.join(SPECIAL_TOKENS)} among its tokens",
-                "add them as special tokens, or leave the tokenizer out to have one trained",
-            )
-        return ids
+    def _encode_undivided(self, text: str) -> np.ndarray:
+        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoded.ids, dtype=np.uint32)
+
+    @cached_property
+    def _division(self) -> tuple[Pattern, bool] | None:
+        return tokenizer_fast.known_division(self.json)
+
+    @cached_property
+    def _fast(self) -> tokenizer_fast.FastEncoder | None:
+        if self._given_backend == "tokenizers":
+            return None
+        fast = tokenizer_fast.express(self.json, checked=self._given_backend == "tiktoken")
+        if fast is None or self._given_backend == "tiktoken":
+            return fast
+        texts = (*probe_texts(), *token_texts(self._token_texts()))
+        same = all(fast.encode(text).tolist() == self.encode(text) for text in texts)
+        return fast if same else None
+
+    def _token_texts(self) -> list[str]:
+        ids = sorted(set(self._tokenizer.get_vocab(with_added_tokens=True).values()))
+        return [self.decode([i]) for i in ids]  # decode_batch has threads, bad before a fork
+
+
+def find_tokenizer(spec: str, *, pattern: str | None = None) -> Tokenizer:
+    """The tokenizer that ``--tokenizer`` names; nothing is downloaded.
+
+    Args:
+        spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
+        pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
+
+    Raises:
+        UserError: There is no such tokenizer here, or it cannot be used.
+    """
+    from data_tools.tokenizer_ranks import find
+
+    return find(spec, pattern=pattern)
+
+
+def _parse(json: str, where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json)
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(where, f"is not a tokenizer.json: {error}") from None
+
+
+def _append_special_tokens(json: str, where: str) -> tuple[str, tuple[str, ...]]:
+    """Give a tokenizer the special tokens that it lacks, after all its ids."""
+    tokenizer = _parse(json, where)
+    _refuse_unusable(tokenizer, where)
+    missing = tuple(name for name in SPECIAL_TOKENS if tokenizer.token_to_id(name) is None)
+    if not missing:
+        return json, ()
+    taken = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    tokenizer.add_special_tokens(list(missing))
+    ids = {name: tokenizer.token_to_id(name) for name in missing}
+    if min(ids.values()) <= max(taken):
+        name = min(ids, key=lambda name: ids[name])
+        raise UserError(
+            where,
+            f"the special token {name} would get the id {ids[name]}, which is not free",
+            "ids without gaps, or a tokenizer that has all of " + " ".join(SPECIAL_TOKENS),
+            "add the special tokens to the file",
+        )
+    return tokenizer.to_str(pretty=True), missing
+
+
+def _refuse_unusable(tokenizer: tokenizers.Tokenizer, where: str) -> None:
+    if tokenizer.get_vocab_size(with_added_tokens=False) == 0:
+        raise UserError(where, "the tokenizer has no tokens", "a trained tokenizer")
+    try:
+        tokenizer.encode("A text.", add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(where, f"the tokenizer cannot encode text: {error}") from None

@@ -7,58 +7,101 @@ and the ids of every document, and the totals.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_tools.convert import Progress
-from dualtrain.data.dataset import DATASET_FILE, LENGTHS_FILE, DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
+from data_tools.reporting import Progress, Report
+from dualtrain.data.dataset import (
+    DATASET_FILE,
+    LENGTHS_FILE,
+    DatasetInfo,
+    Shard,
+    Split,
+    TokenDataset,
+)
+from dualtrain.errors import UserError, UserErrors
 
 _BLOCK = 1 << 20
+_SHOWN = 20
 
 
-def verify_dataset(path: str | Path, *, progress: Progress | None = None) -> DatasetInfo:
+def verify_dataset(path: str | Path, *, report: Report | None = None) -> DatasetInfo:
     """Check every shard and every document of all splits.
 
     Args:
         path: Directory of the dataset.
-        progress: Called now and then with what is checked.
+        report: Told what is checked.
 
     Returns:
         The facts of the dataset, now known to be true.
 
     Raises:
-        UserError: The first file found wrong, and how.
+        UserError: Everything found wrong, by file; of a shard with wrong documents the first.
     """
-    report: Progress = progress or (lambda stage, done, total: None)
+    report = report or Report()
     info = DatasetInfo.load(path)
+    found: list[UserError] = []
     for split in info.splits:
-        dataset = TokenDataset.open(path, split, check=False)
-        dataset.check_tokenizer()
-        dataset.check_shards()
-        for number, shard in enumerate(dataset.shards):
-            report(f"hashing {split}", number, len(dataset.shards))
-            _check_hash(dataset.directory / shard.name, shard.hashes)
-        if (total := int(dataset.lengths.sum())) != dataset.tokens:
-            raise UserError(
-                str(dataset.directory / LENGTHS_FILE),
-                f"adds up to {total:,} tokens",
-                f"{dataset.tokens:,} as in {DATASET_FILE}",
-            )
-        for document in range(dataset.documents):
-            if document % 1000 == 0:
-                report(f"reading {split}", document, dataset.documents)
-            dataset.check_document(document)
+        found += _split_errors(Path(path).expanduser(), split, info, report)
+    if len(found) > _SHOWN:
+        found = [*found[:_SHOWN], UserError(str(path), f"{len(found) - _SHOWN} more errors")]
+    if found:
+        raise found[0] if len(found) == 1 else UserErrors(found)
     return info
 
 
-def _check_hash(file: Path, hashes: dict[str, str]) -> None:
-    if "sha256" not in hashes:
-        raise UserError(str(file), "index.json holds no sha256 of this shard to compare with")
+def _split_errors(path: Path, split: Split, info: DatasetInfo, report: Report) -> list[UserError]:
+    try:
+        dataset = TokenDataset(path, split, info)
+    except UserError as error:
+        return [error]
+    errors = [*_caught(dataset.check_tokenizer), *_total_errors(dataset)]
+    first = 0
+    for number, shard in enumerate(dataset.shards):
+        report.show(Progress(f"checking {split}", number, len(dataset.shards), "shards"))
+        if error := dataset.shard_error(shard) or _hash_error(dataset, shard):
+            errors.append(error)
+        else:
+            errors += _document_errors(dataset, first, first + shard.documents)
+        first += shard.documents
+    return errors
+
+
+def _caught(check: Callable[[], None]) -> list[UserError]:
+    try:
+        check()
+    except UserError as error:
+        return [error]
+    return []
+
+
+def _total_errors(dataset: TokenDataset) -> Iterator[UserError]:
+    if (total := int(dataset.lengths.sum())) != dataset.tokens:
+        yield UserError(
+            str(dataset.directory / LENGTHS_FILE),
+            f"adds up to {total:,} tokens",
+            f"{dataset.tokens:,} as in {DATASET_FILE}",
+        )
+
+
+def _document_errors(dataset: TokenDataset, first: int, end: int) -> list[UserError]:
+    """The first wrong document among those numbers."""
+    for document in range(first, end):
+        if errors := _caught(lambda document=document: dataset.check_document(document)):
+            return errors
+    return []
+
+
+def _hash_error(dataset: TokenDataset, shard: Shard) -> UserError | None:
+    file = str(dataset.directory / shard.name)
+    if "sha256" not in shard.hashes:
+        return UserError(file, "index.json holds no sha256 of this shard to compare with")
     found = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):
             found.update(block)
-    if found.hexdigest() != hashes["sha256"]:
-        raise UserError(
-            str(file), "shard is damaged: its content does not match its hash in index.json"
+    if found.hexdigest() != shard.hashes["sha256"]:
+        return UserError(
+            file, "shard is damaged: its content does not match its hash in index.json"
         )
+    return None

@@ -22,6 +22,8 @@ from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.data.prefetch import Prefetcher
+from dualtrain.data.remote import fetch_facts
+from dualtrain.data.shard_cache import ShardCache
 from dualtrain.engine import (
     build_engine,
     build_optimizer,
@@ -131,6 +133,8 @@ class Run:
 
     def close(self) -> None:
         """Give back terminal, threads and files."""
+        # First, so that a batch in the making does not wait for its shards to be tried again.
+        self.dataset.close()
         self.batches.close()
         self.progress.close()
         if self.lock is not None:
@@ -160,10 +164,13 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         prepare_run_directory(recipe)
         lock = lock_run_directory(recipe)
         build_missing_dataset(recipe)
+    elif world.local_rank == 0 and recipe.data.remote is not None:
+        build_missing_dataset(recipe)  # every machine has a copy of its own
     if not torch.distributed.is_initialized():
         init_distributed(timeout_s=recipe.engine.timeout_s)
 
-    dataset = TokenDataset.open(recipe.data.path, "train")
+    shards = _open_cache(recipe, world)
+    dataset = TokenDataset.open(recipe.data.path, "train", source=shards)
     derived = derive(recipe, corpus=read_corpus(recipe), world_size=world.world_size)
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
@@ -208,6 +215,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         append_eos=recipe.data.append_eos,
         plan_dir=Path(tempfile.gettempdir()) / f"dualtrain-{os.getuid()}" / "plans",
     )
+    dataset.prepare_all(data.documents)
     return Run(
         recipe=recipe,
         text=source.text,
@@ -218,7 +226,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         run_dir=source.run_dir,
         dataset=dataset,
         validation=ValidationData(
-            TokenDataset.open(recipe.data.path, "val"),
+            TokenDataset.open(recipe.data.path, "val", source=shards),
             sequence_length=recipe.sequence_length,
             append_eos=recipe.data.append_eos,
             sequences=recipe.eval.sequences,
@@ -248,15 +256,34 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
 
 
 def build_missing_dataset(recipe: Recipe) -> None:
-    """Make ``data.path`` as ``data.build`` says, unless it is there already.
+    """Make ``data.path`` as ``data.build`` or ``data.remote`` says, unless it is there already.
+
+    Of a remote dataset only the facts are fetched; shards follow when they are read.
 
     Raises:
         UserError: when what is there was made with other arguments, or the sources are unusable.
     """
+    if recipe.data.remote is not None:
+        fetch_facts(recipe.data.remote, recipe.data.path)
     if recipe.data.build is not None:
-        from data_tools.app import build_with_bar
+        from data_tools.app import build_with_view
 
-        build_with_bar(recipe.data.build, Path(recipe.data.path))
+        build_with_view(recipe.data.build, Path(recipe.data.path))
+
+
+def _open_cache(recipe: Recipe, world: World) -> ShardCache | None:
+    """Where this rank's shards come from, unless the dataset is simply there."""
+    section = recipe.data
+    if section.remote is None:
+        return None
+    limit_gib = section.cache_limit_gib
+    return ShardCache(
+        section.remote,
+        section.path,
+        limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
+        reader=world.local_rank,
+        readers=world.local_world_size,
+    )
 
 
 def build_model(recipe: Recipe, info: DatasetInfo) -> DualLM:

@@ -54,6 +54,8 @@ MAY_CHANGE = (
     "sample",
     "data.path",
     "data.build",
+    "data.remote",
+    "data.cache_limit_gib",
     "data.prefetch_steps",
     "model.attention",
     "model.compile",

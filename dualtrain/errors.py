@@ -27,6 +27,9 @@ class UserError(Exception):
         self.where, self.what, self.expected, self.hint = where, what, expected, hint
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
+        return type(self), (self.where, self.what, self.expected, self.hint)
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
         if self.expected:
@@ -42,3 +45,6 @@ class UserErrors(UserError):
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = errors
         super().__init__("", "\n".join(str(error) for error in errors))
+
+    def __reduce__(self) -> tuple[type[UserErrors], tuple[object, ...]]:
+        return type(self), (self.errors,)

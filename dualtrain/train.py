@@ -64,6 +64,8 @@ def fit(run: Run) -> int:
     """Train from the run's first step to its last, or to a signal; returns the exit code."""
     state = run.state
     run.progress.start(run_facts(run))
+    for warning in run.derived.warnings:
+        run.progress.message(f"warning: {warning}")
     run.dispatch(Event.FIT_START)
     run.meter.start()
     stop = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,9 @@ class InMemory:
             vocab_size=1 << 16,
         )
         self.facts = SplitInfo(documents=len(documents), tokens=tokens, bytes=4 * tokens)
+
+    def prepare(self, documents: Iterable[int]) -> None:
+        """There is nothing to fetch."""
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self._documents[document][start:stop]

@@ -116,3 +116,16 @@ class Slow(_Stateless):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         time.sleep(self.seconds)
+
+
+class ShardRemover(_Stateless):
+    """Remove a shard when the first step begins, as a disk does that is unmounted."""
+
+    def __init__(self, *, shard: str) -> None:
+        self.shard = Path(shard)
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.STEP_START and state.step == 0
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        self.shard.unlink(missing_ok=True)

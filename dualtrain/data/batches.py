@@ -188,6 +188,7 @@ def _pack(
     flat = np.empty(count * length + 1, dtype=np.int64)
     number = np.empty(len(flat), dtype=np.int32)
     position = 0
+    dataset.prepare(piece.document for piece in pieces)
     for i, piece in enumerate(pieces):
         stop = position + piece.stop - piece.start
         _copy(dataset, piece, flat[position:stop])

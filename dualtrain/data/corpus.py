@@ -1,10 +1,14 @@
-"""What a recipe's dataset holds, as far as deriving a run's numbers needs it; opens no shard."""
+"""What a recipe's dataset holds, as far as deriving a run's numbers needs it; opens no shard.
+
+Of a dataset in an object store ``dataset.json`` is fetched if need be, and nothing is kept.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dualtrain.data.dataset import DatasetInfo
+from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
+from dualtrain.errors import UserError
 from dualtrain.recipe.derive import CorpusFacts
 from dualtrain.recipe.schema import Recipe
 
@@ -13,11 +17,29 @@ def read_corpus(recipe: Recipe) -> CorpusFacts | None:
     """Count the train split; None when there is no dataset yet.
 
     Raises:
-        UserError: when what is there is not a dataset, or only a part of one.
+        UserError: when what is there is not a dataset, or only a part of one; when it cannot be
+            fetched.
     """
-    path = Path(recipe.data.path)
-    if not path.exists():
+    info = _read_info(recipe)
+    if info is None:
         return None
-    info = DatasetInfo.load(path)
     train = info.splits["train"]
     return CorpusFacts(tokens=train.tokens, documents=train.documents, vocab_size=info.vocab_size)
+
+
+def _read_info(recipe: Recipe) -> DatasetInfo | None:
+    path, remote = Path(recipe.data.path).expanduser(), recipe.data.remote
+    if remote is None:
+        return DatasetInfo.load(path) if path.exists() else None
+    if (path / DATASET_FILE).exists():
+        return DatasetInfo.load(path)
+    from dualtrain.data.remote import fetch_info
+
+    info = fetch_info(remote)
+    if info is None:
+        raise UserError(
+            "data.remote",
+            f"there is no dataset at {remote}",
+            "the URL of a dataset that `dualtrain data convert` made",
+        )
+    return info

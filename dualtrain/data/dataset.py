@@ -13,11 +13,13 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,6 +34,8 @@ DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 LENGTHS_FILE = "lengths.npy"
 INDEX_FILE = "index.json"
+LEFT_OUT_FILE = "left_out.jsonl"
+"""What of the sources could not be read, one JSON object (kind, where, what) a line; not needed."""
 TOKENS_FIELD = "tokens"
 
 _CACHED_BYTES = 32 * 2**20
@@ -77,9 +81,11 @@ class DatasetInfo(_Facts):
     dtype: Literal["uint16", "uint32"]
     splits: dict[Split, SplitInfo]
     skipped_documents: int
-    """Documents left out because they are empty."""
+    """Documents of the sources that are not in the dataset."""
+    left_out: dict[str, int] = {}
+    """The same by reason, with the files that could not be read."""
     sources: tuple[SourceFile, ...]
-    arguments: dict[str, bool | int | float | str | None]
+    arguments: dict[str, bool | int | float | str | list[str] | None]
     """The settings that the dataset was made with."""
 
     @classmethod
@@ -157,16 +163,37 @@ class Shard:
     zip_name: str | None
 
 
+class ShardSource(Protocol):
+    """Where shards come from that need not be on disk: ``shard_cache.ShardCache``."""
+
+    def is_local(self, split: Split, shard: Shard) -> bool: ...
+
+    def reading(self, split: Split, shard: Shard) -> AbstractContextManager[None]: ...
+
+    def fetch_ahead(self, split: Split, shards: Sequence[Shard]) -> None: ...
+
+    def fetch_all(self, split: Split, shards: Sequence[Shard]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class TokenDataset:
     """One split: random access to the tokens of its documents.
 
     Made by :meth:`open`. Safe to use from several threads.
     """
 
-    def __init__(self, path: str | Path, split: Split, info: DatasetInfo) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        split: Split,
+        info: DatasetInfo,
+        source: ShardSource | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
         self.split: Split = split
         self.info = info
+        self._source = source
         self.directory = self.path / split
         self._check_split()
         self.shards = self._read_index()
@@ -177,7 +204,14 @@ class TokenDataset:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, split: Split = "train", *, check: bool = True) -> TokenDataset:
+    def open(
+        cls,
+        path: str | Path,
+        split: Split = "train",
+        *,
+        check: bool = True,
+        source: ShardSource | None = None,
+    ) -> TokenDataset:
         """Open a split of the dataset in directory `path`.
 
         Args:
@@ -185,14 +219,17 @@ class TokenDataset:
             split: ``train`` or ``val``.
             check: Also check the tokenizer's hash, the presence and size of every shard, and some
                 documents: cheap, whatever the size of the corpus.
+            source: Where shards come from when they are read, checked on their way; only documents
+                whose shards are here are then looked at. None: all shards must be here.
 
         Raises:
             UserError: Missing, half-written or damaged dataset; names the shard or the file.
         """
-        dataset = cls(path, split, DatasetInfo.load(path))
+        dataset = cls(path, split, DatasetInfo.load(path), source)
         if check:
             dataset.check_tokenizer()
-            dataset.check_shards()
+            if source is None:
+                dataset.check_shards()
             dataset.check_documents()
         return dataset
 
@@ -232,9 +269,28 @@ class TokenDataset:
                 self._recent.move_to_end(document)
         return tokens[start:stop]
 
+    def prepare(self, documents: Iterable[int]) -> None:
+        """Have the shards of documents fetched at once that will be read one after another."""
+        if self._source is None:
+            return
+        with self._lock:
+            missing = [document for document in documents if document not in self._recent]
+        self._source.fetch_ahead(self.split, [self._shard(document) for document in missing])
+
+    def prepare_all(self, documents: int) -> None:
+        """Have the shards of the first documents fetched in the background, if there is room."""
+        if self._source is not None:
+            last = bisect_right(self._shard_ends, documents - 1)
+            self._source.fetch_all(self.split, self.shards[: last + 1])
+
+    def close(self) -> None:
+        """Fetch no shards any more."""
+        if self._source is not None:
+            self._source.close()
+
     def shard_of(self, document: int) -> Path:
         """The shard file that holds a document."""
-        return self.directory / self.shards[bisect_right(self._shard_ends, document)].name
+        return self.directory / self._shard(document).name
 
     def check_tokenizer(self) -> None:
         """Raise UserError if ``tokenizer.json`` is not the one the documents were encoded with."""
@@ -254,7 +310,7 @@ class TokenDataset:
 
     def check_shards(self) -> None:
         """Raise UserError naming each shard that is missing or has another size."""
-        errors = [error for shard in self.shards if (error := self._shard_error(shard))]
+        errors = [error for shard in self.shards if (error := self.shard_error(shard))]
         if len(errors) > _SHOWN_SHARDS:
             more = UserError(
                 str(self.directory), f"{len(errors) - _SHOWN_SHARDS} more shards are damaged"
@@ -267,7 +323,8 @@ class TokenDataset:
         """Raise UserError if documents spread over the split do not fit dtype and vocabulary."""
         picked = np.linspace(0, self.documents - 1, _CHECKED_DOCUMENTS).astype(np.int64)
         for document in np.unique(picked).tolist():
-            self.check_document(document)
+            if self._source is None or self._source.is_local(self.split, self._shard(document)):
+                self.check_document(document)
 
     def check_document(self, document: int) -> None:
         """Raise UserError if a document has an id outside the vocabulary, or a reserved one."""
@@ -341,7 +398,8 @@ class TokenDataset:
             )
         return lengths
 
-    def _shard_error(self, shard: Shard) -> UserError | None:
+    def shard_error(self, shard: Shard) -> UserError | None:
+        """What is wrong with the presence or the size of a shard, if anything."""
         file = self.directory / shard.name
         expected = f"{shard.bytes:,} bytes as in {INDEX_FILE}"
         if not file.exists():
@@ -358,9 +416,14 @@ class TokenDataset:
 
         return LocalDataset(str(self.path), split=self.split)
 
+    def _shard(self, document: int) -> Shard:
+        return self.shards[bisect_right(self._shard_ends, document)]
+
     def _read_document(self, document: int) -> np.ndarray:
+        source = self._source
         try:
-            tokens = self._shards_reader[document][TOKENS_FIELD]
+            with source.reading(self.split, self._shard(document)) if source else nullcontext():
+                tokens = self._shards_reader[document][TOKENS_FIELD]
         except FileNotFoundError:
             raise UserError(
                 str(self.shard_of(document)), "shard is missing", hint=_REMAKE

@@ -240,6 +240,34 @@ def check_resume(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def check_data(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    if data.remote is not None and data.build is not None:
+        yield Conflict(
+            ("data", "remote"),
+            (("data", "build"),),
+            f"{data.remote!r} is to be read, but data.build makes another dataset in data.path",
+            "one of data.remote and data.build",
+            "to make a dataset there, use `dualtrain data convert --out URL`",
+        )
+    if data.build is not None and "-" in data.build.sources:
+        yield Conflict(
+            ("data", "build", "source"),
+            (),
+            "standard input belongs to no run",
+            "files, or builtin:python-docs",
+            "convert it first, with `dualtrain data convert -`",
+        )
+    if data.cache_limit_gib is not None and data.remote is None:
+        yield Conflict(
+            ("data", "cache_limit_gib"),
+            (("data", "remote"),),
+            f"{data.cache_limit_gib:g} has no effect on a dataset that is not fetched",
+            "null, or a dataset in data.remote",
+            "leave it out",
+        )
+
+
 CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_batches,
     check_length,
@@ -250,4 +278,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_schedule,
     check_sample,
     check_resume,
+    check_data,
 )

@@ -21,6 +21,7 @@ from dualtrain.recipe.reasons import (
     Length,
     LengthField,
     asked_repetitions,
+    find_cache_warnings,
     find_warnings,
     give_reasons,
 )
@@ -41,6 +42,11 @@ class CorpusFacts:
     tokens: int
     documents: int
     vocab_size: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in a shard."""
+        return 2 if self.vocab_size <= 1 << 16 else 4
 
     def packed_tokens(self, *, append_eos: bool) -> int:
         """Tokens of one epoch over the whole split: with ``<s>``, and ``</s>`` if asked for."""
@@ -171,7 +177,10 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         cost=cost,
         milestones=learning_rate_milestones(recipe, length.steps),
         reasons=give_reasons(recipe, length, mixture, passes, available),
-        warnings=tuple(find_warnings(recipe, length, mixture, passes)),
+        warnings=(
+            *find_warnings(recipe, length, mixture, passes),
+            *(find_cache_warnings(recipe, length, corpus.token_bytes) if corpus else ()),
+        ),
     )
 
 

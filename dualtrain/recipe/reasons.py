@@ -134,6 +134,24 @@ def find_warnings(
     return found
 
 
+def find_cache_warnings(recipe: Recipe, length: Length, token_bytes: int) -> list[str]:
+    """A cache of shards that makes every epoch fetch them again.
+
+    Args:
+        recipe: The recipe.
+        length: Of the run.
+        token_bytes: Bytes of a token in a shard.
+    """
+    limit, needed = recipe.data.cache_limit_gib, length.unique_tokens * token_bytes / 2**30
+    if limit is None or needed <= limit:
+        return []
+    return [
+        f"data.cache_limit_gib {limit:.3g} is below the {needed:.3g} GiB of the unique tokens, "
+        "and the order of documents is shuffled over all of them, so each epoch fetches shards "
+        f"again and again; {1.05 * needed:.3g} or null fetches each shard once"
+    ]
+
+
 def _unequal(repetitions: Fraction, alpha: Fraction, passes: tuple[int, int]) -> list[str]:
     """Documents get different numbers of AR passes although they need not."""
     groups = rotation_groups(alpha)

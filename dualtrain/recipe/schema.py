@@ -112,33 +112,86 @@ Alpha = Annotated[
 class BuildSection(Section):
     """How to make the dataset when it is not there yet."""
 
-    source: str = Field(
-        description="`builtin:python-docs`, or a .txt or .jsonl file, a directory of such files, "
-        "or a glob pattern."
+    source: str | list[str] = Field(
+        description="`builtin:python-docs`, a file, a directory, a glob pattern, `-` for standard "
+        "input, or a list of these.",
     )
-    text_field: str = Field(default="text", description="Field that holds the text in JSON lines.")
+    format: Literal["txt", "jsonl", "json", "parquet", "arrow"] | None = Field(
+        default=None,
+        description="Kind of standard input and of files whose name does not say it; null: JSON "
+        "lines for standard input, an error for files.",
+    )
+    text_field: str = Field(
+        default="text", description="Field or column that holds the text of a document."
+    )
+    separator: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What divides documents in .txt files: `blank-line` or any text; null: a file "
+        "is one document.",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do about input that cannot be read: stop, or leave it out and say so.",
+    )
+    min_characters: int = Field(
+        default=0, ge=0, description="Leave out documents with fewer characters."
+    )
+    max_characters: int | None = Field(
+        default=None, ge=1, description="Leave out documents with more characters."
+    )
+    drop_duplicates: bool = Field(
+        default=False, description="Keep only the first of documents with the same text."
+    )
     tokenizer: str | None = Field(
-        default=None, description="A tokenizer.json to encode with; null trains one on the source."
+        default=None,
+        description="A tokenizer.json, a directory that holds one, a tiktoken rank file or the "
+        "name of a tiktoken encoding; null trains one on the source.",
+    )
+    tokenizer_pattern: str | None = Field(
+        default=None,
+        description="How a rank file's tokenizer divides text: `gpt2`, `cl100k_base`, "
+        "`o200k_base` or a regular expression.",
     )
     vocab_size: int = Field(
         default=4096, ge=272, le=2**20, description="Vocabulary of the tokenizer that is trained."
     )
-    val_fraction: float = Field(
-        default=0.05,
+    val_fraction: float | None = Field(
+        default=None,
         gt=0,
         lt=1,
-        description="Share of documents held out, chosen by document hash.",
+        description="Share of documents held out, chosen by document hash; null: 0.05, or as many "
+        "as val_tokens needs.",
+    )
+    val_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hold out documents in order of their hashes until they have this many tokens; "
+        "what val_fraction chose beyond them is left out.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the train split with the document that reaches this many tokens.",
     )
     shuffle_seed: int | None = Field(
         default=0,
         description="Seed of the document order on disk, which decides subsets; null keeps it.",
     )
 
+    @property
+    def sources(self) -> list[str]:
+        """The sources, one or several."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
 
 class DataSection(Section):
     """Where the text comes from."""
 
-    path: str = Field(description="Directory of MDS shards with `train/` and `val/` splits.")
+    path: str = Field(
+        description="Directory of MDS shards with `train/` and `val/` splits; with `remote`, of "
+        "its local copy."
+    )
     build: BuildSection | None = Field(
         default=None,
         description="Makes `path` first when it does not exist; null demands that it exists.",
@@ -148,6 +201,17 @@ class DataSection(Section):
     )
     prefetch_steps: int = Field(
         default=4, ge=1, le=64, description="Steps of data prepared ahead in the background."
+    )
+    remote: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Dataset to read through a copy in `path`: `s3://bucket/directory`, `gs://`, "
+        "`hf://` or a directory; shards are fetched when they are needed.",
+    )
+    cache_limit_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="GiB of shards of `remote` kept in `path`, on each machine; null: no limit.",
     )
 
 

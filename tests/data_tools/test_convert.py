@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from convert_support import Said, StopAt, files_of
 from typer.testing import CliRunner
 
-from data_tools import convert
+from data_tools import convert, train_tokenizer
 from data_tools.app import app
 from data_tools.convert import build_dataset
+from data_tools.reporting import Progress, Report
 from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
@@ -65,7 +67,7 @@ def test_every_document_is_in_one_split_and_readable_by_streaming(
         lengths = np.load(out / name / "lengths.npy")
         assert split.tokens == lengths.sum()
         assert lengths.tolist() == [len(tokens) for tokens in tokens_of(out, name)]
-    assert info.skipped_documents == 2
+    assert info.skipped_documents == 2 and info.left_out == {"empty": 2}
     assert info.dtype == "uint16" and info.special_ids == tuple(range(16))
     assert info == DatasetInfo.load(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
@@ -152,7 +154,7 @@ def test_dataset_is_accepted_where_nothing_can_be_written(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = build_dataset(section(corpus), tmp_path / "data")
-    monkeypatch.setattr(convert, "locked", lambda *_, **__: pytest.fail("wrote a lock file"))
+    monkeypatch.setattr(convert, "locked_place", lambda *_, **__: pytest.fail("wrote a lock file"))
     assert build_dataset(section(corpus), tmp_path / "data") == info
 
 
@@ -166,33 +168,72 @@ def test_anything_else_in_the_way_is_left_alone(tmp_path: Path, corpus: Path) ->
     build_dataset(section(corpus), tmp_path / "empty")
 
 
-@pytest.mark.parametrize("stage", ["reading", "encoding", "writing train", "writing val"])
-def test_failing_conversion_leaves_nothing_and_a_rerun_works(
-    tmp_path: Path, corpus: Path, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(current: str, done: int, total: int) -> None:
-        if current == stage:
-            raise KeyboardInterrupt
+STAGES = ["looking through the text", "training the tokenizer", "encoding", "writing train"]
 
-    corpus.write_text(corpus.read_text() * 40)  # enough to be told of the reading
+
+@pytest.mark.parametrize("stage", [*STAGES, "writing val"])
+def test_interrupted_conversion_leaves_no_dataset_and_the_same_command_goes_on(
+    tmp_path: Path, corpus: Path, stage: str
+) -> None:
+    build_dataset(section(corpus), tmp_path / "expected")
     with pytest.raises(KeyboardInterrupt):
-        build_dataset(section(corpus), tmp_path / "data", progress=fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
-    assert build_dataset(section(corpus), tmp_path / "data").splits["train"].documents > 0
+        build_dataset(section(corpus), tmp_path / "data", report=StopAt(stage))
+    assert not (tmp_path / "data").exists()
+    said = Said()
+    build_dataset(section(corpus), tmp_path / "data", report=said)
+    assert "going on with an interrupted conversion" in said.lines[0]
+    if stage.startswith("writing"):
+        assert said.lines[1] == "60 documents are encoded already"
+        assert "training the tokenizer" not in said.stages and "encoding" not in said.stages
+    assert files_of(tmp_path / "data") == files_of(tmp_path / "expected")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["corpus.jsonl", "data", "expected"], "nothing is left beside it"
+
+
+def test_rest_of_another_conversion_is_never_used(tmp_path: Path, corpus: Path) -> None:
+    changes: dict[str, dict] = {"settings": {"vocab_size": 310}, "files": {}}
+    for name, options in changes.items():
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(section(corpus), tmp_path / name, report=StopAt("writing val"))
+        if name == "files":
+            corpus.write_text(corpus.read_text().replace("quick", "swift"))
+        said = Said()
+        build_dataset(section(corpus, **options), tmp_path / name, report=said)
+        assert "starting again" in said.lines[0] and "other settings" in said.lines[0]
+        build_dataset(section(corpus, **options), tmp_path / f"{name}-expected")
+        assert files_of(tmp_path / name) == files_of(tmp_path / f"{name}-expected")
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_damaged_rest_is_not_used(tmp_path: Path, corpus: Path, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(section(corpus), tmp_path / "data", report=StopAt("writing val"))
+    spool = tmp_path / ".data.partial" / "work" / "tokens.spool"
+    if damage == "cut":
+        spool.write_bytes(spool.read_bytes()[:-2])
+    else:
+        spool.unlink()
+    said = Said()
+    build_dataset(section(corpus), tmp_path / "data", report=said)
+    assert "encoding" in said.stages
+    verify_dataset(tmp_path / "data")
 
 
 def test_killed_conversion_leaves_no_dataset_and_a_rerun_works(
     tmp_path: Path, corpus: Path
 ) -> None:
     code = f"""
+import time
 from data_tools import convert
+from data_tools.reporting import Report
 from dualtrain.recipe.schema import BuildSection
-def stop(stage, done, total):
-    if stage == "writing val":
-        print("now", flush=True)
-        time.sleep(60)
+class Stop(Report):
+    def show(self, progress):
+        if progress.stage == "writing val":
+            print("now", flush=True)
+            time.sleep(60)
 build = BuildSection(source={str(corpus)!r}, vocab_size=300, val_fraction=0.2)
-convert.build_dataset(build, {str(tmp_path / "data")!r}, progress=stop)
+convert.build_dataset(build, {str(tmp_path / "data")!r}, report=Stop())
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "now\n"
@@ -200,7 +241,6 @@ convert.build_dataset(build, {str(tmp_path / "data")!r}, progress=stop)
     process.wait(timeout=30)
     process.stdout.close()
     assert not (tmp_path / "data").exists()
-    assert not list(tmp_path.rglob("dataset.json"))
     build_dataset(section(corpus), tmp_path / "data")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
 
@@ -208,10 +248,14 @@ convert.build_dataset(build, {str(tmp_path / "data")!r}, progress=stop)
 def test_two_processes_build_once(tmp_path: Path, corpus: Path) -> None:
     code = f"""
 from data_tools.convert import build_dataset
+from data_tools.reporting import Report
 from dualtrain.recipe.schema import BuildSection
 stages = []
+class Stages(Report):
+    def show(self, progress):
+        stages.append(progress.stage)
 build = BuildSection(source={str(corpus)!r}, vocab_size=300, val_fraction=0.2)
-build_dataset(build, {str(tmp_path / "data")!r}, progress=lambda stage, *_: stages.append(stage))
+build_dataset(build, {str(tmp_path / "data")!r}, report=Stages())
 print("encoding" in stages)
 """
     started = [
@@ -225,8 +269,8 @@ print("encoding" in stages)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "has no documents"),
-        (["", "  "], "no documents are left: 2 are empty"),
+        ([], "has no content"),
+        (["", "  "], "no documents are left: 2 empty"),
         (["alone"], "one document cannot be divided"),
         (["same", "same"], "all documents are the same"),
     ],
@@ -238,24 +282,16 @@ def test_too_little_text(tmp_path: Path, lines: list[str], message: str) -> None
         build_dataset(section(source), tmp_path / "data")
 
 
-@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
-def test_both_splits_have_a_document_whatever_the_fraction(
-    tmp_path: Path, val_fraction: float
-) -> None:
-    source = tmp_path / "corpus.jsonl"
-    source.write_text('{"text": "one"}\n{"text": "two"}\n')
-    info = build_dataset(section(source, val_fraction=val_fraction), tmp_path / "data")
-    assert {name: split.documents for name, split in info.splits.items()} == {"train": 1, "val": 1}
-
-
 def test_source_that_changes_meanwhile(tmp_path: Path, corpus: Path) -> None:
-    def grow(stage: str, done: int, total: int) -> None:
-        if stage == "training the tokenizer":
-            with corpus.open("a") as stream:
-                stream.write('{"text": "late"}\n')
+    class Grow(Report):
+        def show(self, progress: Progress) -> None:
+            if progress.stage == "training the tokenizer":
+                with corpus.open("a") as stream:
+                    stream.write('{"text": "late"}\n')
 
     with pytest.raises(UserError, match="changed while it was read"):
-        build_dataset(section(corpus), tmp_path / "data", progress=grow)
+        build_dataset(section(corpus), tmp_path / "data", report=Grow())
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 def test_place_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
@@ -280,10 +316,10 @@ def test_commands(tmp_path: Path, corpus: Path) -> None:
     runner, out = CliRunner(), str(tmp_path / "data")
     made = runner.invoke(app, ["convert", str(corpus), "--out", out, "--vocab-size", "300"])
     assert made.exit_code == 0, made.output
-    assert "train: " in made.output and "2 empty documents left out" in made.output
+    assert "bytes/token" in made.output and "left out: 2 empty" in made.output
     assert DatasetInfo.load(out).arguments["vocab_size"] == 300
     again = runner.invoke(app, ["convert", str(corpus), "--out", out, "--vocab-size", "300"])
-    assert "is there already" in again.output and "train: " not in again.output
+    assert "is there already" in again.output and "bytes/token" not in again.output
     assert "as it should be" in runner.invoke(app, ["verify", out]).output
     shown = runner.invoke(app, ["inspect", out, "--documents", "1"])
     assert "quick brown fox" in shown.output
@@ -303,6 +339,6 @@ def test_only_part_of_a_large_corpus_trains_the_tokenizer(
         return train(cls, trained_on, vocab_size)
 
     monkeypatch.setattr(Tokenizer, "train", classmethod(spy))
-    monkeypatch.setattr(convert, "_TOKENIZER_BYTES", sum(map(len, TEXTS)) // 4)
+    monkeypatch.setattr(train_tokenizer, "TRAINING_BYTES", sum(map(len, TEXTS)) // 4)
     build_dataset(section(corpus), tmp_path / "data")
     assert 0 < len(trained_on) < 30

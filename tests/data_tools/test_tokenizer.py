@@ -83,13 +83,52 @@ def test_truncation_and_post_processing_of_a_given_tokenizer_do_not_apply(tmp_pa
     assert loaded.encode_batch(TEXTS[:1])[0].tolist() == trained().encode(TEXTS[0])
 
 
-def test_unusable_tokenizers(tmp_path: Path) -> None:
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "<unk>": 1}, "<unk>"))
+def test_missing_special_tokens_come_after_the_vocabulary(tmp_path: Path) -> None:
+    model = tokenizers.models.WordLevel({"<s>": 0, "<unk>": 1, "a": 2}, "<unk>")
+    plain = tokenizers.Tokenizer(model)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     plain.save(str(tmp_path / "plain.json"))
+    tokenizer = Tokenizer.load(tmp_path / "plain.json")
+    assert tokenizer.added == ("</s>", "<pad>", "<mask>")
+    assert [tokenizer.special_tokens[name] for name in SPECIAL_TOKENS] == [1, 0, 3, 4, 5]
+    assert tokenizer.vocab_size == 6
+    tokenizer.save(tmp_path / "saved.json")
+    saved = Tokenizer.load(tmp_path / "saved.json")
+    assert saved.added == () and saved.special_tokens == tokenizer.special_tokens
+    assert saved.special_ids == (0, 1, 3, 4, 5)
+    assert saved.sha256 == tokenizer.sha256
+    assert trained().added == ()
+
+
+def test_special_tokens_are_not_put_on_ids_in_use(tmp_path: Path) -> None:
+    holes = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2, "<unk>": 3}, "<unk>"))
+    holes.save(str(tmp_path / "holes.json"))
+    with pytest.raises(UserError, match="would get the id 3, which is not free"):
+        Tokenizer.load(tmp_path / "holes.json")
+
+
+def test_round_trip_failures_are_named(tmp_path: Path) -> None:
+    assert trained().round_trip_failures() == []
+    lower = tokenizers.Tokenizer.from_str(trained().json)
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    lower.save(str(tmp_path / "lower.json"))
+    failures = Tokenizer.load(tmp_path / "lower.json").round_trip_failures()
+    assert any("The quick brown fox" in text for text in failures)
+    assert max(len(text) for text in failures) <= 60
+
+
+def test_unusable_tokenizers(tmp_path: Path) -> None:
+    empty = tokenizers.Tokenizer(tokenizers.models.BPE())
+    empty.save(str(tmp_path / "empty.json"))
+    closed = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "<unk>"))
+    closed.save(str(tmp_path / "closed.json"))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "binary.json").write_bytes(b"\xff")
     cases = {
-        "plain.json": "no </s>, <pad>, <mask>",
+        "empty.json": "has no tokens",
+        "closed.json": "cannot encode text",
         "broken.json": "is not a tokenizer.json",
+        "binary.json": "not UTF-8",
         "absent.json": "cannot be read",
     }
     for name, message in cases.items():

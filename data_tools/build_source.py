@@ -1,0 +1,61 @@
+"""The source that a conversion's settings name, opened once or again and again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from data_tools.sources import Source, open_sources
+from dualtrain.errors import UserError
+from dualtrain.recipe.schema import BuildSection
+
+STANDARD_INPUT = "-"
+_COPY_BYTES = 1 << 20
+
+
+def source_name(build: BuildSection) -> str:
+    """All of them, for messages."""
+    return ", ".join(build.sources)
+
+
+def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
+    """Open the source of a conversion.
+
+    Args:
+        build: Its settings.
+        stdin: What the source ``-`` reads; None where it will not be read.
+
+    Raises:
+        UserError: Nothing is there, or not of a kind that can be read.
+    """
+    return open_sources(
+        build.sources,
+        text_field=build.text_field,
+        format=build.format,
+        separator=build.separator,
+        stdin=stdin,
+    )
+
+
+def repeatable(build: BuildSection, stdin: IO[bytes], kept: Path) -> Callable[[], Source]:
+    """A way to open a source again and again; standard input is first copied to the file `kept`.
+
+    Raises:
+        UserError: As :func:`open_source`, or the source is a pipe with a name.
+        OSError: `kept` cannot be written.
+    """
+    if STANDARD_INPUT not in build.sources:
+        if not open_source(build, None).repeatable:
+            raise UserError(
+                source_name(build),
+                "has a pipe, which can be read once only",
+                "files, to train a tokenizer before they are encoded",
+                "write it to a file, read it from standard input, or give a tokenizer",
+            )
+        return lambda: open_source(build, None)
+    if not kept.exists():
+        with kept.open("wb") as stream:
+            shutil.copyfileobj(stdin, stream, _COPY_BYTES)
+    return lambda: open_source(build, kept.open("rb"))

@@ -1,0 +1,257 @@
+"""Put several datasets of one tokenizer together into one."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.place import absolute, beside, discard, locked_place, publish
+from data_tools.reporting import Progress, Report
+from data_tools.shards import SHARD_BYTES, check_split, picked_documents, write_split
+from data_tools.tokenizer import Tokenizer
+from dualtrain.data.dataset import (
+    DATASET_FILE,
+    FORMAT,
+    TOKENIZER_FILE,
+    DatasetInfo,
+    Split,
+    SplitInfo,
+    TokenDataset,
+)
+from dualtrain.errors import UserError
+from dualtrain.randomness import generator
+
+_SPLITS: tuple[Split, ...] = ("train", "val")
+_SHOWN_EVERY = 1000
+
+ELSEWHERE_HELD_OUT = "held out in another of the datasets"
+DUPLICATE = "duplicate"
+
+
+def merge_datasets(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    shuffle_seed: int | None = 0,
+    drop_duplicates: bool = False,
+    report: Report | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> DatasetInfo:
+    """Make a dataset of the documents of others; each stays in its split.
+
+    A train document that is also held out in one of the others is left out, or the model would be
+    trained on what it is measured with.
+
+    Args:
+        paths: Two datasets or more, made with the same tokenizer.
+        out: Directory to make; one that was merged from the same datasets is accepted.
+        shuffle_seed: Of the document order on disk, which decides subsets; None: one after another.
+        drop_duplicates: Keep only the first of documents with the same tokens in a split.
+        report: Told how far it is.
+        shard_bytes: Largest size of a shard.
+
+    Returns:
+        The facts of the new dataset.
+
+    Raises:
+        UserError: Different tokenizers, a dataset given twice or damaged, or `out` in use.
+    """
+    report = report or Report()
+    out = absolute(out)
+    if len(paths) < 2:
+        raise UserError("data merge", "one dataset is not enough", "two or more")
+    infos = [DatasetInfo.load(path) for path in paths]
+    _check_alike(paths, infos)
+    arguments = {
+        "merged": [info.fingerprint for info in infos],
+        "shuffle_seed": shuffle_seed,
+        "drop_duplicates": drop_duplicates,
+    }
+    if (out / DATASET_FILE).exists():
+        return _accept(out, arguments)
+    partial = beside(out)
+    try:
+        with locked_place(out, report):
+            if (out / DATASET_FILE).exists():
+                return _accept(out, arguments)
+            if partial.exists():
+                report.say(f"starting again: {partial} was left unfinished")
+                shutil.rmtree(partial)
+            partial.mkdir()
+            try:
+                merge = _Merge(paths, infos, arguments, partial, report, shard_bytes)
+                info = merge.run()
+                publish(partial, out)
+            except BaseException:
+                discard(partial)  # made quickly, and needs the room of the whole
+                raise
+            return info
+    except OSError as error:
+        place = str(error.filename or out)
+        raise UserError(place, f"cannot be written: {error.strerror or error}") from None
+
+
+def _check_alike(paths: Sequence[str | Path], infos: Sequence[DatasetInfo]) -> None:
+    for number, (path, info) in enumerate(zip(paths, infos, strict=True)):
+        if info.fingerprint in [other.fingerprint for other in infos[:number]]:
+            raise UserError(str(path), "is given twice, or holds the same as another one")
+        if info.tokenizer_sha256 != infos[0].tokenizer_sha256:
+            raise UserError(
+                str(path),
+                f"has another tokenizer (sha256 {info.tokenizer_sha256[:12]}…)",
+                f"that of {paths[0]} ({infos[0].tokenizer_sha256[:12]}…)",
+                "convert its text again with --tokenizer "
+                f"{Path(paths[0]) / infos[0].tokenizer_file}",
+            )
+
+
+def _accept(out: Path, arguments: dict) -> DatasetInfo:
+    info = DatasetInfo.load(out)
+    if dict(info.arguments) != arguments:
+        raise UserError(
+            str(out),
+            "holds a dataset made differently",
+            "one merged from the same datasets in the same order",
+            "choose another path, or remove the directory",
+        )
+    return info
+
+
+class _Merge:
+    """One merge into an empty directory."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        infos: Sequence[DatasetInfo],
+        arguments: dict,
+        directory: Path,
+        report: Report,
+        shard_bytes: int,
+    ) -> None:
+        self._paths = paths
+        self._infos = infos
+        self._arguments = arguments
+        self._directory = directory
+        self._report = report
+        self._shard_bytes = shard_bytes
+        self._left_out: Counter[str] = Counter()
+        for info in infos:
+            self._left_out.update(info.left_out)
+        tokenizer = Path(paths[0]) / infos[0].tokenizer_file
+        self._tokenizer = Tokenizer.load(tokenizer)
+
+    def run(self) -> DatasetInfo:
+        documents = {split: _Documents(self._paths, split) for split in _SPLITS}
+        hashes = {split: self._hashes(split, documents[split]) for split in _SPLITS}
+        kept = {split: np.ones(len(hashes[split]), dtype=bool) for split in _SPLITS}
+        kept["train"] &= ~np.isin(hashes["train"], hashes["val"])
+        self._left_out[ELSEWHERE_HELD_OUT] += int((~kept["train"]).sum())
+        if self._arguments["drop_duplicates"]:
+            for split in _SPLITS:
+                before = kept[split].sum()
+                kept[split] &= _is_first(hashes[split])
+                self._left_out[DUPLICATE] += int(before - kept[split].sum())
+        facts: dict[Split, SplitInfo] = {}
+        for split in _SPLITS:
+            facts[split] = self._facts(split, documents[split], kept[split])
+        info = self._info(facts)
+        self._tokenizer.save(self._directory / TOKENIZER_FILE)
+        for number, split in enumerate(_SPLITS):
+            self._write(split, number, documents[split], np.flatnonzero(kept[split]), info)
+        (self._directory / DATASET_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+        return info
+
+    def _hashes(self, split: Split, documents: _Documents) -> np.ndarray:
+        """(documents,) uint64, of the tokens of each."""
+        found = np.empty(len(documents.lengths), dtype=np.uint64)
+        for number in range(len(found)):
+            tokens = documents.read(number)
+            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+            found[number] = int.from_bytes(digest, "little")
+            if number % _SHOWN_EVERY == 0:
+                self._report.show(Progress(f"reading {split}", number, len(found), "documents"))
+        return found
+
+    def _facts(self, split: Split, documents: _Documents, kept: np.ndarray) -> SplitInfo:
+        total = sum(info.splits[split].bytes for info in self._infos)
+        # The bytes of a single document are not stored; its tokens give the text back.
+        for number in np.flatnonzero(~kept).tolist():
+            total -= len(self._tokenizer.decode(documents.read(number).tolist()).encode())
+        if not kept.any():
+            raise UserError(
+                ", ".join(map(str, self._paths)), f"no documents are left for {split}", "some"
+            )
+        tokens = int(documents.lengths[kept].sum())
+        return SplitInfo(documents=int(kept.sum()), tokens=tokens, bytes=total)
+
+    def _info(self, facts: dict[Split, SplitInfo]) -> DatasetInfo:
+        first = self._infos[0]
+        skipped = sum(info.skipped_documents - sum(info.left_out.values()) for info in self._infos)
+        left_out = {reason: n for reason, n in sorted(self._left_out.items()) if n}
+        return DatasetInfo.model_validate(
+            {
+                "format": FORMAT,
+                "tokenizer_file": TOKENIZER_FILE,
+                "tokenizer_sha256": self._tokenizer.sha256,
+                "vocab_size": first.vocab_size,
+                "special_tokens": first.special_tokens,
+                "special_ids": first.special_ids,
+                "dtype": first.dtype,
+                "splits": facts,
+                "skipped_documents": skipped + sum(left_out.values()),
+                "left_out": left_out,
+                "sources": [file for info in self._infos for file in info.sources],
+                "arguments": self._arguments,
+            }
+        )
+
+    def _write(
+        self,
+        split: Split,
+        number: int,
+        documents: _Documents,
+        kept: np.ndarray,
+        info: DatasetInfo,
+    ) -> None:
+        seed = self._arguments["shuffle_seed"]
+        if seed is not None:
+            kept = kept[generator(seed, "documents on disk", number).permutation(len(kept))]
+        write_split(
+            self._directory,
+            split,
+            map(documents.read, kept.tolist()),
+            documents.lengths[kept],
+            dtype=info.dtype,
+            report=self._report,
+            shard_bytes=self._shard_bytes,
+        )
+        picked = picked_documents(len(kept))
+        again = zip(picked.tolist(), map(documents.read, kept[picked].tolist()), strict=True)
+        check_split(self._directory, split, info, again)
+
+
+class _Documents:
+    """The documents of one split of several datasets, numbered one dataset after another."""
+
+    def __init__(self, paths: Sequence[str | Path], split: Split) -> None:
+        self._datasets = [TokenDataset.open(path, split) for path in paths]
+        self._ends = np.cumsum([dataset.documents for dataset in self._datasets])
+        self.lengths = np.concatenate([dataset.lengths for dataset in self._datasets])
+
+    def read(self, number: int) -> np.ndarray:
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        before = int(self._ends[which - 1]) if which else 0
+        return self._datasets[which].read(number - before)
+
+
+def _is_first(hashes: np.ndarray) -> np.ndarray:
+    """(documents,) bool: no earlier document has the same hash."""
+    first = np.zeros(len(hashes), dtype=bool)
+    first[np.unique(hashes, return_index=True)[1]] = True
+    return first

@@ -1,0 +1,75 @@
+"""Where a dataset is made: beside its place, and moved there when it is whole.
+
+Only one process works on a place at a time. Whatever ends it, the place itself has a whole dataset
+or none; what a killed one left beside it is for its maker to use again or to remove.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.reporting import Progress, Report
+from dualtrain.data.dataset import DATASET_FILE
+from dualtrain.data.locks import locked
+from dualtrain.errors import UserError
+
+
+def absolute(path: str | Path) -> Path:
+    """The path with ``~`` and the current directory filled in; links stay as they are."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+@contextmanager
+def locked_place(path: Path, report: Report) -> Iterator[None]:
+    """Hold the place of a dataset against other processes, and check that it is free or a dataset.
+
+    Raises:
+        UserError: Something else is there.
+        OSError: The directory above cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    waiting = Progress("waiting for another conversion", 0, 0, "documents")
+    with locked(lock, remove=True, on_wait=lambda: report.show(waiting)):
+        other = path.is_file() or (path.exists() and any(path.iterdir()))
+        if other and not (path / DATASET_FILE).exists():
+            raise UserError(
+                str(path),
+                f"is in the way: it exists and has no {DATASET_FILE}",
+                "a new or empty directory",
+                "remove it or choose another path",
+            )
+        yield
+
+
+def beside(path: Path) -> Path:
+    """The directory in which the dataset of a place is made."""
+    return path.parent / f".{path.name}.partial"
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Move a whole dataset to its place, when everything is on the disk.
+
+    The rename is what declares it whole, so nothing may reach the disk after it.
+    """
+    for place in [*partial.rglob("*"), partial]:
+        _sync(place)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def discard(partial: Path) -> None:
+    """Remove what is beside a place; errors do not matter, the next maker meets them."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

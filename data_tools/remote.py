@@ -1,0 +1,175 @@
+"""Upload a finished dataset to an object store, through the uploaders of ``streaming``.
+
+``convert`` makes a dataset in a local directory first, and calls :func:`upload_dataset` when the
+output is a URL. ``dataset.json`` goes last, as it is written last on a disk: a directory without it
+is no dataset, whatever interrupted the upload.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from dualtrain.data.dataset import (
+    DATASET_FILE,
+    INDEX_FILE,
+    LEFT_OUT_FILE,
+    LENGTHS_FILE,
+    DatasetInfo,
+)
+from dualtrain.data.remote import fetch_info
+from dualtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from streaming.base.storage import CloudUploader
+
+__all__ = ["fetch_info", "is_remote", "upload_dataset"]
+
+Report = Callable[[int, int], None]
+
+_TRIES = 3
+_REPEAT = "nothing is lost here: correct the cause and give the same command again"
+
+
+def is_remote(out: str) -> bool:
+    """Whether an output is a URL, and not a path."""
+    return "://" in out or out.startswith("dbfs:/")
+
+
+def upload_dataset(local: Path, remote: str, *, progress: Report | None = None) -> None:
+    """Upload a dataset; what is there already as a whole is not sent again.
+
+    Args:
+        local: Directory with a finished dataset.
+        remote: URL of a directory: ``s3://``, ``gs://``, ``hf://datasets/…``, ….
+        progress: Called with the bytes uploaded and the bytes of the dataset, after each file.
+
+    Raises:
+        UserError: Another dataset is there; the upload failed, or not all of it arrived.
+    """
+    remote, info = remote.rstrip("/"), DatasetInfo.load(local)
+    names = _file_names(local, info)
+    total = sum((local / name).stat().st_size for name in [*names, DATASET_FILE])
+    with tempfile.TemporaryDirectory(prefix="dualtrain-") as folder:
+        upload = _Upload(remote, local, Path(folder))
+        existing = fetch_info(remote)
+        if existing is not None:
+            _check_same(remote, info, existing)
+            return
+        done = 0
+        for name in [*names, DATASET_FILE]:
+            if name == DATASET_FILE:
+                upload.check(names)
+            upload.send(name)
+            done += (local / name).stat().st_size
+            if progress is not None:
+                progress(done, total)
+
+
+class _Upload:
+    """One uploader, and what it does about failures."""
+
+    def __init__(self, remote: str, local: Path, folder: Path) -> None:
+        self._remote, self._local = remote, local
+        self._uploader = self._open()
+        self._prefix = ""
+        if remote.startswith("hf://"):
+            # streaming 0.13's uploader leaves out the part of the URL below the repository, which
+            # its downloader reads. To be removed when the two agree.
+            self._prefix = "".join(f"{part}/" for part in remote.split("/")[5:])
+        root = folder / self._prefix if self._prefix else folder / "dataset"
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.symlink_to(local.resolve(), target_is_directory=True)
+        self._uploader.local = str(folder if self._prefix else root)
+
+    def send(self, name: str) -> None:
+        try:
+            self._uploader.upload_file(self._prefix + name)
+        # Every provider's library has its own exceptions, without a common base.
+        except Exception as error:
+            raise self._failed(name, error) from error
+
+    def check(self, names: list[str]) -> None:
+        """Raise UserError unless the files have arrived whole, where the provider can tell."""
+        try:
+            found = self._sizes()
+        except Exception as error:
+            raise self._failed("", error) from error
+        if found is None:
+            return
+        for name in names:
+            size = (self._local / name).stat().st_size
+            if found.get(name) != size:
+                there = "is not there" if name not in found else f"has {found[name]:,} bytes"
+                raise UserError(
+                    f"{self._remote}/{name}", f"{there} after the upload", f"{size:,}", _REPEAT
+                )
+
+    def _sizes(self) -> dict[str, int] | None:
+        """Bytes of each file that is there, by name; None where they cannot be listed."""
+        client = getattr(self._uploader, "s3", None)
+        if client is None:
+            return None
+        url = urlparse(self._remote)
+        prefix = url.path.strip("/") + "/" if url.path.strip("/") else ""
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=url.netloc, Prefix=prefix)
+        entries = [entry for page in pages for entry in page.get("Contents", [])]
+        return {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
+
+    def _open(self) -> CloudUploader:
+        from streaming.base.storage.upload import UPLOADERS, CloudUploader
+
+        if urlparse(self._remote).scheme not in UPLOADERS:
+            known = sorted(name for name in UPLOADERS if name and ":" not in name)
+            raise UserError(
+                self._remote,
+                "is not a place that datasets can be uploaded to",
+                "a path, or a URL that begins with " + ", ".join(f"{name}://" for name in known),
+            )
+        try:
+            # A URL alone, because not every uploader takes a pair; it then makes an empty directory
+            # of its own, which we do without.
+            uploader = CloudUploader.get(
+                self._remote + "/" if self._remote.startswith("hf://") else self._remote,
+                keep_local=True,
+                retry=_TRIES,
+            )
+        except Exception as error:
+            raise self._failed("", error) from error
+        Path(uploader.local).rmdir()
+        return uploader
+
+    def _failed(self, name: str, error: Exception) -> UserError:
+        text = " ".join(str(error).split())
+        return UserError(
+            f"{self._remote}/{name}".rstrip("/"),
+            f"cannot be uploaded: {type(error).__name__}: {text}",
+            "a directory in an existing bucket, and the rights to write there",
+            f"the dataset is in {self._local}; {_REPEAT}",
+        )
+
+
+def _file_names(local: Path, info: DatasetInfo) -> list[str]:
+    """Every file but ``dataset.json``, in the order of the upload: what others refer to first."""
+    shards, indexes = [], []
+    for split in info.splits:
+        index = json.loads((local / split / INDEX_FILE).read_bytes())
+        shards += [f"{split}/{entry['raw_data']['basename']}" for entry in index["shards"]]
+        indexes.append(f"{split}/{INDEX_FILE}")
+    lengths = [f"{split}/{LENGTHS_FILE}" for split in info.splits]
+    optional = [LEFT_OUT_FILE] if (local / LEFT_OUT_FILE).exists() else []
+    return [*shards, *lengths, info.tokenizer_file, *optional, *indexes]
+
+
+def _check_same(remote: str, info: DatasetInfo, existing: DatasetInfo) -> None:
+    if existing.fingerprint != info.fingerprint:
+        raise UserError(
+            remote,
+            f"holds another dataset, with fingerprint {existing.fingerprint}",
+            f"nothing, or the dataset {info.fingerprint}",
+            "give another URL, or remove what is there",
+        )

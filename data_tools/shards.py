@@ -1,0 +1,106 @@
+"""Write one split of a dataset, and read it back before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.reporting import Progress, Report
+from dualtrain.data.dataset import (
+    LENGTHS_FILE,
+    TOKENS_FIELD,
+    DatasetInfo,
+    Split,
+    TokenDataset,
+)
+from dualtrain.errors import UserError
+
+SHARD_BYTES = 1 << 26
+_PICKED = 100
+_SHOWN_EVERY = 1000
+
+
+def import_ahead(module: str) -> None:
+    """Import a module in the background: ``streaming`` brings torch and transformers, seconds."""
+
+    def work() -> None:
+        # Whoever imports it next meets the same error, and reports it.
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+
+    # Not a daemon: a process that ends in the middle of torch's initialisation aborts.
+    threading.Thread(target=work, name=f"import-{module}").start()
+
+
+def write_split(
+    directory: Path,
+    split: Split,
+    documents: Iterable[np.ndarray],
+    lengths: np.ndarray,
+    *,
+    dtype: str,
+    report: Report,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``.
+
+    Args:
+        directory: Of the dataset that is being made.
+        split: Which part.
+        documents: Each (tokens,) of `dtype`, in order.
+        lengths: (documents,) int64, tokens of each.
+        dtype: ``uint16`` or ``uint32``.
+        report: Told how far it is.
+        shard_bytes: Largest size of a shard.
+    """
+    from streaming import MDSWriter
+
+    # Not as a context manager: that would write an index over whatever is there on an error.
+    writer = MDSWriter(
+        columns={TOKENS_FIELD: f"ndarray:{dtype}"},
+        out=str(directory / split),
+        hashes=["sha256"],
+        size_limit=shard_bytes,
+    )
+    for number, tokens in enumerate(documents):
+        writer.write({TOKENS_FIELD: tokens})
+        if number % _SHOWN_EVERY == 0:
+            report.show(Progress(f"writing {split}", number, len(lengths), "documents"))
+    writer.finish()
+    np.save(directory / split / LENGTHS_FILE, lengths)
+
+
+def check_split(
+    directory: Path, split: Split, info: DatasetInfo, read: Iterable[tuple[int, np.ndarray]]
+) -> None:
+    """Check what was written: every shard's size, and some documents against their tokens.
+
+    Args:
+        directory: Of the dataset that is being made.
+        split: Which part.
+        info: Its facts; the file need not be there yet.
+        read: Documents to compare: (number in the split, tokens).
+
+    Raises:
+        UserError: Something reads back differently.
+    """
+    dataset = TokenDataset(directory, split, info)
+    dataset.check_shards()
+    dataset.check_documents()
+    for document, tokens in read:
+        if not np.array_equal(dataset.read(document), tokens):
+            raise UserError(
+                str(dataset.shard_of(document)),
+                f"document {document} reads back differently from what was written",
+                hint="check the disk",
+            )
+
+
+def picked_documents(count: int) -> np.ndarray:
+    """Numbers of at most a hundred documents spread over a split, to be read back."""
+    return np.unique(np.linspace(0, count - 1, _PICKED).astype(np.int64))

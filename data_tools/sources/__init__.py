@@ -1,0 +1,18 @@
+"""Sources of text: files of many kinds, standard input and the embedded corpus.
+
+:func:`open_sources` finds them; a :class:`Source` delivers blocks, which deliver documents.
+"""
+
+from data_tools.sources.documents import Block, Document, Problem, Source
+from data_tools.sources.files import BUILTIN, PYTHON_DOCS
+from data_tools.sources.find import open_sources
+
+__all__ = [
+    "BUILTIN",
+    "PYTHON_DOCS",
+    "Block",
+    "Document",
+    "Problem",
+    "Source",
+    "open_sources",
+]

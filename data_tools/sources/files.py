@@ -1,0 +1,136 @@
+"""Files of bytes and standard input: which kind of content is cut in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from data_tools.python_docs import python_docs
+from data_tools.sources.compression import BrokenFile, Content
+from data_tools.sources.documents import Document, Failure, Piece, Problem, Reader, Texts
+from data_tools.sources.json_files import json_lines_pieces, json_pieces
+from data_tools.sources.text_files import text_pieces
+from dualtrain.data.dataset import SourceFile
+from dualtrain.errors import UserError
+
+BUILTIN = "builtin:"
+PYTHON_DOCS = BUILTIN + "python-docs"
+STDIN_NAME = "standard input"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How content is read."""
+
+    text_field: str
+    separator: str | None
+    block_bytes: int
+
+
+class ByteReader(Reader):
+    """Reads ``.txt``, ``.jsonl`` and ``.json``, compressed or not.
+
+    Args:
+        file: Name and size.
+        open_raw: Opens the content for reading bytes.
+        kind: ``txt``, ``jsonl`` or ``json``.
+        compression: As of :class:`Content`.
+        options: How content is read.
+    """
+
+    def __init__(
+        self,
+        file: SourceFile,
+        open_raw: Callable[[], AbstractContextManager[IO[bytes]]],
+        *,
+        kind: str,
+        compression: str | None,
+        options: Options,
+    ) -> None:
+        self.file = file
+        self._open_raw = open_raw
+        self._kind = kind
+        self._compression = compression
+        self._options = options
+
+    def pieces(self) -> Iterator[tuple[Piece, int]]:
+        used = 0
+        try:
+            with self._open_raw() as raw:
+                content = Content(
+                    raw, self._compression, chunk_bytes=min(1 << 20, self._options.block_bytes)
+                )
+                for piece in self._cut(content):
+                    used = content.position
+                    yield piece, used
+            return
+        except BrokenFile as error:
+            problem = Problem.at(error.kind, self.file.path, error.what, hint=error.hint)
+        except OSError as error:
+            what = f"cannot be read: {error.strerror or error}"
+            problem = Problem.at("unreadable file", self.file.path, what)
+        yield Failure(problem), max(used, self.file.bytes)
+
+    def _cut(self, content: Content) -> Iterator[Piece]:
+        chunks = iter(content)
+        first = next(chunks, None)
+        if first is None:
+            raise BrokenFile("empty file", "has no content")
+        chunks = chain([first], chunks)
+        name, options = self.file.path, self._options
+        size, field = options.block_bytes, options.text_field
+        if self._kind == "txt":
+            return text_pieces(chunks, name, separator=options.separator, block_bytes=size)
+        cut = json_pieces if self._kind == "json" else json_lines_pieces
+        return cut(chunks, name, field=field, block_bytes=size)
+
+
+def file_reader(path: Path, *, kind: str, compression: str | None, options: Options) -> ByteReader:
+    """Read a file on disk."""
+    return ByteReader(
+        SourceFile(path=str(path), bytes=path.stat().st_size),
+        lambda: path.open("rb"),
+        kind=kind,
+        compression=compression,
+        options=options,
+    )
+
+
+class StandardInput(ByteReader):
+    """Reads a stream that comes once, of unknown size, compressed or not."""
+
+    def __init__(self, stream: IO[bytes], *, kind: str, options: Options) -> None:
+        self._is_read = False
+        super().__init__(
+            SourceFile(path=STDIN_NAME, bytes=0),
+            lambda: nullcontext(stream),
+            kind=kind,
+            compression="detect",
+            options=options,
+        )
+
+    def pieces(self) -> Iterator[tuple[Piece, int]]:
+        if self._is_read:
+            raise UserError(STDIN_NAME, "can be read only once", hint="save it to a file first")
+        self._is_read = True
+        yield from super().pieces()
+
+
+class PythonDocs(Reader):
+    """The embedded corpus of :mod:`data_tools.python_docs`."""
+
+    def __init__(self) -> None:
+        from platform import python_version
+
+        size = sum(len(text.encode()) for _, text in python_docs())
+        self.file = SourceFile(path=f"{PYTHON_DOCS}, Python {python_version()}", bytes=size)
+
+    def pieces(self) -> Iterator[tuple[Piece, int]]:
+        used = 0
+        for name, text in python_docs():
+            used += len(text.encode())
+            yield Texts((Document(text, f"{PYTHON_DOCS}: {name}"),)), used

@@ -1,0 +1,406 @@
+"""Reading datasets in object stores, on a local S3 server and in directories."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_support import distinct_documents, write_dataset
+from s3_support import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
+
+from data_tools.remote import upload_dataset
+from dualtrain.data.batches import TrainingData, ValidationData
+from dualtrain.data.dataset import TokenDataset
+from dualtrain.data.locks import locked
+from dualtrain.data.remote import MissingRemoteFile, Remote, fetch_facts, fetch_info
+from dualtrain.data.shard_cache import ShardCache
+from dualtrain.errors import UserError
+
+LIMIT = 2500
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hashed_dataset(tmp_path_factory.mktemp("original") / "data")
+
+
+@pytest.fixture(scope="module")
+def url(server: str, original: Path) -> str:
+    url = new_bucket()
+    upload_dataset(original, url)
+    return url
+
+
+@pytest.fixture
+def own_url(original: Path) -> str:
+    """For tests that spoil what is there."""
+    url = new_bucket()
+    upload_dataset(original, url)
+    return url
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualtrain.data.remote._WAITS_S", (0.0, 0.0))
+
+
+def opened(url: str, path: Path, split="train", **settings) -> TokenDataset:
+    fetch_facts(url, path)
+    return TokenDataset.open(path, split, source=ShardCache(url, path, **settings))
+
+
+def shards_in(path: Path) -> dict[str, int]:
+    """Bytes of every shard, whole or coming in, as they are at one moment."""
+    found: dict[str, int] = {}
+    # Nothing is removed or begun while we hold the lock; what is coming in only grows.
+    with locked(path / ".remote" / "room.lock"):
+        for folder, _, names in os.walk(path):
+            inside = Path(folder).relative_to(path).parts
+            for name in names if inside[-1:] != ("locks",) else ():
+                with contextlib.suppress(FileNotFoundError):
+                    if ".mds" in name:
+                        found["/".join([*inside[-1:], name])] = Path(folder, name).stat().st_size
+    return found
+
+
+def remove(url: str, name: str) -> None:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    s3_client().delete_object(Bucket=bucket, Key=f"{prefix}/{name}")
+
+
+def put(url: str, name: str, content: bytes) -> None:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    s3_client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+
+
+@pytest.mark.parametrize("limit", [None, LIMIT, 1200])
+def test_batches_are_those_of_the_same_dataset_on_disk(
+    url: str, original: Path, tmp_path: Path, limit: int | None
+) -> None:
+    def training(dataset: TokenDataset) -> TrainingData:
+        return TrainingData(
+            dataset,
+            sequence_length=48,
+            micro_batch=4,
+            seed=5,
+            unique_tokens=1800,
+            alpha=Fraction(1, 2),
+        )
+
+    remote = opened(url, tmp_path / "copy", limit_bytes=limit)
+    mine, theirs = training(remote), training(TokenDataset.open(original))
+    for stream in ("ar", "diffusion"):
+        for first in range(0, 60, 4):
+            got, expected = mine.batch(stream, first), theirs.batch(stream, first)
+            assert torch.equal(got.tokens, expected.tokens)
+            assert torch.equal(got.document_ids, expected.document_ids)
+            assert got.documents == expected.documents
+    held_out = [
+        ValidationData(dataset, sequence_length=16).batch(0, 5).tokens
+        for dataset in (
+            TokenDataset.open(tmp_path / "copy", "val", source=remote._source),
+            TokenDataset.open(original, "val"),
+        )
+    ]
+    assert torch.equal(*held_out)
+    remote.close()
+
+
+def test_only_what_is_read_is_fetched(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    dataset = opened(url, path)
+    assert not shards_in(path), "opening needs no shard"
+    assert dataset.read(0).tolist() == distinct_documents(LENGTHS)[0]
+    assert list(shards_in(path)) == ["train/shard.00000.mds"]
+
+
+def test_next_shards_come_ahead_and_all_of_them_in_the_background(
+    url: str, original: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy"
+    dataset = opened(url, path)
+    dataset.prepare([0, dataset.documents - 1])
+    wait_for(lambda: len(shards_in(path)) == 2)
+    dataset.prepare_all(dataset.documents)
+    wait_for(lambda: len(shards_in(path)) == len(dataset.shards))
+    dataset.close()
+    for shard in dataset.shards:
+        assert (path / "train" / shard.name).read_bytes() == (
+            original / "train" / shard.name
+        ).read_bytes()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "nothing comes"
+        time.sleep(0.01)
+
+
+READER = """
+import random, sys, time
+import numpy as np
+from dualtrain.data.dataset import TokenDataset
+from dualtrain.data.remote import fetch_facts
+from dualtrain.data.shard_cache import ShardCache
+from streaming.base.storage.download import LocalDownloader
+copy_file = LocalDownloader._download_file_impl
+def slowly(*arguments):
+    copy_file(*arguments)
+    time.sleep(0.01)  # so that downloads overlap
+LocalDownloader._download_file_impl = slowly
+url, path, reader, *limits = sys.argv[1:]
+for limit in limits:
+    copy = f"{path}-{limit}"
+    fetch_facts(url, copy)
+    cache = ShardCache(url, copy, limit_bytes=int(limit), reader=int(reader), readers=2)
+    dataset = TokenDataset.open(copy, source=cache)
+    order = random.Random(reader).sample(range(dataset.documents), dataset.documents)
+    total = 0
+    for i, document in enumerate(order):
+        dataset._recent.clear()
+        dataset.prepare(order[i : i + 4])
+        total += int(dataset.read(document).astype(np.int64).sum()) * (document + 1)
+    dataset.close()
+    print(total)
+"""
+
+
+def test_two_processes_never_hold_more_than_the_limit(original: Path, tmp_path: Path) -> None:
+    """Also when there is room for one shard only, and they want different ones."""
+    limits = (LIMIT, 1200)
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    command = [sys.executable, str(script), str(original), str(tmp_path / "copy")]
+    readers = [
+        subprocess.Popen([*command, str(n), *map(str, limits)], stdout=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    largest = dict.fromkeys(limits, 0)
+    while any(reader.poll() is None for reader in readers):
+        for limit in limits:
+            copy = tmp_path / f"copy-{limit}"
+            if (copy / "dataset.json").exists():
+                largest[limit] = max(largest[limit], sum(shards_in(copy).values()))
+        time.sleep(0.001)
+    expected = sum(sum(tokens) * (i + 1) for i, tokens in enumerate(distinct_documents(LENGTHS)))
+    for reader in readers:
+        assert reader.communicate()[0].split() == [str(expected)] * 2
+    for limit in limits:
+        assert limit / 2 < largest[limit] <= limit
+    assert sum(2 * n for n in LENGTHS) > LIMIT, "or there would be nothing to remove"
+
+
+def test_each_shard_is_fetched_once(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    download = Remote.download
+
+    def count(self: Remote, name: str, into: Path, **expected) -> None:
+        fetched.append(name)
+        download(self, name, into, **expected)
+
+    fetch_facts(url, tmp_path / "copy")
+    monkeypatch.setattr(Remote, "download", count)
+    ranks = [opened(url, tmp_path / "copy", reader=n, readers=3) for n in range(3)]
+    fetched.clear()
+
+    def read_all(dataset: TokenDataset) -> None:
+        for first in range(0, dataset.documents, 6):
+            documents = range(first, min(first + 6, dataset.documents))
+            dataset.prepare(documents)
+            assert all(len(dataset.read(d)) == LENGTHS[d] for d in documents)
+        finished.append(dataset)
+
+    finished: list[TokenDataset] = []
+    threads = [threading.Thread(target=read_all, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(finished) == 3
+    assert sorted(fetched) == [f"train/{shard.name}" for shard in ranks[0].shards]
+
+
+def test_least_recently_read_goes_first(original: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    fetch_facts(str(original), path)
+    sizes = [shard.bytes for shard in TokenDataset.open(original).shards]
+    dataset = opened(str(original), path, limit_bytes=sum(sizes[:3]) + max(sizes))
+    first = [0, *np.cumsum([shard.documents for shard in dataset.shards]).tolist()]
+    for shard in (0, 1, 2, 0):
+        dataset._recent.clear()
+        dataset.read(first[shard])
+        time.sleep(0.01)
+    assert len(shards_in(path)) == 3
+    for shard in (3, 4):
+        dataset.read(first[shard])
+    assert "train/shard.00001.mds" not in shards_in(path)
+    assert "train/shard.00000.mds" in shards_in(path), "read after shard 1"
+
+
+def test_missing_shard_is_named_where_it_is_read(own_url: str, tmp_path: Path) -> None:
+    remove(own_url, "train/shard.00001.mds")
+    dataset = opened(own_url, tmp_path / "copy")
+    document = dataset.shards[0].documents
+    dataset.prepare([0, document])
+    assert len(dataset.read(0)) == LENGTHS[0], "the other shard is unharmed"
+    with pytest.raises(UserError, match="is not there") as caught:
+        dataset.read(document)
+    assert caught.value.where == f"{own_url}/train/shard.00001.mds"
+    dataset.prepare_all(dataset.documents)
+    with pytest.raises(UserError, match="is not there"):
+        dataset.read(document)
+
+
+def test_damaged_shard_on_the_server(own_url: str, original: Path, tmp_path: Path) -> None:
+    content = bytearray((original / "train" / "shard.00000.mds").read_bytes())
+    content[-1] ^= 1
+    put(own_url, "train/shard.00000.mds", bytes(content))
+    dataset = opened(own_url, tmp_path / "copy")
+    with pytest.raises(UserError, match="shard.00000.mds: is damaged: its sha256 is"):
+        dataset.read(0)
+    put(own_url, "train/shard.00000.mds", bytes(content[:-3]))
+    with pytest.raises(UserError, match=f"has {len(content) - 3} bytes.*{len(content)}"):
+        dataset.read(0)
+    assert not shards_in(tmp_path / "copy"), "nothing of it stays"
+    put(own_url, "train/shard.00000.mds", (original / "train" / "shard.00000.mds").read_bytes())
+    assert dataset.read(0).tolist() == distinct_documents(LENGTHS)[0]
+
+
+def test_truncated_local_shard_is_fetched_again(url: str, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    opened(url, path).read(0)
+    shard = path / "train" / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert opened(url, path).read(0).tolist() == distinct_documents(LENGTHS)[0]
+
+
+def test_what_a_killed_process_left_is_cleared_up(original: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    dataset = opened(str(original), path, limit_bytes=LIMIT)
+    for shard in dataset.shards[:4]:
+        left = path / ".remote" / "incoming" / f"train~{shard.name}~{shard.bytes}"
+        left.mkdir()
+        (left / "partial").write_bytes(bytes(300))
+    assert dataset.read(0).tolist() == distinct_documents(LENGTHS)[0]
+    assert list(left.parent.iterdir()) == []
+
+
+def test_failures_that_pass_are_tried_again(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streaming.base.storage.download import S3Downloader
+
+    download, failures = S3Downloader._download_file_impl, [ConnectionError("reset")] * 2
+
+    def fail_twice(self: S3Downloader, remote: str, local: str, timeout: float) -> None:
+        if remote.endswith(".mds") and failures:
+            Path(local).write_bytes(b"half")
+            raise failures.pop()
+        download(self, remote, local, timeout)
+
+    dataset = opened(url, tmp_path / "copy")
+    monkeypatch.setattr(S3Downloader, "_download_file_impl", fail_twice)
+    assert dataset.read(0).tolist() == distinct_documents(LENGTHS)[0]
+    assert not failures
+    failures += [ConnectionError("reset")] * 3
+    with pytest.raises(UserError, match="cannot be fetched: ConnectionError: reset") as caught:
+        dataset.read(dataset.documents - 1)
+    assert caught.value.where == f"{url}/train/{dataset.shards[-1].name}"
+
+
+def test_a_copy_of_another_dataset_is_refused(url: str, original: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", [[17, 18]])
+    before = sorted(file for file in other.rglob("*"))
+    with pytest.raises(UserError, match="holds another dataset than s3://") as caught:
+        fetch_facts(url, other)
+    assert caught.value.where == str(other)
+    assert [f for f in sorted(other.rglob("*")) if ".remote" not in str(f)] == before
+    (other / "dataset.json").unlink()
+    with pytest.raises(UserError, match="has shards but no dataset.json"):
+        fetch_facts(url, other)
+    with pytest.raises(UserError, match="is data.path itself"):
+        fetch_facts(f"file://{original}", original)
+
+
+def test_nothing_there_and_nobody_there(
+    url: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch_info(f"{url}/nowhere") is None
+    with pytest.raises(MissingRemoteFile, match="nowhere/dataset.json: is not there"):
+        fetch_facts(f"{url}/nowhere", tmp_path / "nothing")
+    with pytest.raises(UserError, match="not a place that datasets can be fetched from"):
+        fetch_info("nosuch://bucket/data")
+    whole = shutil.copytree(original, tmp_path / "whole")
+    partial = tmp_path / "partial"
+    opened(url, partial).read(0)
+    monkeypatch.setattr("dualtrain.data.remote.Remote._fetch", unreachable)
+    with pytest.raises(UserError, match="no connection"):
+        fetch_info(url)
+    with pytest.raises(UserError, match="no connection"):
+        fetch_facts(url, partial)
+    fetch_facts(url, whole)  # all shards are there
+    assert len(TokenDataset.open(whole).read(0)) == LENGTHS[0]
+
+
+def unreachable(self: Remote, name: str, into: Path) -> UserError:
+    return UserError(f"{self.url}/{name}", "no connection")
+
+
+def test_interrupted_facts_are_completed(url: str, original: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    fetch_facts(url, path)
+    for name in ("dataset.json", "train/index.json", "val/lengths.npy", "tokenizer.json"):
+        content = (path / name).read_bytes()
+        assert content == (original / name).read_bytes()
+        (path / name).unlink()
+        fetch_facts(url, path)
+        assert (path / name).read_bytes() == content
+
+
+def test_limits_that_cannot_be_kept(original: Path, tmp_path: Path) -> None:
+    path, url = tmp_path / "copy", str(original)
+    largest = max(
+        s.bytes for split in ("train", "val") for s in TokenDataset.open(url, split).shards
+    )
+    fetch_facts(url, path)
+    ShardCache(url, path, limit_bytes=largest)
+    with pytest.raises(UserError, match=rf"\({largest - 1:,} bytes\).*of {largest:,} bytes"):
+        ShardCache(url, path, limit_bytes=largest - 1)
+    whole = shutil.copytree(original, tmp_path / "whole")
+    fetch_facts(url, whole)
+    before = shards_in(whole)
+    with pytest.raises(UserError, match="would remove shards of .*whole"):
+        ShardCache(url, whole, limit_bytes=LIMIT)
+    assert shards_in(whole) == before
+    unlimited = opened(url, path)
+    unlimited.prepare_all(unlimited.documents)
+    wait_for(lambda: sum(shards_in(path).values()) > LIMIT)
+    unlimited.close()
+    ShardCache(url, path, limit_bytes=LIMIT)
+    assert sum(shards_in(path).values()) <= LIMIT, "a lower limit than before holds at once"
+
+
+def test_unwritable_copy(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot hold a copy of the dataset"):
+        fetch_facts(str(original), tmp_path / "file" / "copy")

@@ -1,0 +1,119 @@
+"""Whatever ends a conversion, its place holds nothing or a whole dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from convert_support import write_jsonl
+
+from data_tools import shards
+from data_tools.convert import build_dataset
+from data_tools.tokenizer import Tokenizer
+from data_tools.verify import verify_dataset
+from dualtrain.data.dataset import DatasetInfo
+from dualtrain.errors import UserError
+from dualtrain.recipe.schema import BuildSection
+
+TESTS = Path(__file__).parent.parent
+TEXTS = [f"Text {i} of some that are all different: {i * i}" for i in range(200)]
+
+
+def test_kills_at_random_moments() -> None:
+    """`python tests/kill_conversions.py` does the same with more trials, and says so in full."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "kill_conversions.py"), "--trials", "6", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] >= 6 and found["went_on"] >= 3 and len(found["stages"]) >= 3
+
+
+def test_error_while_writing_leaves_no_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MDSWriter as a context manager writes a valid index over partial data; ours must not."""
+    import streaming
+
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    build = BuildSection(source=str(corpus), vocab_size=300, val_fraction=0.2)
+    written = []
+    write = streaming.MDSWriter.write
+
+    def fail(writer: object, sample: dict[str, np.ndarray]) -> None:
+        if len(written) == 50:
+            raise RuntimeError("in the writer")
+        written.append(sample)
+        write(writer, sample)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.MDSWriter, "write", fail)
+        with pytest.raises(RuntimeError, match="in the writer"):
+            build_dataset(build, tmp_path / "data", shard_bytes=500)
+    assert list(tmp_path.rglob("*.mds")), "some shards were written"
+    assert not list(tmp_path.rglob("index.json")) and not (tmp_path / "data").exists()
+    build_dataset(build, tmp_path / "data")
+    verify_dataset(tmp_path / "data")
+
+
+def test_what_reads_back_differently_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    build = BuildSection(source=str(corpus), vocab_size=300, val_fraction=0.2)
+    write = shards.write_split
+
+    def damage(directory: Path, split: str, *args: object, **options: object) -> None:
+        write(directory, split, *args, **options)  # type: ignore[arg-type]
+        shard = directory / split / "shard.00000.mds"
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.convert.write_split", damage)
+        with pytest.raises(UserError, match="reads back differently"):
+            build_dataset(build, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_killed_worker_is_an_error_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [" ".join(TEXTS) for _ in range(2000)])
+    Tokenizer.train(TEXTS, 300).save(tmp_path / "tokenizer.json")
+    command = [sys.executable, "-m", "dualtrain", "data", "convert", str(corpus)]
+    command += ["--out", str(tmp_path / "data"), "--workers", "2"]
+    command += ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    # The large documents are all the same, which alone could not be divided.
+    with corpus.open("a") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    worker = wait_for_worker(process)
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "a worker process died" in said and "Traceback" not in said
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "going on" in again.stderr, again.stderr
+    splits = DatasetInfo.load(tmp_path / "data").splits
+    assert sum(split.documents for split in splits.values()) == 2200
+
+
+def wait_for_worker(process: subprocess.Popen) -> int:
+    """The number of a process that encodes, once it has started to."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        for child in psutil.Process(process.pid).children():
+            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
+                return child.pid
+        time.sleep(0.01)
+    raise AssertionError("no worker encodes")

@@ -149,10 +149,7 @@ class _Conversion:
 
     def run(self, workers: int | None, shard_bytes: int) -> DatasetInfo:
         self._prepare()
-        count = workers or _default_workers(self._source)
-        if count > 1:
-            import_ahead("streaming")
-        with Workers(count) as encoders:
+        with Workers(workers or _default_workers(self._source)) as encoders:
             tokenizer = self._tokenizer()
             dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
             spool = self._encode(tokenizer, dtype, encoders)
@@ -267,7 +264,9 @@ class _Conversion:
             )
             blocks = islice(self._source.blocks(), spool.state.blocks, None)
             try:
-                for result in encoders.encode(blocks, encoding):
+                for number, result in enumerate(encoders.encode(blocks, encoding)):
+                    if number == 0 and encoders.are_processes:
+                        import_ahead("streaming")  # this process has little else to do now
                     if result.problems and self._build.on_error == "stop":
                         raise result.problems[0].error
                     spool.add(result)

@@ -178,6 +178,7 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
+        self.are_processes = count > 1
         self._count = count
         self._workers = [_Worker() for _ in range(count)] if count > 1 else []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()

@@ -1,6 +1,7 @@
 """``dualtrain data convert`` against the straightforward pipeline, and its memory by corpus size.
 
     python tests/benchmarks/convert.py [--source FILE] [--megabytes 50] [--pairs 3]
+    python tests/benchmarks/convert.py --scaling [--source FILE] [--megabytes 500] [--pairs 3]
     python tests/benchmarks/convert.py --memory 50 500 [--source FILE]
 
 The straightforward pipeline is what one would write without dualtrain: one process that reads JSON
@@ -154,6 +155,25 @@ def compare(source: str, megabytes: float, pairs: int, folder: Path) -> None:
     print(f"{statistics.median(scaling):.2f} x from 1 to 2 workers")
 
 
+def scale(source: str, megabytes: float, pairs: int, folder: Path) -> None:
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer.json"
+    size = write_corpus(source, megabytes, corpus) / 1e6
+    write_tokenizer(source, tokenizer)
+    print("| pair | 1 worker | 2 workers | ratio | core time |")
+    print("|---|---|---|---|---|")
+    ratios = []
+    for pair in range(pairs):
+        one = convert(corpus, tokenizer, folder / f"one{pair}", 1)
+        two = convert(corpus, tokenizer, folder / f"two{pair}", 2)
+        ratios.append(one.seconds / two.seconds)
+        print(
+            f"| {pair} | {size / one.seconds:.2f} MB/s | {size / two.seconds:.2f} MB/s "
+            f"| {ratios[-1]:.2f} | {one.core_seconds:.1f} and {two.core_seconds:.1f} s |",
+            flush=True,
+        )
+    print(f"\nmedian: {statistics.median(ratios):.2f} x")
+
+
 def memory(source: str, sizes: list[float], folder: Path) -> None:
     tokenizer = folder / "tokenizer.json"
     write_tokenizer(source, tokenizer)
@@ -178,6 +198,7 @@ def main() -> None:
     parser.add_argument("--source", default="builtin:python-docs")
     parser.add_argument("--megabytes", type=float, default=50)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--scaling", action="store_true", help="only 1 worker against 2")
     parser.add_argument("--memory", type=float, nargs="+", help="corpus sizes in megabytes")
     parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,6 +208,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
             memory(options.source, options.memory, Path(folder))
+        elif options.scaling:
+            scale(options.source, options.megabytes, options.pairs, Path(folder))
         else:
             compare(options.source, options.megabytes, options.pairs, Path(folder))
 

@@ -234,7 +234,8 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
 def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: int | None) -> None:
     """Make a dataset on this machine and upload it, unless it is there."""
     from data_tools.accept import check_made_alike
-    from data_tools.remote import fetch_info, upload_dataset
+    from data_tools.remote import check_destination, fetch_info, upload_dataset
+    from dualtrain.data.locks import locked
 
     there = fetch_info(url)
     if there is not None:
@@ -242,17 +243,37 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
         print_facts(url, there)
         say(f"{url} is there already, made with the same settings")
         return
+    check_destination(url)  # before hours of work
     path = local or _upload_directory(url)
-    build_with_view(build, path, workers=workers)
-    with View() as view:
-        upload_dataset(
-            path,
-            url,
-            progress=lambda done, total: view.show(Progress("uploading", done, total, "bytes")),
-        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent / f".{path.name}.upload.lock", remove=True):
+        if local is None and _holds_another(path, build):
+            say(f"{path}, left by an unfinished upload of something else, is removed")
+            shutil.rmtree(path)
+        build_with_view(build, path, workers=workers)
+        with View() as view:
+            upload_dataset(
+                path,
+                url,
+                progress=lambda done, total: view.show(Progress("uploading", done, total, "bytes")),
+            )
+        if local is None:
+            shutil.rmtree(path)
     say(f"uploaded to {url}")
-    if local is None:
-        shutil.rmtree(path)
+
+
+def _holds_another(path: Path, build: BuildSection) -> bool:
+    """Whether there is a dataset that was made differently."""
+    from data_tools.accept import check_made_alike
+    from dualtrain.data.dataset import DatasetInfo
+
+    if not path.exists():
+        return False
+    try:
+        check_made_alike(str(path), DatasetInfo.load(path), build)
+    except UserError:
+        return True
+    return False
 
 
 def _upload_directory(url: str) -> Path:

@@ -64,7 +64,8 @@ def choose_documents(
         left_out["duplicate"] += int((~is_first).sum())
         kept = kept[is_first]
     if not len(kept):
-        raise UserError(where, "no documents are left", "some text")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        raise UserError(where, f"no documents are left: {reasons or 'there are none'}", "some text")
     held_out, unused = _held_out(lengths[kept], hashes[kept], options, where)
     if unused.any():
         left_out["held out beyond val_tokens"] += int(unused.sum())

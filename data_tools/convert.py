@@ -49,6 +49,7 @@ from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 _KEY_FILE = "conversion.json"
+_GOES_ON = "the same command goes on from there"
 _WORKERS_FROM_BYTES = 8 * 2**20
 
 
@@ -90,10 +91,15 @@ def build_dataset(
         with locked_place(path, report):
             if (path / DATASET_FILE).exists():
                 return _accept(path, build)
+            # An error in what is asked for comes before what an interrupted conversion left is
+            # looked at, and leaves it alone.
+            conversion = _Conversion(build, partial, report, stdin or sys.stdin.buffer)
             try:
-                conversion = _Conversion(build, partial, report, stdin or sys.stdin.buffer)
                 info = conversion.run(workers, shard_bytes)
                 publish(conversion.dataset, path)
+            except KeyboardInterrupt:
+                report.say(f"interrupted: what is done is kept in {partial}; {_GOES_ON}")
+                raise
             except WorkerDiedError:
                 raise
             except UserError:
@@ -108,7 +114,7 @@ def build_dataset(
 def _disk_error(error: OSError, path: Path, partial: Path) -> UserError:
     hint = ""
     if partial.exists():
-        hint = f"what is done is kept in {partial}: the same command goes on from there"
+        hint = f"what is done is kept in {partial}; {_GOES_ON}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         hint = f"make room; {hint}" if hint else "make room"
     place = str(error.filename or path)
@@ -167,6 +173,7 @@ class _Conversion:
                 split,
                 documents,
                 lengths[order],
+                table["bytes"][order].astype(np.int64),
                 dtype=dtype,
                 report=self._report,
                 shard_bytes=shard_bytes,
@@ -263,6 +270,7 @@ class _Conversion:
                 self._build.max_characters,
             )
             blocks = islice(self._source.blocks(), spool.state.blocks, None)
+            self._show_encoding(spool.state)
             try:
                 for number, result in enumerate(encoders.encode(blocks, encoding)):
                     if number == 0 and encoders.are_processes:

@@ -17,6 +17,7 @@ from data_tools.tokenizer import Tokenizer
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,
+    TEXT_BYTES_FILE,
     TOKENIZER_FILE,
     DatasetInfo,
     Split,
@@ -179,16 +180,13 @@ class _Merge:
         return found
 
     def _facts(self, split: Split, documents: _Documents, kept: np.ndarray) -> SplitInfo:
-        total = sum(info.splits[split].bytes for info in self._infos)
-        # The bytes of a single document are not stored; its tokens give the text back.
-        for number in np.flatnonzero(~kept).tolist():
-            total -= len(self._tokenizer.decode(documents.read(number).tolist()).encode())
         if not kept.any():
             raise UserError(
                 ", ".join(map(str, self._paths)), f"no documents are left for {split}", "some"
             )
         tokens = int(documents.lengths[kept].sum())
-        return SplitInfo(documents=int(kept.sum()), tokens=tokens, bytes=total)
+        size = int(documents.text_bytes[kept].sum())
+        return SplitInfo(documents=int(kept.sum()), tokens=tokens, bytes=size)
 
     def _info(self, facts: dict[Split, SplitInfo]) -> DatasetInfo:
         first = self._infos[0]
@@ -227,6 +225,7 @@ class _Merge:
             split,
             map(documents.read, kept.tolist()),
             documents.lengths[kept],
+            documents.text_bytes[kept],
             dtype=info.dtype,
             report=self._report,
             shard_bytes=self._shard_bytes,
@@ -243,6 +242,7 @@ class _Documents:
         self._datasets = [TokenDataset.open(path, split) for path in paths]
         self._ends = np.cumsum([dataset.documents for dataset in self._datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in self._datasets])
+        self.text_bytes = np.concatenate([_text_bytes(dataset) for dataset in self._datasets])
 
     def read(self, number: int) -> np.ndarray:
         which = int(np.searchsorted(self._ends, number, side="right"))
@@ -255,3 +255,22 @@ def _is_first(hashes: np.ndarray) -> np.ndarray:
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first
+
+
+def _text_bytes(dataset: TokenDataset) -> np.ndarray:
+    """(documents,) int64, the bytes of each document's text."""
+    file = dataset.directory / TEXT_BYTES_FILE
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            str(file), f"cannot be read: {error}", hint="make the dataset again with data convert"
+        ) from None
+    if found.shape != (dataset.documents,) or int(found.sum()) != dataset.facts.bytes:
+        raise UserError(
+            str(file),
+            f"holds {found.size:,} numbers that add up to {int(found.sum()):,}",
+            f"{dataset.documents:,} that add up to {dataset.facts.bytes:,} as in {DATASET_FILE}",
+            "make the dataset again with data convert",
+        )
+    return found

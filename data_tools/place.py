@@ -19,8 +19,11 @@ from dualtrain.errors import UserError
 
 
 def absolute(path: str | Path) -> Path:
-    """The path with ``~`` and the current directory filled in; links stay as they are."""
-    return Path(os.path.abspath(Path(path).expanduser()))
+    """The path itself: with ``~`` and the current directory filled in, and links followed.
+
+    A dataset is moved to its place in the end, and nothing can be moved over a link.
+    """
+    return Path(path).expanduser().resolve()
 
 
 @contextmanager
@@ -31,6 +34,13 @@ def locked_place(path: Path, report: Report) -> Iterator[None]:
         UserError: Something else is there.
         OSError: The directory above cannot be written.
     """
+    if path.is_mount():
+        raise UserError(
+            str(path),
+            "is where a volume is mounted, and a whole dataset cannot be moved there",
+            "a directory in it",
+            f"give {path / 'data'}, for example",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
     waiting = Progress("waiting for another conversion", 0, 0, "documents")

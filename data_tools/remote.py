@@ -19,6 +19,7 @@ from dualtrain.data.dataset import (
     INDEX_FILE,
     LEFT_OUT_FILE,
     LENGTHS_FILE,
+    TEXT_BYTES_FILE,
     DatasetInfo,
 )
 from dualtrain.data.remote import fetch_info
@@ -27,7 +28,7 @@ from dualtrain.errors import UserError
 if TYPE_CHECKING:
     from streaming.base.storage import CloudUploader
 
-__all__ = ["fetch_info", "is_remote", "upload_dataset"]
+__all__ = ["check_destination", "fetch_info", "is_remote", "upload_dataset"]
 
 Report = Callable[[int, int], None]
 
@@ -38,6 +39,11 @@ _REPEAT = "nothing is lost here: correct the cause and give the same command aga
 def is_remote(out: str) -> bool:
     """Whether an output is a URL, and not a path."""
     return "://" in out or out.startswith("dbfs:/")
+
+
+def check_destination(remote: str) -> None:
+    """Raise UserError unless something can be uploaded there, as far as its provider tells now."""
+    _open(remote.rstrip("/"))
 
 
 def upload_dataset(local: Path, remote: str, *, progress: Report | None = None) -> None:
@@ -75,7 +81,7 @@ class _Upload:
 
     def __init__(self, remote: str, local: Path, folder: Path) -> None:
         self._remote, self._local = remote, local
-        self._uploader = self._open()
+        self._uploader = _open(remote, local)
         self._prefix = ""
         if remote.startswith("hf://"):
             # streaming 0.13's uploader leaves out the part of the URL below the repository, which
@@ -91,14 +97,14 @@ class _Upload:
             self._uploader.upload_file(self._prefix + name)
         # Every provider's library has its own exceptions, without a common base.
         except Exception as error:
-            raise self._failed(name, error) from error
+            raise _failed(self._remote, name, error, self._local) from error
 
     def check(self, names: list[str]) -> None:
         """Raise UserError unless the files have arrived whole, where the provider can tell."""
         try:
             found = self._sizes()
         except Exception as error:
-            raise self._failed("", error) from error
+            raise _failed(self._remote, "", error, self._local) from error
         if found is None:
             return
         for name in names:
@@ -120,37 +126,39 @@ class _Upload:
         entries = [entry for page in pages for entry in page.get("Contents", [])]
         return {entry["Key"].removeprefix(prefix): entry["Size"] for entry in entries}
 
-    def _open(self) -> CloudUploader:
-        from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
-        if urlparse(self._remote).scheme not in UPLOADERS:
-            known = sorted(name for name in UPLOADERS if name and ":" not in name)
-            raise UserError(
-                self._remote,
-                "is not a place that datasets can be uploaded to",
-                "a path, or a URL that begins with " + ", ".join(f"{name}://" for name in known),
-            )
-        try:
-            # A URL alone, because not every uploader takes a pair; it then makes an empty directory
-            # of its own, which we do without.
-            uploader = CloudUploader.get(
-                self._remote + "/" if self._remote.startswith("hf://") else self._remote,
-                keep_local=True,
-                retry=_TRIES,
-            )
-        except Exception as error:
-            raise self._failed("", error) from error
-        Path(uploader.local).rmdir()
-        return uploader
+def _open(remote: str, local: Path | None = None) -> CloudUploader:
+    from streaming.base.storage.upload import UPLOADERS, CloudUploader
 
-    def _failed(self, name: str, error: Exception) -> UserError:
-        text = " ".join(str(error).split())
-        return UserError(
-            f"{self._remote}/{name}".rstrip("/"),
-            f"cannot be uploaded: {type(error).__name__}: {text}",
-            "a directory in an existing bucket, and the rights to write there",
-            f"the dataset is in {self._local}; {_REPEAT}",
+    if urlparse(remote).scheme not in UPLOADERS:
+        known = sorted(name for name in UPLOADERS if name and ":" not in name)
+        raise UserError(
+            remote,
+            "is not a place that datasets can be uploaded to",
+            "a path, or a URL that begins with " + ", ".join(f"{name}://" for name in known),
         )
+    try:
+        # A URL alone, because not every uploader takes a pair; it then makes an empty directory
+        # of its own, which we do without.
+        uploader = CloudUploader.get(
+            remote + "/" if remote.startswith("hf://") else remote,
+            keep_local=True,
+            retry=_TRIES,
+        )
+    except Exception as error:
+        raise _failed(remote, "", error, local) from error
+    Path(uploader.local).rmdir()
+    return uploader
+
+
+def _failed(remote: str, name: str, error: Exception, local: Path | None) -> UserError:
+    text = " ".join(str(error).split())
+    return UserError(
+        f"{remote}/{name}".rstrip("/"),
+        f"cannot be uploaded: {type(error).__name__}: {text}",
+        "a directory in an existing bucket, and the rights to write there",
+        f"the dataset is in {local}; {_REPEAT}" if local else "nothing is made yet",
+    )
 
 
 def _file_names(local: Path, info: DatasetInfo) -> list[str]:
@@ -161,7 +169,8 @@ def _file_names(local: Path, info: DatasetInfo) -> list[str]:
         shards += [f"{split}/{entry['raw_data']['basename']}" for entry in index["shards"]]
         indexes.append(f"{split}/{INDEX_FILE}")
     lengths = [f"{split}/{LENGTHS_FILE}" for split in info.splits]
-    optional = [LEFT_OUT_FILE] if (local / LEFT_OUT_FILE).exists() else []
+    also = [LEFT_OUT_FILE, *(f"{split}/{TEXT_BYTES_FILE}" for split in info.splits)]
+    optional = [name for name in also if (local / name).exists()]
     return [*shards, *lengths, info.tokenizer_file, *optional, *indexes]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from data_tools.reporting import Progress, Report
 from dualtrain.data.dataset import (
     LENGTHS_FILE,
+    TEXT_BYTES_FILE,
     TOKENS_FIELD,
     DatasetInfo,
     Split,
@@ -42,18 +43,20 @@ def write_split(
     split: Split,
     documents: Iterable[np.ndarray],
     lengths: np.ndarray,
+    text_bytes: np.ndarray,
     *,
     dtype: str,
     report: Report,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``.
+    """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``, ``text_bytes.npy``.
 
     Args:
         directory: Of the dataset that is being made.
         split: Which part.
         documents: Each (tokens,) of `dtype`, in order.
         lengths: (documents,) int64, tokens of each.
+        text_bytes: (documents,) int64, bytes of the text of each.
         dtype: ``uint16`` or ``uint32``.
         report: Told how far it is.
         shard_bytes: Largest size of a shard.
@@ -73,6 +76,7 @@ def write_split(
             report.show(Progress(f"writing {split}", number, len(lengths), "documents"))
     writer.finish()
     np.save(directory / split / LENGTHS_FILE, lengths)
+    np.save(directory / split / TEXT_BYTES_FILE, text_bytes)
 
 
 def check_split(

@@ -6,6 +6,7 @@ journal says how much of the files is valid, so that a killed conversion goes on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -130,8 +131,17 @@ class Spool:
             for document in order.tolist():
                 length = int(lengths[document])
                 offset = (int(ends[document]) - length) * size
-                data = os.pread(stream.fileno(), length * size, offset)
+                data = self._read(stream.fileno(), length * size, offset)
                 yield np.frombuffer(data, dtype=self.dtype)
+
+    def _read(self, descriptor: int, count: int, offset: int) -> bytes:
+        data = os.pread(descriptor, count, offset)
+        while len(data) < count:  # one call gives 2 GiB at most
+            more = os.pread(descriptor, count - len(data), offset + len(data))
+            if not more:
+                raise OSError(errno.EIO, "ends too early", str(self._directory / _TOKENS))
+            data += more
+        return data
 
     def copy_left_out(self, file: Path) -> None:
         """Copy the list of what could not be read to its place in the dataset, if there is any."""

@@ -238,6 +238,13 @@ def _append_special_tokens(json: str, where: str) -> tuple[str, tuple[str, ...]]
 def _refuse_unusable(tokenizer: tokenizers.Tokenizer, where: str) -> None:
     if tokenizer.get_vocab_size(with_added_tokens=False) == 0:
         raise UserError(where, "the tokenizer has no tokens", "a trained tokenizer")
+    if dropout := getattr(tokenizer.model, "dropout", None):
+        raise UserError(
+            where,
+            f"the tokenizer has a dropout of {dropout:g}: it gives other ids each time",
+            "none",
+            'set "dropout" to null in its "model"',
+        )
     try:
         tokenizer.encode("A text.", add_special_tokens=False)
     except Exception as error:  # the library raises nothing more specific

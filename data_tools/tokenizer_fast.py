@@ -57,10 +57,10 @@ class FastEncoder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _prepared(self, text: str) -> list[str]:
+        if self._normalizer is not None and not text.isascii():
+            # Before it is divided: a compatibility form turns one character into several words.
+            text = self._normalizer.normalize_str(text)
         parts = list(segments(text))
-        if self._normalizer is not None:
-            # A segment ends before a space or punctuation that no normal form joins to the left.
-            parts = [p if p.isascii() else self._normalizer.normalize_str(p) for p in parts]
         if self._prefix_space and parts[0] and not parts[0].startswith(" "):
             parts[0] = " " + parts[0]
         return parts
@@ -166,7 +166,7 @@ def token_bytes(token: str) -> bytes:
 
 def _tokens_in_merge_order(model: dict[str, Any]) -> list[str] | None:
     """All 256 bytes, then the results of the merges; None where that is not the whole model."""
-    if model.get("type") != "BPE" or model.get("dropout") or model.get("byte_fallback"):
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None

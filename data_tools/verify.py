@@ -10,10 +10,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from data_tools.reporting import Progress, Report
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
+    TEXT_BYTES_FILE,
     DatasetInfo,
     Shard,
     Split,
@@ -81,6 +84,11 @@ def _total_errors(dataset: TokenDataset) -> Iterator[UserError]:
             str(dataset.directory / LENGTHS_FILE),
             f"adds up to {total:,} tokens",
             f"{dataset.tokens:,} as in {DATASET_FILE}",
+        )
+    file = dataset.directory / TEXT_BYTES_FILE
+    if file.exists() and (total := int(np.load(file).sum())) != dataset.facts.bytes:
+        yield UserError(
+            str(file), f"adds up to {total:,}", f"{dataset.facts.bytes:,} as in {DATASET_FILE}"
         )
 
 

@@ -33,6 +33,8 @@ FORMAT = 1
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 LENGTHS_FILE = "lengths.npy"
+TEXT_BYTES_FILE = "text_bytes.npy"
+"""(documents,) int64, UTF-8 bytes of each document's text: for merging, not for training."""
 INDEX_FILE = "index.json"
 LEFT_OUT_FILE = "left_out.jsonl"
 """What of the sources could not be read, one JSON object (kind, where, what) a line; not needed."""

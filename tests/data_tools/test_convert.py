@@ -294,6 +294,33 @@ def test_source_that_changes_meanwhile(tmp_path: Path, corpus: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
+def test_place_may_be_a_link(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    info = build_dataset(section(corpus), tmp_path / "data")
+    assert DatasetInfo.load(tmp_path / "disk") == info == DatasetInfo.load(tmp_path / "data")
+    assert build_dataset(section(corpus), tmp_path / "data") == info
+
+
+def test_place_where_a_volume_is_mounted(corpus: Path) -> None:
+    with pytest.raises(UserError, match="is where a volume is mounted"):
+        build_dataset(section(corpus), "/dev")
+
+
+def test_mistake_in_the_same_command_keeps_what_is_done(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(section(corpus), tmp_path / "data", report=StopAt("writing val"))
+    corpus.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="no such file"):
+        build_dataset(section(corpus), tmp_path / "data")
+    with pytest.raises(UserError):
+        build_dataset(section(corpus, tokenizer="nowhere"), tmp_path / "data")
+    (tmp_path / "away").rename(corpus)
+    said = Said()
+    build_dataset(section(corpus), tmp_path / "data", report=said)
+    assert "encoded already" in said.lines[1]
+
+
 def test_place_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

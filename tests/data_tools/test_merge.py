@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,21 @@ def test_document_held_out_in_one_is_not_trained_on(tmp_path: Path, parts: list[
     shared = set(texts_of(parts[1], "train")) & set(texts_of(other, "val"))
     assert info.left_out == {"held out in another of the datasets": len(shared)}
     assert info.splits["train"].bytes == sum(len(text.encode()) for text in train)
+
+
+def test_text_is_counted_as_it_was_whatever_the_tokenizer_keeps_of_it(tmp_path: Path) -> None:
+    """This one puts a space before each document, as the paper's does, so decoding adds a byte."""
+    content = json.loads(Tokenizer.train(TEXTS, 300).json)
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    parts = [make(tmp_path, "a", TEXTS[:70], 0.2), make(tmp_path, "b", TEXTS[50:], 0.2)]
+    info = merge_datasets(parts, tmp_path / "both", drop_duplicates=True)
+    found = sum(split.bytes for split in info.splits.values())
+    assert found == sum(len(text.encode()) for text in TEXTS)
+    verify_dataset(tmp_path / "both")
+    (parts[0] / "train" / "text_bytes.npy").unlink()
+    with pytest.raises(UserError, match="text_bytes.npy: cannot be read"):
+        merge_datasets(parts, tmp_path / "again")
 
 
 def test_what_cannot_be_merged(tmp_path: Path, parts: list[Path]) -> None:

@@ -117,6 +117,14 @@ def test_round_trip_failures_are_named(tmp_path: Path) -> None:
     assert max(len(text) for text in failures) <= 60
 
 
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    content = json.loads(trained().json)
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has a dropout of 0.1: it gives other ids each time"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
 def test_unusable_tokenizers(tmp_path: Path) -> None:
     empty = tokenizers.Tokenizer(tokenizers.models.BPE())
     empty.save(str(tmp_path / "empty.json"))

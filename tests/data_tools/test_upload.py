@@ -172,8 +172,11 @@ def test_convert_to_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert CliRunner().invoke(app, [*command, "--out", other]).exit_code == 0
     assert objects(other) == files(kept)
     assert not list((tmp_path / "cache").rglob("*.mds")), "nothing stays where none was asked for"
-    failed = CliRunner().invoke(app, [*command, "--out", "s3://no-such-bucket/x"])
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.encode.Workers.encode", lambda *_: pytest.fail("too late"))
+        failed = CliRunner().invoke(app, [*command, "--out", "s3://no-such-bucket/x"])
     assert isinstance(failed.exception, UserError)
+    assert failed.exception.where == "s3://no-such-bucket/x"
 
 
 def test_failed_upload_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +193,22 @@ def test_failed_upload_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert CliRunner().invoke(app, command).exit_code == 0
     assert "dataset.json" in objects(url) and not built.exists()
+
+
+def test_unfinished_upload_of_another_dataset_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = [f"Text {i} of some that are all different: {i * i}" for i in range(60)]
+    corpus, url = write_jsonl(tmp_path / "corpus.jsonl", texts), new_bucket()
+    command = ["convert", str(corpus), "--vocab-size", "300", "--out", url]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.remote.upload_dataset", _fail)
+        CliRunner().invoke(app, command)
+    made = CliRunner().invoke(app, [*command, "--shuffle-seed", "1"])
+    assert made.exit_code == 0 and "left by an unfinished upload" in made.output
+    found = fetch_info(url)
+    assert found is not None and found.arguments["shuffle_seed"] == 1
 
 
 def _fail(*_: object, **__: object) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.build_source import STANDARD_INPUT, open_source
 from data_tools.choose import VAL_FRACTION
 from data_tools.sources import BUILTIN
 from data_tools.tokenizer import find_tokenizer
-from dualtrain.data.dataset import DatasetInfo
+from dualtrain.data.dataset import DatasetInfo, SourceFile
 from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
+
+_HASHED_BYTES = 1 << 30
+"""Of larger corpora only the sizes are compared: a run looks at its sources each time it starts."""
+_BLOCK = 1 << 20
 
 
 def check_made_alike(place: str, info: DatasetInfo, build: BuildSection) -> None:
@@ -68,11 +74,39 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     if any(name.startswith(BUILTIN) for name in names):
         return differences  # changes with Python, which must not stop an old run
     try:
-        now = {f.path: f.bytes for f in open_source(build, None).files}
+        now = {file.path: file for file in open_source(build, None).files}
     except UserError:
         return differences
-    then = {f.path: f.bytes for f in info.sources}
-    changed = sorted(p for p in then.keys() | now.keys() if then.get(p) != now.get(p))
+    then = {file.path: file for file in info.sources}
+    changed = sorted(
+        path
+        for path in then.keys() | now.keys()
+        if path not in now or path not in then or _differs(then[path], now[path])
+    )
     if changed:
         differences.append(f"{len(changed)} source files changed since, first {changed[0]}")
     return differences
+
+
+def _differs(then: SourceFile, now: SourceFile) -> bool:
+    if then.bytes != now.bytes:
+        return True
+    return then.sha256 is not None and then.sha256 != file_hash(now.path)
+
+
+def with_hashes(files: Sequence[SourceFile]) -> list[SourceFile]:
+    """The files with the hashes of their contents, unless that would take long."""
+    if sum(file.bytes for file in files) > _HASHED_BYTES:
+        return list(files)
+    return [file.model_copy(update={"sha256": file_hash(file.path)}) for file in files]
+
+
+def file_hash(path: str) -> str | None:
+    """The sha256 of a file; None for what is no file, such as the embedded corpus."""
+    if not Path(path).is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

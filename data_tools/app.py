@@ -168,7 +168,7 @@ def inspect(
         )
         print_histogram(length_histogram(lengths))
         for document in range(min(documents, dataset.documents)):
-            say(f"\n{split} document {document}, {lengths[document]:,} tokens:")
+            say(f"\n{split} document {document}, {lengths[document]:,} tokens, as it is packed:")
             say(sample(dataset, tokenizer, document, characters))
 
 
@@ -215,13 +215,12 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
         UserError: As :func:`data_tools.convert.build_dataset`.
     """
     from data_tools.convert import build_dataset
-    from dualtrain.data.dataset import DATASET_FILE, LEFT_OUT_FILE
+    from dualtrain.data.dataset import LEFT_OUT_FILE
 
-    there = (path / DATASET_FILE).exists()
     began = time.monotonic()
     with View() as view:
         info = build_dataset(build, path, workers=workers, report=view)
-    if there:
+    if not view.made:
         return False
     print_facts(path, info)
     encoded = f"; {view.encoded}" if view.encoded else ""

@@ -25,7 +25,7 @@ from typing import IO
 
 import numpy as np
 
-from data_tools.accept import check_made_alike, effective_arguments
+from data_tools.accept import check_made_alike, effective_arguments, with_hashes
 from data_tools.build_source import open_source, repeatable, source_name
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
@@ -335,13 +335,15 @@ class _Conversion:
                 },
                 "skipped_documents": left_out.total(),
                 "left_out": dict(sorted(left_out.items())),
-                "sources": [SourceFile(path=path, bytes=size) for path, size, _ in self._files],
+                "sources": with_hashes(
+                    [SourceFile(path=path, bytes=size) for path, size, _ in self._files]
+                ),
                 "arguments": effective_arguments(self._build),
             }
         )
 
 
 def _default_workers(source: Source) -> int:
-    if 0 < source.bytes < _WORKERS_FROM_BYTES:
+    if source.repeatable and source.bytes < _WORKERS_FROM_BYTES:
         return 1  # done before a worker has started
     return len(os.sched_getaffinity(0))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dualtrain.data.dataset import DatasetInfo
 
 _LINE_S = 30.0
-_BAR = 40
+_BAR = 30
+_WIDTH = 120
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -47,6 +48,8 @@ class View(Report):
         )
         self._task = self._bars.add_task("starting", total=None, facts="")
         self._stage = ""
+        self.made = False
+        """Whether a dataset was written, and not just found."""
         self._began = self._printed = time.monotonic()
         self._first = Progress("", 0, 0, "documents")
         self.encoded = ""
@@ -66,6 +69,7 @@ class View(Report):
 
     def show(self, progress: Progress) -> None:
         now = time.monotonic()
+        self.made = self.made or progress.stage.startswith("writing")
         if progress.stage != self._stage:
             self._stage, self._first = progress.stage, progress
             self._began = self._printed = now
@@ -111,7 +115,8 @@ def print_facts(place: str | Path, info: DatasetInfo) -> None:
             _megabytes(split.bytes),
             f"{split.bytes / split.tokens:.3f}",
         )
-    console.print(table, soft_wrap=False)
+    # Where there is no terminal, rich would cut the columns at 80 characters.
+    console.print(table, soft_wrap=False, width=None if console.is_terminal else _WIDTH)
     if info.left_out:
         say("  left out: " + ", ".join(f"{n:,} {reason}" for reason, n in info.left_out.items()))
     elif info.skipped_documents:
@@ -132,7 +137,7 @@ def print_histogram(bins: Sequence[Bin]) -> None:
             f"{row.tokens / total:.1%}",
             "#" * -(-row.documents * _BAR // most),
         )
-    console.print(table, soft_wrap=False)
+    console.print(table, soft_wrap=False, width=None if console.is_terminal else _WIDTH)
 
 
 def _megabytes(count: int) -> str:

@@ -67,6 +67,8 @@ class SourceFile(_Facts):
 
     path: str
     bytes: int
+    sha256: str | None = None
+    """Of its content; None for large corpora."""
 
 
 class DatasetInfo(_Facts):

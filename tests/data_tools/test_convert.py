@@ -150,6 +150,16 @@ def test_same_settings_accept_the_dataset_others_are_refused(tmp_path: Path, cor
     assert build_dataset(section(corpus), out) == info, "the source need not stay"
 
 
+def test_change_that_keeps_the_size_is_noticed(tmp_path: Path, corpus: Path) -> None:
+    info = build_dataset(section(corpus), tmp_path / "data")
+    text = corpus.read_text()
+    corpus.write_text(text)  # another time of change, the same content
+    assert build_dataset(section(corpus), tmp_path / "data") == info
+    corpus.write_text(text.replace("quick", "QUICK"))
+    with pytest.raises(UserError, match="1 source files changed since"):
+        build_dataset(section(corpus), tmp_path / "data")
+
+
 def test_dataset_is_accepted_where_nothing_can_be_written(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.choose import SPLITS
 from data_tools.place import absolute, beside, discard, locked_place, publish
 from data_tools.reporting import Progress, Report
-from data_tools.shards import SHARD_BYTES, check_split, picked_documents, write_split
+from data_tools.shards import (
+    SHARD_BYTES,
+    check_split,
+    load_text_bytes,
+    picked_documents,
+    write_split,
+)
 from data_tools.tokenizer import Tokenizer
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,
-    TEXT_BYTES_FILE,
     TOKENIZER_FILE,
     DatasetInfo,
     Split,
@@ -27,7 +33,6 @@ from dualtrain.data.dataset import (
 from dualtrain.errors import UserError
 from dualtrain.randomness import generator
 
-_SPLITS: tuple[Split, ...] = ("train", "val")
 _SHOWN_EVERY = 1000
 
 ELSEWHERE_HELD_OUT = "held out in another of the datasets"
@@ -148,22 +153,22 @@ class _Merge:
         self._tokenizer = Tokenizer.load(tokenizer)
 
     def run(self) -> DatasetInfo:
-        documents = {split: _Documents(self._paths, split) for split in _SPLITS}
-        hashes = {split: self._hashes(split, documents[split]) for split in _SPLITS}
-        kept = {split: np.ones(len(hashes[split]), dtype=bool) for split in _SPLITS}
+        documents = {split: _Documents(self._paths, split) for split in SPLITS}
+        hashes = {split: self._hashes(split, documents[split]) for split in SPLITS}
+        kept = {split: np.ones(len(hashes[split]), dtype=bool) for split in SPLITS}
         kept["train"] &= ~np.isin(hashes["train"], hashes["val"])
         self._left_out[ELSEWHERE_HELD_OUT] += int((~kept["train"]).sum())
         if self._arguments["drop_duplicates"]:
-            for split in _SPLITS:
+            for split in SPLITS:
                 before = kept[split].sum()
                 kept[split] &= _is_first(hashes[split])
                 self._left_out[DUPLICATE] += int(before - kept[split].sum())
         facts: dict[Split, SplitInfo] = {}
-        for split in _SPLITS:
+        for split in SPLITS:
             facts[split] = self._facts(split, documents[split], kept[split])
         info = self._info(facts)
         self._tokenizer.save(self._directory / TOKENIZER_FILE)
-        for number, split in enumerate(_SPLITS):
+        for number, split in enumerate(SPLITS):
             self._write(split, number, documents[split], np.flatnonzero(kept[split]), info)
         (self._directory / DATASET_FILE).write_text(info.model_dump_json(indent=2) + "\n")
         return info
@@ -242,7 +247,7 @@ class _Documents:
         self._datasets = [TokenDataset.open(path, split) for path in paths]
         self._ends = np.cumsum([dataset.documents for dataset in self._datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in self._datasets])
-        self.text_bytes = np.concatenate([_text_bytes(dataset) for dataset in self._datasets])
+        self.text_bytes = np.concatenate([load_text_bytes(dataset) for dataset in self._datasets])
 
     def read(self, number: int) -> np.ndarray:
         which = int(np.searchsorted(self._ends, number, side="right"))
@@ -255,22 +260,3 @@ def _is_first(hashes: np.ndarray) -> np.ndarray:
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first
-
-
-def _text_bytes(dataset: TokenDataset) -> np.ndarray:
-    """(documents,) int64, the bytes of each document's text."""
-    file = dataset.directory / TEXT_BYTES_FILE
-    try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            str(file), f"cannot be read: {error}", hint="make the dataset again with data convert"
-        ) from None
-    if found.shape != (dataset.documents,) or int(found.sum()) != dataset.facts.bytes:
-        raise UserError(
-            str(file),
-            f"holds {found.size:,} numbers that add up to {int(found.sum()):,}",
-            f"{dataset.documents:,} that add up to {dataset.facts.bytes:,} as in {DATASET_FILE}",
-            "make the dataset again with data convert",
-        )
-    return found

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_tools.reporting import Progress, Report
 from dualtrain.data.dataset import (
+    DATASET_FILE,
     LENGTHS_FILE,
     TEXT_BYTES_FILE,
     TOKENS_FIELD,
@@ -108,3 +109,26 @@ def check_split(
 def picked_documents(count: int) -> np.ndarray:
     """Numbers of at most a hundred documents spread over a split, to be read back."""
     return np.unique(np.linspace(0, count - 1, _PICKED).astype(np.int64))
+
+
+def load_text_bytes(dataset: TokenDataset) -> np.ndarray:
+    """The bytes of each document's text, (documents,) int64.
+
+    Raises:
+        UserError: The file is missing or damaged, or does not add up to the split's bytes.
+    """
+    file = dataset.directory / TEXT_BYTES_FILE
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            str(file), f"cannot be read: {error}", hint="make the dataset again with data convert"
+        ) from None
+    if found.shape != (dataset.documents,) or int(found.sum()) != dataset.facts.bytes:
+        raise UserError(
+            str(file),
+            f"holds {found.size:,} numbers that add up to {int(found.sum()):,}",
+            f"{dataset.documents:,} that add up to {dataset.facts.bytes:,} as in {DATASET_FILE}",
+            "make the dataset again with data convert",
+        )
+    return found

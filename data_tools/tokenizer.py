@@ -10,7 +10,7 @@ several times faster; what ``--tokenizer`` may name besides a file is read by ``
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -120,11 +120,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without ``<s>`` and ``</s>``."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of several texts, as :meth:`encode`, each (tokens,) int64."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
     @property
     def backend(self) -> Backend:

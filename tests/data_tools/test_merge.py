@@ -95,7 +95,14 @@ def test_text_is_counted_as_it_was_whatever_the_tokenizer_keeps_of_it(tmp_path: 
     found = sum(split.bytes for split in info.splits.values())
     assert found == sum(len(text.encode()) for text in TEXTS)
     verify_dataset(tmp_path / "both")
-    (parts[0] / "train" / "text_bytes.npy").unlink()
+    file = parts[0] / "train" / "text_bytes.npy"
+    content = file.read_bytes()
+    for damaged in (content[:40], content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="text_bytes.npy: "):
+            verify_dataset(parts[0])
+    file.unlink()
+    verify_dataset(parts[0])
     with pytest.raises(UserError, match="text_bytes.npy: cannot be read"):
         merge_datasets(parts, tmp_path / "again")
 

@@ -51,14 +51,14 @@ def test_special_text_is_ordinary_text(tmp_path: Path, loaded: bool) -> None:
         tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     text = "a<mask> <s></s>\n<reserved_9><pad><unk>"
     assert min(tokenizer.encode(text)) >= 16
-    assert min(tokenizer.encode_batch([text])[0]) >= 16
+    assert min(tokenizer.encode_array(text)) >= 16
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_batch_equals_one_by_one() -> None:
+def test_array_equals_list() -> None:
     texts = [*TEXTS[:5], "", " leading", "ünï"]
-    batch = trained().encode_batch(texts)
-    assert [ids.tolist() for ids in batch] == [trained().encode(text) for text in texts]
+    arrays = [trained().encode_array(text) for text in texts]
+    assert [ids.tolist() for ids in arrays] == [trained().encode(text) for text in texts]
 
 
 def test_saved_file_is_loaded_byte_for_byte(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_truncation_and_post_processing_of_a_given_tokenizer_do_not_apply(tmp_pa
     other.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert loaded.encode(TEXTS[0]) == trained().encode(TEXTS[0])
-    assert loaded.encode_batch(TEXTS[:1])[0].tolist() == trained().encode(TEXTS[0])
+    assert loaded.encode_array(TEXTS[0]).tolist() == trained().encode(TEXTS[0])
 
 
 def test_missing_special_tokens_come_after_the_vocabulary(tmp_path: Path) -> None:

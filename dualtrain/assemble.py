@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,6 +19,7 @@ import torch
 
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
+from dualtrain.branch import check_branch, inherit_metrics
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
@@ -29,11 +31,14 @@ from dualtrain.engine import (
     build_optimizer,
     check_precision,
     choose_device,
-    group_parameters,
     init_distributed,
+    parameter_shapes,
+    partitioned_build,
     prepare_process,
+    whole_parameters,
 )
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
+from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
 from dualtrain.mixing import Mixture, Objective, Slot
 from dualtrain.model import (
@@ -43,14 +48,25 @@ from dualtrain.model import (
     muon_parameter_names,
     resolve_backend,
 )
+from dualtrain.model.initialize import initialize_parameter
+from dualtrain.non_finite import LossWatch
+from dualtrain.parameter_groups import group_parameters
 from dualtrain.progress import EvalRecord, Meter, Progress, ViewChoice, peak_flops
-from dualtrain.recipe.derive import Derived, build_mixture, derive
+from dualtrain.recipe.derive import CorpusFacts, Derived, build_mixture, derive
 from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.merge import deepspeed_config, zero_stage
 from dualtrain.recipe.schema import Recipe
+from dualtrain.resume import (
+    Resume,
+    agree_on_start,
+    check_compatible,
+    describe_change,
+    share_rank_states,
+    with_notes,
+)
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
-from dualtrain.signals import StopRequest
+from dualtrain.signals import StepVote
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -76,13 +92,16 @@ class Run:
         compute_dtype: What attention is computed in.
         batches: Slots and sequences of this rank, made ahead.
         slots_per_rank: Micro-batches of this rank in a step.
+        gradients: The raw gradient of the step: its norm, and clipping.
         meter: Losses of the interval.
         progress: Records and view; silent on ranks other than 0.
-        stop: Signals, and the ranks' agreement on them.
+        losses: Of the slots of the step, watched for NaN.
+        vote: The ranks' agreement on signals and bad losses.
         first_step: Updates done before this process started.
         elapsed_before_s: Wall time the run took before this process started.
         last_eval: The newest evaluation.
         last_saved: The newest checkpoint.
+        notes: What is to be said of where the run starts.
         lock: Rank 0's claim to the run directory.
     """
 
@@ -101,13 +120,16 @@ class Run:
     compute_dtype: torch.dtype
     batches: Prefetcher
     slots_per_rank: int
+    gradients: Gradients
     meter: Meter
     progress: Progress
-    stop: StopRequest
+    losses: LossWatch
+    vote: StepVote
     first_step: int
     elapsed_before_s: float
     last_eval: EvalRecord | None
     last_saved: Path | None
+    notes: tuple[str, ...]
     lock: TextIO | None
     _began: float = field(default_factory=time.monotonic)
     _waited_s: float = 0.0
@@ -169,17 +191,22 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     if not torch.distributed.is_initialized():
         init_distributed(timeout_s=recipe.engine.timeout_s)
 
-    shards = _open_cache(recipe, world)
+    shards = open_shards(recipe, world)
     dataset = TokenDataset.open(recipe.data.path, "train", source=shards)
-    derived = derive(recipe, corpus=read_corpus(recipe), world_size=world.world_size)
+    corpus = read_corpus(recipe)
+    assert corpus is not None  # the dataset is open
+    derived = derive(recipe, corpus=corpus, world_size=world.world_size)
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
-    source = _Source.of(recipe, world=world, dataset=dataset, slots_per_rank=slots_per_rank)
+    source = _Source.of(
+        recipe, world=world, dataset=dataset, corpus=corpus, slots_per_rank=slots_per_rank
+    )
     if world.rank == 0:
         (source.run_dir / checkpoint.RECIPE).write_text(source.text)
-    model = build_model(recipe, dataset.info)
+    model = build_model(recipe, dataset.info, source.config)
     if source.resume.kind == "weights":
-        checkpoint.load_weights(source.path, model)
+        with whole_parameters(model.parameters()):
+            checkpoint.load_weights(source.path, model)
     state = State(
         recipe=recipe,
         steps=derived.steps,
@@ -201,20 +228,11 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         else None,
     )
     dispatcher = Dispatcher(algorithms, logger=meter)
-    dispatcher.dispatch(Event.INIT, state)
-    _attach_engine(state, source.config)
-    if source.resume.kind == "full":
+    _announce_model(dispatcher, state)
+    gradients = _attach_engine(state, source.config)
+    if source.resume.continues:
         _restore(state, dispatcher, meter, source)
-    data = TrainingData(
-        dataset,
-        sequence_length=recipe.sequence_length,
-        micro_batch=recipe.micro_batch,
-        seed=recipe.seed,
-        unique_tokens=derived.unique_tokens,
-        alpha=mixture.rotation_alpha,
-        append_eos=recipe.data.append_eos,
-        plan_dir=Path(tempfile.gettempdir()) / f"dualtrain-{os.getuid()}" / "plans",
-    )
+    data = training_data(recipe, dataset, derived, mixture)
     dataset.prepare_all(data.documents)
     return Run(
         recipe=recipe,
@@ -242,16 +260,19 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
             pin_memory=device.type == "cuda",
         ),
         slots_per_rank=slots_per_rank,
+        gradients=gradients,
         meter=meter,
         progress=Progress.open(
             source.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
         ),
-        stop=StopRequest(),
+        losses=LossWatch(slots_per_rank, device, skipped=source.facts.get("skipped_steps", 0)),
+        vote=StepVote(timeout_s=recipe.engine.timeout_s),
         first_step=state.step,
         elapsed_before_s=source.facts.get("elapsed_s", 0.0),
         last_eval=source.facts.get("last_eval"),
         lock=lock,
         last_saved=source.resume.path if source.resume.kind == "full" else None,
+        notes=source.resume.notes,
     )
 
 
@@ -271,7 +292,23 @@ def build_missing_dataset(recipe: Recipe) -> None:
         build_with_view(recipe.data.build, Path(recipe.data.path))
 
 
-def _open_cache(recipe: Recipe, world: World) -> ShardCache | None:
+def training_data(
+    recipe: Recipe, dataset: TokenDataset, derived: Derived, mixture: Mixture
+) -> TrainingData:
+    """The recipe's streams of sequences."""
+    return TrainingData(
+        dataset,
+        sequence_length=recipe.sequence_length,
+        micro_batch=recipe.micro_batch,
+        seed=recipe.seed,
+        unique_tokens=derived.unique_tokens,
+        alpha=mixture.rotation_alpha,
+        append_eos=recipe.data.append_eos,
+        plan_dir=Path(tempfile.gettempdir()) / f"dualtrain-{os.getuid()}" / "plans",
+    )
+
+
+def open_shards(recipe: Recipe, world: World) -> ShardCache | None:
     """Where this rank's shards come from, unless the dataset is simply there."""
     section = recipe.data
     if section.remote is None:
@@ -286,8 +323,17 @@ def _open_cache(recipe: Recipe, world: World) -> ShardCache | None:
     )
 
 
-def build_model(recipe: Recipe, info: DatasetInfo) -> DualLM:
-    """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed."""
+def build_model(
+    recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None = None
+) -> DualLM:
+    """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed.
+
+    Args:
+        recipe: The resolved recipe.
+        info: Of the dataset.
+        ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
+            the same values, and every rank must call. None makes it whole.
+    """
     section = recipe.model
     config = DualConfig(
         vocab_size=model_sizes(section, info.vocab_size).vocab_size,
@@ -304,7 +350,14 @@ def build_model(recipe: Recipe, info: DatasetInfo) -> DualLM:
         pad_token_id=info.pad_id,
         mask_token_id=info.mask_id,
     )
-    model = DualLM(config, seed=recipe.seed)
+    with nullcontext() if ds_config is None else partitioned_build(ds_config):
+        model = DualLM(config, seed=recipe.seed)
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            continue
+        # DualLM could not fill it. One at a time, so that never more than one is whole.
+        with whole_parameters([parameter]):
+            initialize_parameter(name, parameter, config, recipe.seed)
     model.activation_checkpointing = section.activation_checkpointing
     if section.compile:
         model.compile_blocks()
@@ -319,31 +372,46 @@ class _Source:
     text: str
     fingerprint: str
     config: dict[str, object]
-    resume: checkpoint.Resume
-    world: World
+    resume: Resume
     facts: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+    mine: dict[str, Any]
 
     @classmethod
     def of(
-        cls, recipe: Recipe, *, world: World, dataset: TokenDataset, slots_per_rank: int
+        cls,
+        recipe: Recipe,
+        *,
+        world: World,
+        dataset: TokenDataset,
+        corpus: CorpusFacts,
+        slots_per_rank: int,
     ) -> _Source:
         run_dir, text = recipe.directory, dump_recipe(recipe)
         config = deepspeed_config(
             recipe, world_size=world.world_size, slots_per_step_per_rank=slots_per_rank
         )
-        resume = checkpoint.choose_resume(recipe.checkpoint.resume, run_dir)
+        resume = agree_on_start(recipe.checkpoint.resume, run_dir, world)
+        if world.rank == 0:
+            checkpoint.remove_unfinished(run_dir)
         facts: dict[str, Any] = {}
-        if resume.kind == "full":
-            assert resume.path is not None
-            checkpoint.check_compatible(
-                resume.path,
-                recipe_text=text,
-                world_size=world.world_size,
-                zero_stage=zero_stage(config),
-                fingerprint=dataset.info.fingerprint,
-            )
-            facts = checkpoint.read_state(resume.path)
-        return cls(run_dir, text, dataset.info.fingerprint, config, resume, world, facts)
+        states: list[dict[str, Any]] = []
+        mine: dict[str, Any] = {}
+        if resume.path is not None and resume.continues:
+            path = resume.path
+            check_compatible(resume, recipe_text=text, fingerprint=dataset.info.fingerprint)
+            facts = checkpoint.read_state(path)
+            if resume.kind == "branch":
+                resume = with_notes(resume, *check_branch(recipe, path, corpus))
+                if world.rank == 0:
+                    inherit_metrics(path.parent, run_dir, facts["step"])
+            stage = zero_stage(config)
+            change = describe_change(path, world_size=world.world_size, zero_stage=stage)
+            resume = with_notes(resume, change)
+            states = checkpoint.load_rank_states(path)
+            mine = share_rank_states(states, world.rank, world.world_size)
+        fingerprint = dataset.info.fingerprint
+        return cls(run_dir, text, fingerprint, config, resume, facts, states, mine)
 
     @property
     def zero_stage(self) -> int:
@@ -355,23 +423,31 @@ class _Source:
         return self.resume.path
 
 
-def _attach_engine(state: State, config: dict[str, object]) -> None:
+def _announce_model(dispatcher: Dispatcher, state: State) -> None:
+    """Dispatch INIT; algorithms that are there for it find whole parameters at every stage."""
+    watched = any(algorithm.match(Event.INIT, state) for algorithm in dispatcher.algorithms)
+    with whole_parameters(state.model.parameters() if watched else ()):
+        dispatcher.dispatch(Event.INIT, state)
+
+
+def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
     """Divide the parameters, as algorithms left them at INIT, and give them to DeepSpeed."""
     recipe, model = state.recipe, state.model
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     muon = muon_parameter_names(model) if recipe.optim.name == "muon" else ()
-    groups = group_parameters(shapes, muon)
+    groups = group_parameters(parameter_shapes(model), muon)
     # transformers annotates its own `to` so that type checkers reject a device.
     torch.nn.Module.to(model, state.device)
     state.engine = build_engine(model, build_optimizer(model, groups, recipe.optim), config)
     state.optimizer_groups = groups
+    return Gradients(state.engine, clip_norm=recipe.optim.clip_norm)
 
 
 def _restore(state: State, dispatcher: Dispatcher, meter: Meter, source: _Source) -> None:
     assert state.engine is not None
-    rank_state = checkpoint.load(source.path, state.engine, source.world)
-    dispatcher.load_state_dict(rank_state["algorithms"])
-    meter.load_state_dict(rank_state["meter"])
+    checkpoint.load(source.path, state.engine, source.rank_states)
+    checkpoint.set_random_state(source.mine["random"])
+    dispatcher.load_state_dict(source.mine["algorithms"])
+    meter.load_state_dict(source.mine["meter"])
     state.step = source.facts["step"]
 
 

@@ -11,16 +11,19 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from dualtrain.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
 from dualtrain.launch import spare_shared_cores
+from dualtrain.peers import ROLL_CALL_S, LostPeer
+from dualtrain.terminal import forget_output, open_missing_output
 
 PEER_GRACE_S = 3.0
-"""Time the rank with the cause of a failure has to report it before the others speak."""
+"""Time rank 0 has to report a failure of all ranks before the others speak."""
 
 app = typer.Typer(
     name="dualtrain",
@@ -60,6 +63,14 @@ def run(
     hostfile: Annotated[
         Path | None, typer.Option(help="Run on the machines of this file through DeepSpeed.")
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STEP|CHECKPOINT",
+            help="Branch off from a checkpoint of this run, with changes such as steps=12000.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the resolved recipe and what follows from it.")
     ] = False,
@@ -70,7 +81,12 @@ def run(
     """Train a model; the same command continues a run that was stopped."""
     from dualtrain.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    if start_from is None:
+        loaded = load_recipe(recipe, overrides or [])
+    else:
+        from dualtrain.branch import load_branch
+
+        loaded = load_branch(recipe, overrides or [], start_from)
     if dry_run:
         from dualtrain.data.corpus import read_corpus
         from dualtrain.recipe.derive import derive
@@ -92,6 +108,24 @@ def run(
     from dualtrain.start import start
 
     raise typer.Exit(start(loaded, ranks=ranks, hostfile=hostfile, plain=plain))
+
+
+@app.command()
+def replay(
+    path: Annotated[
+        Path, typer.Argument(help="RUN_DIR/non-finite/step-N, or RUN_DIR for its newest report.")
+    ],
+    slot: Annotated[
+        int | None,
+        typer.Option(help="Slot of that step; default: the first that was not finite."),
+    ] = None,
+) -> None:
+    """Repeat a slot whose loss was not finite; exit code 1 when its loss comes out another."""
+    from dualtrain.replay import replay as run_again
+
+    found = run_again(path, slot=slot)
+    typer.echo("\n".join(found.lines()))
+    raise typer.Exit(EXIT_DONE if found.is_same else EXIT_FAILED)
 
 
 @app.command()
@@ -124,33 +158,59 @@ def mount_data_tools() -> None:
 
 def main() -> None:
     """Entry point: run a command; report a failure once and leave with its exit code."""
+    open_missing_output()
     spare_shared_cores()
     mount_data_tools()
     try:
         app(standalone_mode=True)
     except UserError as error:
         _report_once(f"error: {error}")
+        if "WORLD_SIZE" in os.environ:
+            # A rank may have an engine, which Python's tidying up does not survive.
+            _leave_at_once(EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
-    except Exception as error:
-        _report_once(traceback.format_exc(), is_consequence=_is_lost_peer(error))
-        # Not sys.exit: threads of a broken process group would keep the interpreter from leaving.
-        os._exit(EXIT_FAILED)
+    except LostPeer as error:
+        if str(error):
+            _report(f"error: {error}")
+        if os.environ["RANK"] == "0":
+            # The store may be in this process, and ranks that noticed later still ask it who lives.
+            time.sleep(ROLL_CALL_S)
+        _leave_at_once(EXIT_FAILED)
+    except Exception:
+        _report_once(traceback.format_exc())
+        _leave_at_once(EXIT_FAILED)
+    finally:
+        _flush()
 
 
-def _report_once(message: str, *, is_consequence: bool = False) -> None:
-    """Print an error unless another rank is about to print the same, or its cause.
+def _report_once(message: str) -> None:
+    """Print an error unless another rank is about to print the same.
 
-    Rank 0 speaks at once. The others, and a rank that only lost its peer, wait a moment: whoever
-    started the ranks ends them as soon as the first has left.
+    Rank 0 speaks at once. The others wait a moment: whoever started the ranks ends them as soon as
+    the first has left.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world_size > 1 and (rank > 0 or is_consequence):
+    if world_size > 1 and rank > 0:
         time.sleep(PEER_GRACE_S)
     prefix = f"rank {rank}: " if rank > 0 else ""
-    print(prefix + message, file=sys.stderr, flush=True)
+    _report(prefix + message)
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    text = f"{type(error).__name__} {error}".lower()
-    signs = ("closed by peer", "connection reset", "gloo", "nccl", "distbackenderror", "store")
-    return any(sign in text for sign in signs)
+def _report(message: str) -> None:
+    # Nobody may be there to read it any more; the exit code remains.
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Leave without Python's tidying up, which threads of a broken process group would hold up."""
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would fail to write the same at its exit, and change the exit code for it.
+        forget_output()

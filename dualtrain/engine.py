@@ -1,12 +1,7 @@
-"""DeepSpeed: process group, parameter groups, the engine.
+"""DeepSpeed: process group, optimizer, the engine.
 
 The only module besides ``checkpoint`` that touches DeepSpeed, always inside functions: importing it
 costs more than a second and writes to the terminal.
-
-Muon. DeepSpeed's Muon scales an orthogonalised update by sqrt(max(1, rows/cols)); the paper scales
-it by 0.2 * sqrt(max(rows, cols)). One parameter group per matrix shape turns the one into the other
-exactly: lr_group = lr * scale with scale = 0.2 * sqrt(max(r, c)) / sqrt(max(1, r/c)), and
-weight_decay_group = weight_decay / scale, so that decay stays p <- p * (1 - lr * weight_decay).
 """
 
 from __future__ import annotations
@@ -15,12 +10,10 @@ import contextlib
 import gc
 import io
 import logging
-import math
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
@@ -29,59 +22,21 @@ from torch import nn
 
 from dualtrain.errors import UserError
 from dualtrain.launch import World
+from dualtrain.parameter_groups import ParameterGroup
+from dualtrain.peers import announce
 from dualtrain.recipe.schema import OptimSection
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a learning rate.
-
-    Attributes:
-        label: For the log and the dry run, such as ``muon 512x192``.
-        names: Parameter names, in model order.
-        lr_scale: Factor between the recipe's learning rate and this group's.
-        uses_muon: Muon, else AdamW.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    lr_scale: float
-    uses_muon: bool
-
-
-def muon_scale(rows: int, cols: int) -> float:
-    """Factor from DeepSpeed's Muon update to the paper's for a matrix (rows, cols)."""
-    return 0.2 * math.sqrt(max(rows, cols)) / math.sqrt(max(1.0, rows / cols))
-
-
-def group_parameters(
-    shapes: Mapping[str, tuple[int, ...]], muon_names: Iterable[str]
-) -> list[ParameterGroup]:
-    """Divide parameters into one group per Muon matrix shape and one for AdamW.
-
-    Args:
-        shapes: Full (unpartitioned) shape of each trainable parameter by name, in model order.
-        muon_names: The matrices that Muon updates; empty for AdamW alone.
-    """
-    chosen = set(muon_names)
-    by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
-    rest: list[str] = []
-    for name, shape in shapes.items():
-        if name in chosen:
-            rows, cols = shape
-            by_shape[rows, cols].append(name)
-        else:
-            rest.append(name)
-    groups = [
-        ParameterGroup(f"muon {rows}x{cols}", tuple(names), muon_scale(rows, cols), True)
-        for (rows, cols), names in by_shape.items()
-    ]
-    if rest:
-        groups.append(ParameterGroup("adamw", tuple(rest), 1.0, False))
-    return groups
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full shape of each trainable parameter by name, in model order, partitioned or not."""
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def build_optimizer(
@@ -174,6 +129,9 @@ def prepare_process(*, compile_model: bool) -> None:
     # DeepSpeed 0.19.8 gathers by a name that torch 2.13 has renamed; to be removed with it.
     warnings.filterwarnings("ignore", r".*all_gather_into_tensor.*", FutureWarning)
     warnings.filterwarnings("ignore", r".*reduce_scatter_tensor.*", FutureWarning)
+    # What torch does by default; 0 in an old job script would make a lost machine a hang for ever.
+    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
+        del os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -184,16 +142,65 @@ def prepare_process(*, compile_model: bool) -> None:
 
 
 def init_distributed(*, timeout_s: float) -> None:
-    """Join the process group that the environment describes."""
+    """Join the process group that the environment describes.
+
+    No wait for another rank is longer than ``timeout_s``, in whatever group: neither for ranks to
+    arrive nor in a collective. gloo then raises in the rank that waits. NCCL's watchdog ends the
+    process (``TORCH_NCCL_ASYNC_ERROR_HANDLING``, see :func:`prepare_process`), but as a rule the
+    ranks' vote on stopping, which goes through gloo at every step, notices first.
+    """
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
+    from torch.distributed import distributed_c10d
 
     logger.setLevel(logging.ERROR)
     # DeepSpeed would build this CPU extension at run time, and fail where there is no compiler;
     # gloo does its work. To be removed when init_distributed no longer insists on it.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    # Later groups, such as DeepSpeed's of all ranks, do not inherit the first one's timeout but
+    # take these, and DeepSpeed cannot pass one. To be removed when its new_group can.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    announce()
+
+
+def partitioned_build(config: Mapping[str, object]) -> AbstractContextManager[object]:
+    """A context in which modules are made with partitioned parameters, at stage 3 only.
+
+    No rank ever holds the whole model then. Values that a module's ``__init__`` gives its
+    parameters survive, values that come later need :func:`whole_parameters`.
+
+    Args:
+        config: From ``recipe.merge``.
+    """
+    zero = config["zero_optimization"]
+    assert isinstance(zero, Mapping)
+    if zero["stage"] != 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    # It would replace torch's linear function, for the whole training and in every model.
+    plain = {**config, "zero_optimization": {**zero, "memory_efficient_linear": False}}
+    return deepspeed.zero.Init(config_dict_or_path=plain)
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gather those that are partitioned for the time of the block; every rank must enter.
+
+    Changes made on rank 0 are given to all at the end; those made on other ranks are lost.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
 
 
 def build_engine(
@@ -206,7 +213,11 @@ def build_engine(
         config: From ``recipe.merge``.
     """
     import deepspeed
+    from deepspeed.runtime import torch_autocast
 
+    # An earlier engine of this process that used autocast leaves a mark by which ZeRO would reduce
+    # this one's gradients in bf16. To be removed when DeepSpeed keeps it in the engine.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     # BF16_Optimizer prints its memory use with print(), whatever the log level; that would tear
     # the live view. To be removed when see_memory_usage goes through the logger.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dualtrain.data.batches import Batch
-    from dualtrain.engine import ParameterGroup
     from dualtrain.mixing import Mixture, Slot
     from dualtrain.model import DualLM, DualOutput
     from dualtrain.objectives import Example
+    from dualtrain.parameter_groups import ParameterGroup
     from dualtrain.recipe.schema import Recipe
 
 
@@ -49,8 +49,8 @@ class Event(Enum):
                 # AFTER_LOSS      change loss, such as adding an auxiliary one
                 engine.backward(loss)
                 # AFTER_BACKWARD  observe only: gradients may be sharded
-            engine.step()
-            # STEP_END        weights are updated
+            if every loss is finite on every rank: engine.step()
+            # STEP_END        weights are updated, unless the step was left out
             step += 1
             if due: evaluate
                 # EVAL_END        held-out losses are in metrics

@@ -5,7 +5,7 @@ Three ways to run, one entry point (``cli.run``):
 * under an existing launcher (torchrun, deepspeed, srun) this process already is a rank:
   :func:`current_world` reads it from the environment;
 * alone on one machine: :func:`run_ranks` starts N processes of the same command and watches them;
-* on many machines: :func:`run_hostfile` hands over to DeepSpeed's runner.
+* on many machines: ``hostfile.run_hostfile`` hands over to DeepSpeed's runner.
 
 Our own parent exists because the exit code of a rank matters to the caller (2, 3 and 75 mean
 different things) and the stock launchers turn all of them into 1.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,23 +146,7 @@ def run_ranks(command: Sequence[str], *, ranks: int, log_dir: Path) -> int:
         _start_rank(command, rank=rank, ranks=ranks, port=port, log_dir=log_dir)
         for rank in range(ranks)
     ]
-    return _Watch(processes, log_dir).wait()
-
-
-def run_hostfile(arguments: Sequence[str], *, hostfile: Path, ranks: int | None) -> int:
-    """Run ``dualtrain ARGUMENTS`` on the machines of a hostfile through DeepSpeed's runner."""
-    if not hostfile.is_file():
-        raise UserError(
-            "--hostfile",
-            f"{hostfile} is not a file",
-            "a text file with a line `HOST slots=N` for each machine",
-        )
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
-    if ranks is not None:
-        command += ["--num_gpus", str(ranks)]
-    command += ["--no_local_rank", "--module", "dualtrain", *arguments]
-    process = subprocess.Popen(command, start_new_session=True)
-    return _Watch([process], log_dir=None).wait()
+    return Watch(processes, log_dir).wait()
 
 
 def _is_srun_step(env: Mapping[str, str]) -> bool:
@@ -249,18 +234,33 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-class _Watch:
-    """Waits for the ranks, passes signals on, and cleans up after a failure."""
+class Watch:
+    """Waits for the ranks, passes signals on, and cleans up after a failure.
 
-    def __init__(self, processes: list[subprocess.Popen], log_dir: Path | None) -> None:
+    Args:
+        processes: Each the leader of a process group of its own.
+        log_dir: Where ranks other than 0 write; None when they write elsewhere.
+        relayed_as: For a launcher in place of the ranks: the signal it is sent, whichever came.
+    """
+
+    def __init__(
+        self,
+        processes: list[subprocess.Popen],
+        log_dir: Path | None,
+        *,
+        relayed_as: signal.Signals | None = None,
+    ) -> None:
         self.processes = processes
         self.log_dir = log_dir
+        self.relayed_as = relayed_as
         self.signals = 0
         self.first_failure: tuple[int, int] | None = None
         self.rank_0_has_spoken = False
 
     def wait(self) -> int:
-        watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+        watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            watched.remove(signal.SIGHUP)  # nohup's way to survive the terminal
         previous = {number: signal.signal(number, self._pass_on) for number in watched}
         try:
             while any(process.poll() is None for process in self.processes):
@@ -280,6 +280,12 @@ class _Watch:
 
     def _pass_on(self, number: int, _frame: object) -> None:
         self.signals += 1
+        if self.relayed_as is not None and self.signals <= 2:
+            # To the launcher alone: it has its own way to reach the ranks on other machines, which
+            # needs its helpers alive, and would die of SIGUSR1 and leave the ranks behind.
+            for process in self.processes:
+                process.send_signal(self.relayed_as)
+            return
         self._send(number if self.signals == 1 else signal.SIGKILL)
         if self.signals > 1:
             show_cursor()
@@ -320,14 +326,20 @@ class _Watch:
 
     def _report(self) -> int:
         assert self.first_failure is not None
+        with suppress(OSError):  # nobody may be there to read it any more
+            self._explain()
+        return self.first_failure[1]
+
+    def _explain(self) -> None:
+        assert self.first_failure is not None
         rank, code = self.first_failure
         if self.signals or self.rank_0_has_spoken:
-            return code
+            return
         if code > 128:
-            sys.stderr.write(f"rank {rank} was killed by signal {code - 128}\n")
+            who = f"rank {rank}" if self.relayed_as is None else "the launcher"
+            sys.stderr.write(f"{who} was killed by signal {code - 128}\n")
         if rank > 0 and self.log_dir is not None:
             path = log_path(self.log_dir, rank)
             lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
             sys.stderr.write(f"rank {rank} failed (exit {code}); the end of {path}:\n")
             sys.stderr.writelines(f"  {line}\n" for line in lines)
-        return code

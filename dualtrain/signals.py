@@ -1,4 +1,9 @@
-"""Stopping on request: one signal finishes the step and saves, a second one stops at once."""
+"""Stopping on request, and the one vote that the ranks hold in every step.
+
+One signal finishes the step and saves; a second one ends the process at once. Signals reach the
+ranks at different moments, and a loss may be bad on one rank alone, but all ranks must do the same:
+so ``train`` has them vote before each update (:class:`StepVote`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,54 +23,71 @@ from dualtrain.launch import show_cursor
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class StopRequest:
-    """What the ranks agree on at the end of each step.
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks agreed on in a step.
 
-    Signals reach the ranks at different moments, but all must stop after the same step. Each step
-    ends with a vote on a process group of its own on the CPU; it is collected one step later, so
-    nobody waits for it and no device is synchronised.
+    Attributes:
+        stop: A rank has received a stop signal: save after this step and leave.
+        non_finite: A rank has a slot whose loss is not finite: no update from this step.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+    stop: bool
+    non_finite: bool
 
-    def agreed(self) -> bool:
-        """Vote, and return whether the ranks agreed to stop; call once a step on every rank."""
+
+class StepVote:
+    """The vote of a step: two flags, the larger of each over all ranks.
+
+    It is taken on the CPU, in a process group of its own, while the device still works on the
+    step's last backward pass: neither the device nor its communication waits for it.
+
+    Args:
+        timeout_s: Longest wait for the other ranks, seconds.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self.signal_received: int | None = None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        timeout = timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+
+    def take(self, *, non_finite: bool) -> Verdict:
+        """Vote; every rank calls this once a step.
+
+        Args:
+            non_finite: Whether a slot of this rank has a loss that is not finite.
+        """
+        stop = self.signal_received is not None
         if self._group is None:
-            return self.received is not None
-        stop = False
-        if self._pending is not None:
-            work, votes = self._pending
-            work.wait()
-            stop = bool(votes.item())
-        votes = torch.tensor([int(self.received is not None)])
-        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._pending = (work, votes)
-        return stop
+            return Verdict(stop, non_finite)
+        flags = torch.tensor([stop, non_finite], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return Verdict(*(bool(flag) for flag in flags.tolist()))
 
-    def close(self) -> None:
-        """Collect the last vote, so that no communication is open when the group goes."""
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
+    def gather(self, mine: object) -> list:
+        """Collect a picklable object of every rank, in rank order, on every rank."""
+        if self._group is None:
+            return [mine]
+        everyone: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return everyone
 
 
 @contextmanager
-def watch_signals(request: StopRequest) -> Iterator[None]:
-    """Note the stop signals in ``request``; a second one ends this process at once."""
+def watch_signals(vote: StepVote) -> Iterator[None]:
+    """Note the stop signals for ``vote``; a second one ends this process at once."""
 
     def note(number: int, _frame: object) -> None:
-        if request.received is not None:
+        if vote.signal_received is not None:
             # Not sys.exit: a rank that hangs in a collective would never get to it.
             show_cursor()
             os._exit(128 + number)
-        request.received = number
+        vote.signal_received = number
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    # What is ignored already stays so: nohup asks for it.
+    watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in watched}
     try:
         yield
     finally:

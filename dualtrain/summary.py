@@ -16,6 +16,7 @@ from dualtrain.generate import (
     parse_gaps,
     sample_autoregressive,
 )
+from dualtrain.parameter_groups import list_groups, summarise_groups
 from dualtrain.progress import RunFacts, Sample, Summary
 from dualtrain.progress.metrics import FILE_NAME
 
@@ -44,6 +45,16 @@ def run_facts(run: Run) -> RunFacts:
         first_step=run.first_step,
         elapsed_s=run.elapsed_before_s,
     )
+
+
+def report_groups(run: Run) -> None:
+    """Show the optimizer's groups in a line, and write all their names to the run's logs."""
+    groups = run.state.optimizer_groups
+    path = run.run_dir / "logs" / "parameters.txt"
+    if run.world.rank == 0:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(list_groups(groups, run.recipe.optim)) + "\n")
+    run.progress.message(f"parameter groups: {summarise_groups(groups)}; names in {path}")
 
 
 def summarise(run: Run, *, stopped: bool) -> Summary:

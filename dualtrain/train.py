@@ -2,32 +2,40 @@
 
 ``train`` assembles a run from its recipe (``assemble``), then ``fit`` goes through its steps; at
 each of the twelve moments of :class:`~dualtrain.events.Event` the algorithms are asked what to do.
-Nothing here waits for the device within a step: losses stay where they are until an interval ends.
+Nothing here waits for the device to finish a step: when the host learns whether the losses were
+finite, which decides whether there is an update, the device is still at the last backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from dualtrain import checkpoint
 from dualtrain.assemble import Run, assemble
 from dualtrain.engine import leave_distributed, set_learning_rate
-from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
+from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.evaluate import held_out_losses
-from dualtrain.events import Event
+from dualtrain.events import Dispatcher, Event, State
 from dualtrain.model import DualOutput, plan_attention, select_positions, to_device
+from dualtrain.non_finite import (
+    Cause,
+    NonFiniteLoss,
+    describe,
+    discard_step,
+    skipped_by_deepspeed,
+    write_report,
+)
 from dualtrain.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
-from dualtrain.signals import watch_signals
-from dualtrain.summary import run_facts, sample_rows, summarise
+from dualtrain.signals import Verdict, watch_signals
+from dualtrain.summary import report_groups, run_facts, sample_rows, summarise
 
 Thing = TypeVar("Thing")
-
-
-class NonFiniteLoss(Exception):
-    """A loss became NaN or infinite; the run stops and keeps its last checkpoint."""
 
 
 def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
@@ -48,9 +56,8 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
     run = assemble(recipe, view=view)
     try:
         sample_rows(run)
-        with watch_signals(run.stop):
+        with watch_signals(run.vote):
             code = fit(run)
-        run.stop.close()
     finally:
         run.close()
     run.engine.destroy()
@@ -64,15 +71,20 @@ def fit(run: Run) -> int:
     """Train from the run's first step to its last, or to a signal; returns the exit code."""
     state = run.state
     run.progress.start(run_facts(run))
+    report_groups(run)
     for warning in run.derived.warnings:
         run.progress.message(f"warning: {warning}")
+    for note in run.notes:
+        run.progress.message(note)
+        run.progress.event("resume", note, step=state.step)
     run.dispatch(Event.FIT_START)
     run.meter.start()
     stop = False
     try:
         while state.step < state.steps and not stop:
-            train_step(run)
-            stop = finish_step(run)
+            verdict = train_step(run)
+            stop = verdict.stop
+            finish_step(run, stop=stop)
     except NonFiniteLoss as error:
         run.progress.event("non_finite_loss", str(error), step=state.step)
         return EXIT_NON_FINITE_LOSS
@@ -82,63 +94,129 @@ def fit(run: Run) -> int:
     return EXIT_SAVED_AFTER_SIGNAL if stopped else EXIT_DONE
 
 
-def train_step(run: Run) -> None:
-    """One optimizer update: every slot of this rank, one after another."""
+def train_step(run: Run) -> Verdict:
+    """One optimizer update: every slot of this rank, one after another.
+
+    Returns:
+        What the ranks agreed on before the update.
+
+    Raises:
+        NonFiniteLoss: before the update, when a loss is not finite on any rank.
+    """
     state = run.state
+    run.losses.start_step(run.dispatcher.state_dict())
+    run.meter.mark()
     run.dispatch(Event.STEP_START)
     set_learning_rate(run.engine, state.optimizer_groups, state.learning_rate)
-    for _ in range(run.slots_per_rank):
+    for slots_left in reversed(range(run.slots_per_rank)):
         train_slot(run)
+        if slots_left:
+            # Only counts; the update comes with the last slot of the step.
+            run.engine.step()
+    verdict = run.vote.take(non_finite=run.losses.non_finite())
+    if verdict.non_finite:
+        leave_out(run, "loss")
+        run.gradients.discard()
+        discard_step(run.engine)
+    else:
+        run.gradients.prepare()
+        run.engine.step()
+        run.meter.add_update(run.gradients.norm)
+        if skipped_by_deepspeed(run.engine):
+            leave_out(run, "gradient")
     run.dispatch(Event.STEP_END)
     state.step += 1
+    return verdict
 
 
 def train_slot(run: Run) -> None:
     """One micro-batch: forward with its objective's input and attention, then backward."""
     state = run.state
     state.slot, state.batch = slot, batch = next(run.batches)
-    run.dispatch(Event.BATCH_START)
-    run.dispatch(Event.BEFORE_FORWARD)
-    state.output = forward(run)
-    run.dispatch(Event.AFTER_FORWARD)
-    output = there(state.output)
-    state.loss = there(output.loss) * slot.loss_scale
-    run.dispatch(Event.AFTER_LOSS)
-    run.engine.backward(there(state.loss))
+    slot_loss(state, run.dispatcher, run.engine, backend=run.backend, dtype=run.compute_dtype)
+    loss, output = there(state.loss), there(state.output)
+    run.losses.add(slot, batch, loss)
+    run.engine.backward(loss)
     run.dispatch(Event.AFTER_BACKWARD)
-    # Updates the weights after the last slot of the step, and only then.
-    run.engine.step()
     run.meter.add(
         slot.objective,
         there(output.cross_entropy),
         output.z_loss,
         tokens=batch.document_ids.numel(),
-        loss=state.loss,
+        loss=loss,
     )
 
 
-def forward(run: Run) -> DualOutput:
-    """Give the state's example to the engine, under the attention of its objective."""
-    state = run.state
+def slot_loss(
+    state: State,
+    dispatcher: Dispatcher,
+    model: Callable[..., DualOutput],
+    *,
+    backend: str,
+    dtype: torch.dtype,
+) -> None:
+    """From the clean sequences of the state's slot to its loss; ``replay`` goes the same way.
+
+    Args:
+        state: With slot and batch; is given example, output and loss.
+        dispatcher: The algorithms, which make the example.
+        model: The engine, or the bare model.
+        backend: Attention backend.
+        dtype: Compute type of the attention.
+    """
+    dispatcher.dispatch(Event.BATCH_START, state)
+    dispatcher.dispatch(Event.BEFORE_FORWARD, state)
+    state.output = forward(state, model, backend=backend, dtype=dtype)
+    dispatcher.dispatch(Event.AFTER_FORWARD, state)
+    state.loss = there(there(state.output).loss) * there(state.slot).loss_scale
+    dispatcher.dispatch(Event.AFTER_LOSS, state)
+
+
+def forward(
+    state: State, model: Callable[..., DualOutput], *, backend: str, dtype: torch.dtype
+) -> DualOutput:
+    """Give the state's example to the model, under the attention of its objective."""
     example = there(state.example)
     attention = plan_attention(
         example.attention,
         example.document_ids,
-        backend=run.backend,
+        backend=backend,
         device=state.device,
-        dtype=run.compute_dtype,
+        dtype=dtype,
     )
     # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
     selection = select_positions(example.weights)
     moved = example.to(state.device)
-    return run.engine(
+    return model(
         moved.input_ids,
         attention=attention,
         targets=moved.targets,
         weights=moved.weights,
-        z_loss=run.recipe.objective.z_loss,
+        z_loss=state.recipe.objective.z_loss,
         selection=None if selection is None else to_device(selection, state.device),
     )
+
+
+def leave_out(run: Run, cause: Cause) -> None:
+    """Go on without this step's update, if ``engine.skip_non_finite`` allows one more such step.
+
+    Args:
+        cause: What is not finite. After a bad gradient DeepSpeed has made no update already.
+
+    Raises:
+        NonFiniteLoss: when it does not; the report is written by then.
+    """
+    allowed, losses = run.recipe.engine.skip_non_finite, run.losses
+    ranks = run.vote.gather(losses.slots())
+    what = describe(ranks, cause=cause)
+    if losses.skipped >= allowed:
+        report = write_report(run, ranks, cause=cause)
+        way_on = f"continue without this step: engine.skip_non_finite={allowed + 1}"
+        raise NonFiniteLoss(f"{what}. {report} — or {way_on}")
+    losses.skipped += 1
+    run.meter.rewind()
+    message = f"{what}; no update from it (engine.skip_non_finite: {losses.skipped} of {allowed})"
+    run.progress.event("step_left_out", message, step=run.state.step)
 
 
 def there(value: Thing | None) -> Thing:
@@ -148,8 +226,8 @@ def there(value: Thing | None) -> Thing:
     return value
 
 
-def finish_step(run: Run) -> bool:
-    """Record, evaluate and save what is due; returns whether the ranks agreed to stop."""
+def finish_step(run: Run, *, stop: bool) -> None:
+    """Record, evaluate and save what is due; save in any case when the run is to ``stop``."""
     recipe, step = run.recipe, run.state.step
     is_last = step == run.state.steps
     run.progress.tick(step)
@@ -157,10 +235,8 @@ def finish_step(run: Run) -> bool:
         record(run)
     if is_last or is_due(step, recipe.eval.interval_steps):
         evaluate(run)
-    stop = run.stop.agreed()
     if is_last or stop or is_due(step, recipe.checkpoint.interval_steps):
-        save(run)
-    return stop
+        save(run, is_final=is_last or stop)
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -172,7 +248,7 @@ def record(run: Run) -> None:
     """Close the interval: one synchronisation, one line of metrics.
 
     Raises:
-        NonFiniteLoss: when a slot's loss was not finite.
+        NonFiniteLoss: when a number of the record is not finite although every loss was.
     """
     state, mixture = run.state, run.state.mixture
     interval = run.meter.interval(data_wait_s=run.data_wait_s())
@@ -197,9 +273,20 @@ def record(run: Run) -> None:
         )
     )
     if interval.non_finite:
-        raise NonFiniteLoss(
-            f"the {' and '.join(interval.non_finite)} loss was not finite in the steps up to {step}"
-        )
+        raise NonFiniteLoss(unseen(run, f"numbers of {' and '.join(interval.non_finite)}"))
+
+
+def unseen(run: Run, what: str) -> str:
+    """Say that something became bad beside losses that were finite, after it reached the weights.
+
+    That is how a gradient that is not finite ends at stage 0, where DeepSpeed updates all the same.
+    """
+    saved = "nothing was saved" if run.last_saved is None else f"the newest is {run.last_saved}"
+    return (
+        f"{what} were not finite by step {run.state.step}, though every loss was. No checkpoint is "
+        f"made of these weights: {saved}. Continue with engine.deepspeed=zero1, which stops before "
+        "the update and reports its slots"
+    )
 
 
 def evaluate(run: Run) -> None:
@@ -224,37 +311,63 @@ def evaluate(run: Run) -> None:
     run.dispatch(Event.EVAL_END)
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, is_final: bool) -> None:
     """Write a checkpoint and remove those that are not kept.
 
+    Args:
+        is_final: Whether the run ends here; otherwise it survives a full disk without the
+            checkpoint.
+
     Raises:
-        NonFiniteLoss: when a loss since the last record was not finite on any rank.
+        UserError: when the last checkpoint of the run cannot be written.
+        NonFiniteLoss: as in :func:`record`, of what no record has shown yet.
     """
     finite = run.meter.finite().float()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     if not finite.item():
-        raise NonFiniteLoss(f"a loss was not finite in the steps up to {run.state.step}")
-    with run.progress.busy("saving"), run.meter.paused():
-        path = checkpoint.save(
-            run.run_dir,
-            engine=run.engine,
-            world=run.world,
-            step=run.state.step,
-            recipe_text=run.text,
-            facts={
-                "zero_stage": run.zero_stage,
-                "precision": run.recipe.engine.precision,
-                "fingerprint": run.fingerprint,
-                "elapsed_s": run.elapsed_s(),
-                "last_eval": run.last_eval,
-            },
-            rank_state={
-                "algorithms": run.dispatcher.state_dict(),
-                "meter": run.meter.state_dict(),
-            },
-        )
-        if run.world.rank == 0:
-            checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep)
+        raise NonFiniteLoss(unseen(run, "numbers of the record"))
+    try:
+        with run.progress.busy("saving"), run.meter.paused():
+            path = write_checkpoint(run)
+    except checkpoint.SaveFailed as error:
+        if is_final:
+            raise UserError(
+                str(run.run_dir),
+                f"the checkpoint of step {run.state.step} could not be written: {error}",
+                "room for it",
+                "make room and give the same command; it goes on from the newest checkpoint",
+            ) from None
+        # The run is worth more than this one checkpoint; the next interval tries again.
+        message = f"not saved, the run goes on: {error}"
+        run.progress.message(f"warning: checkpoint {message}")
+        run.progress.event("checkpoint_failed", message, step=run.state.step)
+        return
     run.last_saved = path
     run.progress.event("checkpoint", str(path), step=run.state.step)
     run.dispatch(Event.CHECKPOINT_SAVED)
+
+
+def write_checkpoint(run: Run) -> Path:
+    """Save everything that the run needs to go on, on all ranks; returns the checkpoint."""
+    path = checkpoint.save(
+        run.run_dir,
+        engine=run.engine,
+        world=run.world,
+        step=run.state.step,
+        recipe_text=run.text,
+        facts={
+            "zero_stage": run.zero_stage,
+            "precision": run.recipe.engine.precision,
+            "fingerprint": run.fingerprint,
+            "elapsed_s": run.elapsed_s(),
+            "last_eval": run.last_eval,
+            "skipped_steps": run.losses.skipped,
+        },
+        rank_state={
+            "algorithms": run.dispatcher.state_dict(),
+            "meter": run.meter.state_dict(),
+        },
+    )
+    if run.world.rank == 0:
+        checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep)
+    return path

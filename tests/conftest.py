@@ -14,15 +14,26 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
+    return build_tiny_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+def build_tiny_dataset(folder: Path) -> Path:
     """Real English, small: a slice of the embedded corpus as a dataset with 512 tokens."""
     from data_tools.convert import build_dataset
     from data_tools.python_docs import python_docs
     from dualtrain.recipe.schema import BuildSection
 
-    folder = tmp_path_factory.mktemp("tiny")
     texts = [text for _, text in python_docs()][::12]
     for number, text in enumerate(texts):
         (folder / f"{number:04}.txt").write_text(text[:1500])
     build = BuildSection(source=f"{folder}/*.txt", vocab_size=512, val_fraction=0.1)
     build_dataset(build, folder / "dataset")
     return folder / "dataset"
+
+
+@pytest.fixture
+def tiny(tiny_dataset, tmp_path):
+    """A function from overrides to a loaded recipe of a very small run."""
+    from run_support import tiny_loader
+
+    return tiny_loader(tiny_dataset, tmp_path)

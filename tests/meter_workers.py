@@ -23,6 +23,8 @@ def measure(store: str) -> tuple[Interval, Interval]:
         meter.add("ar", torch.tensor(7.0), tokens=10)
         meter.add("diffusion", torch.tensor(3.0), tokens=10)
     meter.log("both", float(rank))
+    meter.add_update(torch.tensor(2.0))
+    meter.add_update(torch.tensor(5.0))
     full = meter.interval(data_wait_s=0.5 + 0.25 * rank)
     empty = meter.interval()
     dist.barrier()

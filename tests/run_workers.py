@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,8 @@ def train_all(texts: list[str]) -> list[int | str]:
             outcomes.append(train(Recipe.model_validate(yaml.safe_load(text)), view="none"))
         except UserError as error:
             outcomes.append(str(error))
+            # The engine must be out of reach before the process group goes.
+            traceback.clear_frames(error.__traceback__)
     leave_distributed()
     return outcomes
 
@@ -76,6 +80,35 @@ class Average(Algorithm):
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         self.mean = state_dict["mean"]
+
+
+class RankState(_Stateless):
+    """Keeps something else on every rank."""
+
+    def match(self, event: Event, state: State) -> bool:
+        self.rank = state.rank
+        return False
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        raise AssertionError("never asked to")
+
+    def state_dict(self) -> dict[str, object]:
+        return {"rank": torch.tensor([self.rank])}
+
+
+class FileSizeLimit(_Stateless):
+    """Let no file of a rank grow beyond a size, from one step to another: a disk that is full."""
+
+    def __init__(self, *, rank: int, first: int, last: int, size: int) -> None:
+        self.rank, self.steps, self.size = rank, range(first, last), size
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.STEP_START and state.rank == self.rank
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = self.size if state.step in self.steps else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
 class Spoil(_Stateless):

@@ -100,11 +100,13 @@ class PaperOptimizer:
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        newton_schulz_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.parameters, self.muon_names = parameters, set(muon_names)
         self.weight_decay, self.momentum, self.betas, self.eps = weight_decay, momentum, betas, eps
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.newton_schulz_dtype = newton_schulz_dtype
         self.updates = 0
 
     @torch.no_grad()
@@ -116,7 +118,9 @@ class PaperOptimizer:
             if name in self.muon_names:
                 buffer = self.first[name]
                 buffer.mul_(self.momentum).add_(gradient)
-                direction = newton_schulz(gradient + self.momentum * buffer)
+                # Any factor will do but for the rounding to bf16: this one is DeepSpeed's.
+                nesterov = (gradient + self.momentum * buffer) * (1 - self.momentum)
+                direction = newton_schulz(nesterov.to(self.newton_schulz_dtype)).float()
                 parameter.sub_(lr * 0.2 * math.sqrt(max(parameter.shape)) * direction)
                 continue
             beta1, beta2 = self.betas

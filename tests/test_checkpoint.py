@@ -1,36 +1,46 @@
-"""Finding, choosing, refusing and removing checkpoints; test_runs saves real ones."""
+"""Finding, choosing, refusing and removing checkpoints; test_resume saves real ones."""
 
 import json
+import os
+import resource
 
 import pytest
+import torch
 import yaml
 
 from dualtrain.checkpoint import (
-    MARKER,
-    check_compatible,
     checkpoint_path,
-    choose_resume,
     find_checkpoints,
     is_whole,
     read_state,
-    recipe_differences,
     remove,
+    remove_unfinished,
     retain,
 )
+from dualtrain.checkpoint_files import MARKER, Files, find_defects, write_marker
 from dualtrain.errors import UserError
+from dualtrain.resume import (
+    Resume,
+    check_compatible,
+    choose_resume,
+    describe_change,
+    recipe_differences,
+    share_rank_states,
+)
 
 
 def make(run_dir, step, *, recipe="a: 1\n", **state):
     """A checkpoint of the layout that `save` writes, without an engine."""
     path = checkpoint_path(run_dir, step)
     (path / "deepspeed").mkdir(parents=True)
-    (path / "deepspeed" / "part.pt").write_bytes(b"x" * 100)
-    (path / "recipe.yaml").write_text(recipe)
+    files = Files(path)
     facts = {"step": step, "world_size": 2, "zero_stage": 1, "fingerprint": "f"} | state
-    (path / "state.json").write_text(json.dumps(facts))
-    files = [file for file in path.rglob("*") if file.is_file()]
-    sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
-    (path / MARKER).write_text(json.dumps({"sizes": sizes}))
+    files.torch_save(torch.arange(20), path / "deepspeed" / "part.pt")
+    files.text(recipe, path / "recipe.yaml")
+    files.text(json.dumps(facts), path / "state.json")
+    files.text("weights", path / "weights.safetensors")
+    assert files.error is None
+    write_marker(path, files.facts)
     return path
 
 
@@ -42,24 +52,71 @@ def test_newest_whole_checkpoint_counts_by_number_not_by_name(tmp_path):
     assert choose_resume("auto", tmp_path).path == checkpoint_path(tmp_path, 99_999_999)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "marker", "empty"])
-def test_damaged_checkpoint_does_not_count(tmp_path, damage):
-    path = make(tmp_path, 7)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", r"deepspeed/part.pt has 99 bytes, expected \d+"),
+        ("remove", "state.json is missing"),
+        ("marker", "complete.json cannot be read"),
+        ("empty", "does not list the files of a checkpoint"),
+        ("old", "its format is 1, and this is 2"),
+    ],
+)
+def test_damage_that_sizes_show(tmp_path, damage, message):
+    older, path = make(tmp_path, 5), make(tmp_path, 7)
     assert is_whole(path)
     if damage == "truncate":
-        (path / "deepspeed" / "part.pt").write_bytes(b"x" * 99)
+        os.truncate(path / "deepspeed" / "part.pt", 99)
     elif damage == "remove":
         (path / "state.json").unlink()
     else:
-        (path / MARKER).write_text("{" if damage == "marker" else '{"sizes": {}}')
+        markers = {"marker": "{", "empty": '{"format": 2, "files": {}}', "old": '{"format": 1}'}
+        (path / MARKER).write_text(markers[damage])
     assert not is_whole(path)
+    chosen = choose_resume("auto", tmp_path)
+    assert (chosen.kind, chosen.path) == ("full", older)
+    assert len(chosen.notes) == 1 and "step-00000007 is damaged and passed over" in chosen.notes[0]
+    with pytest.raises(UserError, match=f"{message}.*resume=auto goes back to step-00000005"):
+        choose_resume("must", tmp_path)
+    with pytest.raises(UserError, match=message):
+        choose_resume(str(path), tmp_path / "other")
+
+
+def test_nothing_begins_anew_beside_checkpoints_that_are_all_damaged(tmp_path):
+    path = make(tmp_path, 7)
+    (path / "state.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint of this run is damaged: step-00000007"):
+        choose_resume("auto", tmp_path)
+    # What is left of a removal that was interrupted never was the newest.
+    (path / MARKER).unlink()
     assert choose_resume("auto", tmp_path).kind == "fresh"
     with pytest.raises(UserError, match="no whole checkpoint"):
         choose_resume("must", tmp_path)
-    with pytest.raises(
-        UserError, match="part.pt has 99 bytes, expected 100|missing|cannot be read|not list"
-    ):
-        choose_resume(str(path), tmp_path)
+
+
+def test_altered_bits_are_found_by_whoever_shares_the_files(tmp_path):
+    path = make(tmp_path, 7)
+    file = path / "deepspeed" / "part.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert find_defects(path) == []
+    for readers in (1, 2, 3, 9):
+        found = [find_defects(path, share=(index, readers)) for index in range(readers)]
+        assert sum(found, []) == ["deepspeed/part.pt is not as it was saved (its hash differs)"]
+
+
+def test_a_full_disk_is_noted_and_nothing_more_is_written(tmp_path):
+    files = Files(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        files.torch_save(torch.zeros(100_000), tmp_path / "large.pt")
+        assert files.error is not None and "File too large" in files.error
+        files.text("small", tmp_path / "small.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files.facts == {} and not (tmp_path / "small.txt").exists()
 
 
 def test_two_runs_are_never_mixed_in_one_directory(tmp_path):
@@ -100,12 +157,15 @@ def test_retention_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     assert find_checkpoints(tmp_path) == paths[2:]
 
 
-def test_removal_takes_the_marker_first(tmp_path, monkeypatch):
-    path = make(tmp_path, 1)
-    seen = []
-    monkeypatch.setattr("shutil.rmtree", lambda p: seen.append(is_whole(p)))
+def test_what_is_removed_never_counts_and_leftovers_go(tmp_path, monkeypatch):
+    path, other = make(tmp_path, 1), make(tmp_path, 2)
+    monkeypatch.setattr("shutil.rmtree", lambda *arguments, **options: None)  # killed in between
     remove(path)
-    assert seen == [False]
+    assert find_checkpoints(tmp_path) == [other]
+    assert (tmp_path / "step-00000001.partial").is_dir()
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [other]
 
 
 def test_differences_name_both_values_and_ignore_what_may_change():
@@ -114,18 +174,33 @@ def test_differences_name_both_values_and_ignore_what_may_change():
     assert recipe_differences(yaml.safe_dump(old), yaml.safe_dump(new)) == [("optim.lr", 0.1, 0.2)]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"recipe_text": "a: 2\n"}, "a: checkpoint 1, recipe 2"),
-        ({"world_size": 4}, "saved by 2 ranks at ZeRO stage 1, now 4 at stage 1"),
-        ({"zero_stage": 3}, "now 2 at stage 3"),
-        ({"fingerprint": "g"}, "the dataset has changed"),
-    ],
-)
-def test_what_would_not_continue_exactly_is_refused(tmp_path, change, message):
+def test_another_recipe_or_dataset_is_refused_and_other_ranks_are_said(tmp_path):
     path = make(tmp_path, 3)
-    same = {"recipe_text": "a: 1\n", "world_size": 2, "zero_stage": 1, "fingerprint": "f"}
-    check_compatible(path, **same)
-    with pytest.raises(UserError, match=message):
-        check_compatible(path, **(same | change))
+    same = {"recipe_text": "a: 1\n", "fingerprint": "f"}
+    check_compatible(Resume("full", path), **same)
+    with pytest.raises(UserError, match="a: checkpoint 1, recipe 2"):
+        check_compatible(Resume("full", path), **(same | {"recipe_text": "a: 2\n"}))
+    with pytest.raises(UserError, match="the dataset has changed"):
+        check_compatible(Resume("branch", path), **(same | {"fingerprint": "g"}))
+    assert describe_change(path, world_size=2, zero_stage=1) is None
+    said = describe_change(path, world_size=4, zero_stage=3)
+    assert said is not None and "by 2 ranks at ZeRO stage 1, now 4 at stage 3" in said
+
+
+def test_rank_states_are_shared_only_where_they_are_the_same():
+    meter = {"sums": [1.0, 2.0, 3.0, 4.0, 0.5, 9.0], "slots": [1, 2], "tokens": [8, 16]}
+    meter |= {"updates": 3, "logged": {"x": (2.0, 4)}, "seconds": 1.5}
+    kept = {"one": {"a": [torch.ones(2)], "b": 1}}
+    states = [{"algorithms": kept, "meter": meter, "more": 7, "random": rank} for rank in (0, 1)]
+    assert share_rank_states(states, 1, 2) == states[1]
+    first, second = (share_rank_states(states, rank, 3) for rank in (0, 1))
+    assert first["meter"]["sums"] == [2.0, 4.0, 6.0, 8.0, 1.0, 9.0]
+    assert first["meter"]["logged"] == {"x": (4.0, 8)} and first["meter"]["slots"] == [2, 4]
+    # The norm is the same on every rank, which all go on with.
+    assert second["meter"]["sums"] == [0.0, 0.0, 0.0, 0.0, 0.0, 9.0]
+    assert second["meter"]["updates"] == 3 and second["meter"]["slots"] == [0, 0]
+    assert second["more"] == 7 and second["random"] == 1
+    assert share_rank_states(states, 2, 3)["random"] is None
+    states[1] = {"algorithms": {"one": {"a": [torch.zeros(2)], "b": 1}}, "meter": meter}
+    with pytest.raises(UserError, match="one has a state of its own on each of the 2 ranks"):
+        share_rank_states(states, 0, 1)

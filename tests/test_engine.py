@@ -4,11 +4,22 @@ import math
 
 import pytest
 import torch
-from engine_workers import LEARNING_RATES, MUON, slot_tokens, tiny_model, train_cases
+from engine_workers import (
+    LEARNING_RATES,
+    MUON,
+    partitioned_models,
+    slot_tokens,
+    tiny_model,
+    train_cases,
+)
 from support import PaperOptimizer, on_ranks
 
-from dualtrain.engine import build_optimizer, check_precision, group_parameters, muon_scale
+from dualtrain.engine import build_optimizer, check_precision, parameter_shapes
 from dualtrain.errors import UserError
+from dualtrain.model import DualConfig, DualLM, muon_parameter_names
+from dualtrain.parameter_groups import group_parameters, muon_scale
+from dualtrain.recipe.estimates import model_sizes, optimizer_groups
+from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import OptimSection
 
 SLOTS = 4
@@ -44,6 +55,25 @@ def test_updates_are_the_papers_at_every_stage(ranks, tmp_path):
                 # bf16: gradients have 8 bits, and Adam's first steps divide them by themselves.
                 tolerance = 1e-4 if precision == "fp32" else 0.2
                 assert difference <= tolerance * moved, (stage, precision, name, key)
+
+
+def test_model_built_partitioned_is_the_same_model(tmp_path):
+    """At stage 3 no rank ever holds the whole model, and nothing else is different."""
+    precisions = ["fp32", "bf16"]
+    results = on_ranks(partitioned_models, precisions, str(tmp_path), ranks=2, tmp_path=tmp_path)
+    for result in (cell for rank in results for cell in rank):
+        assert result["largest"] == 0
+        whole, partitioned = result["groups"]
+        assert whole == partitioned
+        assert sum(len(group.names) for group in whole if group.uses_muon) == 3 * 7 + 1
+        for kind in ("values", "trained", "loaded"):
+            whole, partitioned = result[kind]
+            assert whole.keys() == partitioned.keys()
+            for name, value in whole.items():
+                # A partitioned model in bf16 is so from the start, a whole one from the engine on.
+                assert torch.equal(value.to(partitioned[name].dtype), partitioned[name]), name
+        start, trained = result["values"][0], result["trained"][0]
+        assert all(not torch.equal(start[name], value) for name, value in trained.items())
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(5, 12), (20, 5), (20, 20)])
@@ -84,3 +114,23 @@ def test_bf16_is_refused_by_a_gpu_that_would_emulate_it(monkeypatch):
     assert asked == [False]
     check_precision("fp32", torch.device("cuda", 0))
     check_precision("bf16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("head", ["paper", "linear"])
+def test_groups_of_the_dry_run_are_the_models(head):
+    recipe = load_recipe("paper/470m", [f"model.head={head}"]).recipe
+    sizes = model_sizes(recipe.model, 16_384)
+    with torch.device("meta"):
+        model = DualLM(
+            DualConfig(
+                vocab_size=sizes.vocab_size,
+                width=sizes.width,
+                layers=sizes.layers,
+                mlp_width=sizes.mlp_width,
+                head=head,
+            )
+        )
+    muon = muon_parameter_names(model)
+    assert list(optimizer_groups(recipe, sizes)) == group_parameters(parameter_shapes(model), muon)
+    adamw = load_recipe("paper/470m", ["optim.name=adamw"]).recipe
+    assert [group.label for group in optimizer_groups(adamw, sizes)] == ["adamw"]

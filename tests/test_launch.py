@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dualtrain.errors import UserError
-from dualtrain.launch import World, current_world, log_path, run_hostfile, run_ranks
+from dualtrain.hostfile import read_hostfile, run_hostfile
+from dualtrain.launch import World, current_world, log_path, run_ranks
 
 TORCHRUN = {
     "RANK": "3",
@@ -205,6 +206,91 @@ def test_killed_parent_leaves_no_process(tmp_path):
         time.sleep(0.05)
 
 
+OUTCOME = Path("exit-code")
+
+
 def test_missing_hostfile(tmp_path):
     with pytest.raises(UserError, match="--hostfile: .* is not a file"):
-        run_hostfile(["run", "quickstart"], hostfile=tmp_path / "none", ranks=None)
+        run_hostfile(["run", "x"], hostfile=tmp_path / "none", ranks=None, outcome=OUTCOME)
+
+
+def test_hostfile_is_read_as_deepspeed_does():
+    hostfile = Path("hosts")
+    hostfile.write_text("# two machines\n\ngpu01 slots=8\nme@10.0.0.2  slots=4  # the old one\n")
+    machines = read_hostfile(hostfile, ranks=4)
+    assert [(m.name, m.slots, m.line) for m in machines] == [("gpu01", 8, 3), ("me@10.0.0.2", 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a slots=2\nb\n", "hosts:2: cannot read 'b' — expected HOST slots=N"),
+        ("a slots=two\n", "hosts:1: cannot read 'a slots=two'"),
+        ("a slots=0\n", "hosts:1: cannot read 'a slots=0'"),
+        ("a;b slots=2\n", "hosts:1: cannot read 'a;b slots=2'"),
+        ("a slots=2\na slots=2\n", "hosts:2: a is in line 1 already"),
+        ("a slots=2\n", "hosts:1: a has 2 slots, but --ranks is 3"),
+        ("# nothing\n", "--hostfile: hosts names no machine"),
+    ],
+)
+def test_hostfile_mistakes_are_named_by_line(text, expected):
+    Path("hosts").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_hostfile(Path("hosts"), ranks=3 if "ranks" in expected else None)
+    assert str(caught.value).startswith(expected)
+
+
+def test_all_mistakes_of_a_hostfile_are_named_at_once():
+    Path("hosts").write_text("a\nb slots=1\nb slots=1\n")
+    with pytest.raises(UserError) as caught:
+        read_hostfile(Path("hosts"))
+    assert [line[:7] for line in str(caught.value).splitlines()] == ["hosts:1", "hosts:3"]
+
+
+def test_missing_pdsh_is_said_before_anything_starts(monkeypatch):
+    Path("hosts").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="ssh is not installed"):
+        run_hostfile(["run", "x"], hostfile=Path("hosts"), ranks=None, outcome=OUTCOME)
+
+
+def test_launcher_that_lies_about_success_is_found_out(monkeypatch, capfd):
+    """DeepSpeed's runner returns 0 when a signal ends its child, as here."""
+    Path("hosts").write_text("localhost slots=1\n")
+    Path("sitecustomize.py").write_text(
+        "import os, sys\nif 'RANK' in os.environ: os.kill(os.getppid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}")
+    hosts = Path("hosts")
+    code = run_hostfile(["schema"], hostfile=hosts, ranks=None, outcome=OUTCOME)
+    assert code == 1
+    assert "the launcher reports success, but rank 0 did not" in capfd.readouterr().err
+
+
+CLI = """
+import sys
+import dualtrain.cli as cli
+@cli.app.command("talk")
+def talk():
+    for number in range(100):
+        print("x" * 1000)
+    open("end", "w").write("here")
+sys.argv = ["dualtrain", "talk"]
+cli.main()
+"""
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    Path("talk.py").write_text(CLI)
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+
+
+def test_closed_output_changes_nothing():
+    finished = shell(f"{sys.executable} talk.py >&-")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert Path("end").read_text() == "here"
+
+
+def test_reader_that_leaves_causes_no_traceback():
+    finished = shell(f"set -o pipefail; {sys.executable} talk.py | head -c 1")
+    assert finished.stdout == "x" and finished.stderr == ""

@@ -2,80 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
-from run_workers import train_all
-from support import on_ranks
+from run_support import command, environment, records, results, run, slots, train_on
 
 from dualtrain.launch import free_port
-from dualtrain.recipe.load import LoadedRecipe, load_recipe
+from dualtrain.recipe.load import load_recipe
 from dualtrain.run_directory import lock_run_directory
-
-TESTS = Path(__file__).parent
-TINY = """
-name: tiny
-seed: 3
-alpha: 3/8
-steps: 8
-unique_tokens: 1500
-sequence_length: 32
-global_batch: 8
-micro_batch: 1
-data: {{path: {data}}}
-model: {{layers: 2, width: 32, heads: 2, mlp_width: 48, head: paper}}
-optim: {{newton_schulz: gram, lr: 2e-3}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
-eval: {{sequences: 10}}
-progress: {{interval_steps: 1}}
-sample: {{tokens: 3, infill: "a <mask:2> list"}}
-"""
-
-
-@pytest.fixture
-def tiny(tiny_dataset, tmp_path):
-    """A function from overrides to a loaded recipe of a very small run."""
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.format(data=tiny_dataset))
-
-    def load(*overrides: str, name: str = "run") -> LoadedRecipe:
-        return load_recipe(str(file), [f"run_dir={tmp_path / name}", *overrides])
-
-    return load
-
-
-def train_on(ranks: int, tmp_path: Path, *recipes: LoadedRecipe) -> list[int | str]:
-    """Train recipes one after another on real ranks, which must agree on the outcome."""
-    results = on_ranks(train_all, [r.text for r in recipes], ranks=ranks, tmp_path=tmp_path)
-    assert all(result == results[0] for result in results)
-    return results[0]
-
-
-def records(recipe: LoadedRecipe, kind: str = "train") -> list[dict]:
-    lines = (recipe.recipe.directory / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def results(recipe: LoadedRecipe) -> list[tuple]:
-    """Everything in the records that does not depend on the clock or the machine."""
-    clock = ("elapsed_s", "tokens_per_second", "data_wait_s", "memory_bytes", "mfu")
-    kept = records(recipe) + records(recipe, "eval")
-    return [tuple((k, str(v)) for k, v in r.items() if k not in clock) for r in kept]
-
-
-def slots(recipe: LoadedRecipe) -> list[list]:
-    files = sorted(recipe.recipe.directory.glob("slots-*.jsonl"))
-    return sorted(json.loads(line) for file in files for line in file.read_text().splitlines())
 
 
 def test_any_number_of_ranks_and_any_stage_train_the_same(tiny, tmp_path):
@@ -112,59 +53,6 @@ def test_bf16_trains_like_fp32_at_every_stage(tiny, tmp_path):
             # bf16 keeps 8 bits: 0.4 % a product.
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
             assert mine["loss"] != theirs["loss"]
-
-
-def rewind(recipe: LoadedRecipe, step: int) -> None:
-    """Leave of a finished run what a kill after the checkpoint of ``step`` would have left."""
-    for path in recipe.recipe.directory.glob("step-*"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-
-
-RESUMED = [
-    *[f"engine.deepspeed=zero{stage}" for stage in range(4)],
-    "engine.precision=bf16",
-    "optim.name=adamw",
-    "optim.schedule={name: cosine, warmup_steps: 6}",
-    "alpha={name: linear, start: 1, phases: [{until: 1, alpha: 0}]}",
-    "objective.mixing=weighted_sum",
-    "algorithms=[{use: run_workers:Average}, {use: input_masking}]",
-]
-
-
-def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
-    """Bit for bit, from a checkpoint in the middle of an interval, an epoch and the cooldown."""
-    common = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
-    recipes = [tiny(*common, change, name=f"r{i}") for i, change in enumerate(RESUMED)]
-    assert train_on(2, tmp_path, *recipes) == [0] * len(recipes)
-    uninterrupted = [results(recipe) for recipe in recipes]
-    assert all(run == [*dict.fromkeys(run)] for run in uninterrupted)
-    for recipe in recipes:
-        rewind(recipe, 5)
-    assert train_on(2, tmp_path, *recipes) == [0] * len(recipes)
-    for change, recipe, expected in zip(RESUMED, recipes, uninterrupted, strict=True):
-        assert sorted(results(recipe)) == sorted(expected), change
-
-
-def test_resume_is_refused_where_it_would_not_be_exact(tiny, tmp_path):
-    first = tiny(name="first")
-    assert train_on(1, tmp_path, first) == [0]
-    checkpoint = tmp_path / "first" / "step-00000008"
-    other_lr = tiny("optim.lr=1e-3", name="first")
-    other_stage = tiny("engine.deepspeed=zero2", name="first")
-    weights = tiny(
-        "optim.lr=1e-9", f"checkpoint.resume=weights:{checkpoint}", "steps=1", name="weights"
-    )
-    narrow = tiny(
-        "model.width=16", f"checkpoint.resume=weights:{checkpoint}", "steps=1", name="narrow"
-    )
-    outcomes = train_on(1, tmp_path, other_lr, other_stage, weights, narrow)
-    assert "optim.lr: checkpoint 0.002, recipe 0.001" in outcomes[0]
-    assert "engine.deepspeed: checkpoint 'zero1', recipe 'zero2'" in outcomes[1]
-    assert outcomes[2] == 0
-    assert "weights do not fit the model" in outcomes[3]
-    expected = records(first, "eval")[-1]["ar_nll"]
-    assert records(weights, "eval")[-1]["ar_nll"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_refused_before_the_first_step(tiny, tmp_path):
@@ -228,27 +116,6 @@ def test_not_finite_loss_stops_with_code_3_and_saves_nothing(tiny, tmp_path):
     saved = sorted(path.name for path in spoilt.recipe.directory.glob("step-*"))
     assert saved == ["step-00000002"]
     assert records(spoilt, "event")[-1]["event"] == "non_finite_loss"
-
-
-def command(recipe: LoadedRecipe, *options: str) -> list[str]:
-    file = recipe.recipe.directory.with_suffix(".yaml")
-    file.write_text(recipe.text)
-    return ["-m", "dualtrain", "run", str(file), "--plain", *options]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
 
 
 def test_signal_saves_and_the_same_command_continues(tiny, tmp_path):

@@ -54,6 +54,28 @@ def count_parameters(sizes: ModelSizes) -> ParameterCount:
     return ParameterCount(total=body + 2 * sizes.vocab_size * sizes.width, without_vocabulary=body)
 
 
+def parameter_shapes(sizes: ModelSizes) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a ``DualLM`` by name, in the model's order."""
+    width, mlp, rows = sizes.width, sizes.mlp_width, sizes.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
+    for layer in range(sizes.layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (width,)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (width, width)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (mlp, width)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (mlp, width)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (width, mlp)
+    shapes["model.norm.weight"] = (width,)
+    if sizes.head == "paper":
+        shapes["head_projection.weight"] = (width, width)
+    shapes["lm_head.weight"] = (rows, width)
+    if sizes.head == "paper":
+        shapes["lm_head.bias"] = (rows,)
+    return shapes
+
+
 def flops_per_token(
     sizes: ModelSizes,
     sequence_length: int,

@@ -303,13 +303,15 @@ class DualLM(PreTrainedModel):
 def muon_parameter_names(model: DualLM) -> list[str]:
     """Name the matrices that Muon updates: the body's and the head's projection, in model order.
 
-    To be called before ZeRO-3 flattens the parameters.
+    Works for parameters that ZeRO-3 has partitioned, too.
     """
     vocabulary = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and id(parameter) not in vocabulary
+        # A partitioned parameter is empty, and has its shape here.
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+        and id(parameter) not in vocabulary
     ]
 
 

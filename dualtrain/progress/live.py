@@ -181,6 +181,7 @@ def _position(state: RunState) -> list[tuple[str, str]]:
         ("alpha", formatting.number(train["alpha"])),
         ("epoch", f"{train['epoch']:.2f} of {formatting.passes(facts.epochs)}"),
         ("AR passes", f"{train['ar_passes']:.2f} of {formatting.passes(facts.ar_passes)}"),
+        ("gradient norm", formatting.number(train["grad_norm"])),
     ]
     for name, value in train["logged"].items():
         fields.append((name, formatting.number(value)))

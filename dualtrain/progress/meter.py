@@ -1,8 +1,9 @@
-"""The losses of both objectives over an interval, summed on the device without waiting for it.
+"""Losses and gradient norm of an interval, summed on the device without waiting for it.
 
-``train`` calls :meth:`Meter.add` once a slot: it only queues additions on the device, so the host
-runs on. :meth:`Meter.interval`, called every ``progress.interval_steps`` steps **by all ranks**, is
-the one place that synchronises: one small vector, gathered over the ranks and read once.
+``train`` calls :meth:`Meter.add` once a slot and :meth:`Meter.add_update` once a step: they only
+queue additions on the device, so the host runs on. :meth:`Meter.interval`, called every
+``progress.interval_steps`` steps **by all ranks**, is the one place that synchronises: one small
+vector, gathered over the ranks and read once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -32,14 +33,20 @@ _COLUMNS: tuple[str, ...] = (
     "ar_loss",
     "diffusion_loss",
     "z_loss",
+    "grad_norm",
     "ar_slots",
     "diffusion_slots",
     "ar_tokens",
     "diffusion_tokens",
+    "updates",
     "data_wait_s",
     "memory_bytes",
     "has_logged",
 )
+
+
+# Place of the gradient's norm in `Meter._sums`.
+_NORM = _COLUMNS.index("grad_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,15 @@ class Interval:
     """What happened between two calls of :meth:`Meter.interval`, over all ranks.
 
     Losses are means over slots in nats per token, ``None`` without a slot of that objective, NaN
-    or infinite where a slot was. All ranks read the same gathered numbers; only ``seconds``, and
-    what is divided by it, is each rank's own.
+    or infinite where a slot was; the gradient norm likewise is a mean over updates. All ranks read
+    the same gathered numbers; only ``seconds``, and what is divided by it, is each rank's own.
     """
 
     ar_loss: float | None
     diffusion_loss: float | None
     loss: float | None
     z_loss: float | None
+    grad_norm: float | None
     slots: int
     tokens: int
     seconds: float
@@ -63,7 +71,7 @@ class Interval:
     data_wait_s: float
     memory_bytes: int
     logged: dict[str, float]
-    non_finite: tuple[Objective, ...]  # the objectives with a slot whose loss was not finite
+    non_finite: tuple[str, ...]  # objectives with a loss that was not finite; "gradient"
 
 
 class MeterState(TypedDict):
@@ -72,6 +80,7 @@ class MeterState(TypedDict):
     sums: list[float]
     slots: list[int]
     tokens: list[int]
+    updates: int
     logged: dict[str, tuple[float, int]]
     seconds: float
 
@@ -101,6 +110,7 @@ class Meter:
         self._flops = flops_per_token
         self._peak = peak_flops
         self._clear()
+        self.mark()
         self.start()
 
     def start(self) -> None:
@@ -137,6 +147,15 @@ class Meter:
         self._slots[index] += 1
         self._tokens[index] += tokens
 
+    def add_update(self, grad_norm: Tensor) -> None:
+        """Add one update of the weights. Never waits for the device.
+
+        Args:
+            grad_norm: Scalar, global L2 norm of the raw gradient, the same on every rank.
+        """
+        self._grad_norm.add_(grad_norm)
+        self._updates += 1
+
     def log(self, name: str, value: float | Tensor) -> None:
         """Add a value of an algorithm's own metric; intervals report its mean. Never waits.
 
@@ -150,13 +169,28 @@ class Meter:
         self._logged[name] = (total + value, number + 1)
 
     def finite(self) -> Tensor:
-        """Return whether all losses since the last interval are finite, without waiting.
+        """Return whether all losses and norms since the last interval are finite; never waits.
 
         Returns:
             () bool on the device, of this rank's slots alone.
         """
         # A sum is non-finite if one of its terms is.
         return self._sums.isfinite().all()
+
+    def mark(self) -> None:
+        """Remember the sums as they are, for :meth:`rewind`; called when a step begins."""
+        self._marked = (
+            self._sums.clone(),
+            list(self._slots),
+            list(self._tokens),
+            self._updates,
+            dict(self._logged),
+        )
+
+    def rewind(self) -> None:
+        """Forget what was added since :meth:`mark`: a step that is left out counts for nothing."""
+        sums, self._slots, self._tokens, self._updates, self._logged = self._marked
+        self._sums.copy_(sums)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,8 +213,8 @@ class Meter:
         Returns:
             Means and totals over all ranks.
         """
-        host = [*self._slots, *self._tokens, data_wait_s, peak_memory(self._device)]
-        host.append(float(bool(self._logged)))
+        host = [*self._slots, *self._tokens, self._updates, data_wait_s]
+        host += [peak_memory(self._device), float(bool(self._logged))]
         local = torch.cat([self._sums, torch.tensor(host, dtype=self._dtype).to(self._device)])
         ranks = _gather(local)
         now = time.perf_counter()
@@ -197,6 +231,7 @@ class Meter:
             "sums": self._sums.tolist(),
             "slots": list(self._slots),
             "tokens": list(self._tokens),
+            "updates": self._updates,
             "logged": {name: (float(total), n) for name, (total, n) in self._logged.items()},
             "seconds": self._seconds(time.perf_counter()),
         }
@@ -206,9 +241,36 @@ class Meter:
         self._sums.copy_(torch.tensor(state["sums"], dtype=self._dtype))
         self._slots = list(state["slots"])
         self._tokens = list(state["tokens"])
+        self._updates = state["updates"]
         self._logged = dict(state["logged"])
         self._carried_s = state["seconds"]
         self.start()
+
+    @staticmethod
+    def share_states(states: Sequence[MeterState], rank: int) -> MeterState:
+        """What a rank continues from, when other ranks have saved: rank 0 takes over all slots.
+
+        Args:
+            states: Of every rank that saved.
+            rank: The rank that continues.
+        """
+        # The norm is the same on every rank, and each counts it; losses are each rank's own.
+        norm, updates = states[0]["sums"][_NORM], states[0]["updates"]
+        totals = [math.fsum(column) for column in zip(*(s["sums"] for s in states), strict=True)]
+        logged: dict[str, tuple[float, int]] = {}
+        for name, (total, number) in (item for s in states for item in s["logged"].items()):
+            before, count = logged.get(name, (0.0, 0))
+            logged[name] = (before + total, count + number)
+        first = rank == 0
+        sums = totals if first else [0.0] * len(totals)
+        return {
+            "sums": [*sums[:_NORM], norm, *sums[_NORM + 1 :]],
+            "slots": [sum(s["slots"][i] if first else 0 for s in states) for i in (0, 1)],
+            "tokens": [sum(s["tokens"][i] if first else 0 for s in states) for i in (0, 1)],
+            "updates": updates,
+            "logged": logged if first else {},
+            "seconds": max(s["seconds"] for s in states),
+        }
 
     def _seconds(self, now: float) -> float:
         return max(now - self._start - self._paused_s + self._carried_s, 1e-9)
@@ -228,6 +290,7 @@ class Meter:
             diffusion_loss=_mean(total["diffusion_cross_entropy"], total["diffusion_slots"]),
             loss=_mean(total["ar_loss"] + total["diffusion_loss"], slots),
             z_loss=_mean(total["z_loss"], slots),
+            grad_norm=_mean(total["grad_norm"], total["updates"]),
             slots=slots,
             tokens=tokens,
             seconds=seconds,
@@ -236,19 +299,16 @@ class Meter:
             data_wait_s=max(columns["data_wait_s"]),
             memory_bytes=int(max(columns["memory_bytes"])),
             logged=logged,
-            non_finite=tuple(
-                name
-                for name in OBJECTIVES
-                if not math.isfinite(total[f"{name}_cross_entropy"] + total[f"{name}_loss"])
-            ),
+            non_finite=_non_finite(total),
         )
 
     def _clear(self) -> None:
-        self._sums = torch.zeros(5, dtype=self._dtype, device=self._device)
+        self._sums = torch.zeros(6, dtype=self._dtype, device=self._device)
         self._cross_entropy, self._loss = self._sums[0:2], self._sums[2:4]
-        self._z_loss = self._sums[4]
+        self._z_loss, self._grad_norm = self._sums[4], self._sums[5]
         self._slots = [0, 0]
         self._tokens = [0, 0]
+        self._updates = 0
         self._carried_s = 0.0
         self._logged: dict[str, tuple[float | Tensor, int]] = {}
 
@@ -280,6 +340,7 @@ def train_record(
         diffusion_loss=interval.diffusion_loss,
         loss=interval.loss,
         z_loss=interval.z_loss,
+        grad_norm=interval.grad_norm,
         ar_slots=ar_slots,
         diffusion_slots=diffusion_slots,
         ar_passes=ar_passes,
@@ -302,6 +363,12 @@ def peak_memory(device: torch.device) -> int:
 
 def _mean(total: float, number: float) -> float | None:
     return total / number if number else None
+
+
+def _non_finite(total: Mapping[str, float]) -> tuple[str, ...]:
+    sums = {name: total[f"{name}_cross_entropy"] + total[f"{name}_loss"] for name in OBJECTIVES}
+    sums |= {"gradient": total["grad_norm"]}
+    return tuple(name for name, value in sums.items() if not math.isfinite(value))
 
 
 def _gather(local: Tensor) -> list[list[float]]:

@@ -39,6 +39,7 @@ class TrainRecord(TypedDict):
     diffusion_loss: float | None
     loss: float | None  # what was minimised: weights, scales and z-loss included
     z_loss: float | None  # already multiplied by its factor
+    grad_norm: float | None  # global L2 norm of the raw gradient before clipping, mean over updates
     ar_slots: int  # since the start of the run
     diffusion_slots: int
     ar_passes: float  # times a token of the unique subset has been an AR target, on average
@@ -64,7 +65,7 @@ class EvalRecord(TypedDict):
 
 
 class EventRecord(TypedDict):
-    """Something that happened: checkpoint, non_finite_loss, terminal_lost."""
+    """Something that happened: checkpoint, non_finite_loss, step_left_out, terminal_lost."""
 
     kind: Literal["event"]
     step: int

@@ -68,6 +68,7 @@ def train_line(record: TrainRecord, remaining_s: float | None) -> str:
         f"{count(record['tokens_per_second']):>5} tokens/s",
         f"epoch {record['epoch']:6.2f}",
         f"ar passes {record['ar_passes']:6.2f}",
+        f"gradient norm {number(record['grad_norm']):>6}",
         size(record["memory_bytes"]),
         f"{duration(record['elapsed_s'])} elapsed",
         f"{duration(remaining_s)} left",

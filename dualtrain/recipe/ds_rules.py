@@ -73,7 +73,7 @@ RULES: dict[str, Rule] = {
     # Optimizer. The engine is given the optimizer as an object and sets learning rates itself.
     "optimizer": _recipe("optim"),
     "scheduler": _recipe("optim.schedule"),
-    "gradient_clipping": _recipe("(no clipping: at stages 1-3 it would clip Muon's update)"),
+    "gradient_clipping": _recipe("optim.clip_norm (DeepSpeed's clips Muon's update)"),
     "zero_allow_untested_optimizer": _fixed(True, "Muon counts as untested"),
     "zero_force_ds_cpu_optimizer": _fixed(False, "it would refuse Muon when offloading"),
     # Precision; see merge.precision_settings.

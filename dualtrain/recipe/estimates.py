@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from dualtrain.model.arithmetic import count_parameters, flops_per_token
+from dualtrain.model.arithmetic import count_parameters, flops_per_token, parameter_shapes
+from dualtrain.parameter_groups import ParameterGroup, group_parameters
 from dualtrain.recipe.merge import BFloat16, DsConfig, bfloat16_mode
 from dualtrain.recipe.schema import ModelSection, Recipe
 
@@ -42,6 +43,7 @@ class ModelCost:
         parameters: All of them.
         without_vocabulary: Without embedding and output matrix.
         muon_parameters: Those that Muon updates, if it is used.
+        groups: How the optimizer divides them, unless an algorithm changes the model.
         training_flops: Operations of the whole run, forward and backward.
         checkpoint_bytes: Estimate, of one checkpoint.
         memory: Estimate, of one rank.
@@ -50,6 +52,7 @@ class ModelCost:
     parameters: int
     without_vocabulary: int
     muon_parameters: int
+    groups: tuple[ParameterGroup, ...]
     training_flops: float
     checkpoint_bytes: int
     memory: Memory
@@ -60,11 +63,12 @@ class Memory:
     """Estimated bytes on the device of one rank.
 
     Attributes:
-        weights: What the forward pass uses.
+        weights: What the forward pass uses; 0 where they are in host memory, from which it takes
+            a few at a time.
         gradients: Accumulated and, where they differ, those of the backward pass.
         optimizer: fp32 master weights and states; 0 where they are in host memory.
         activations: Saved for the backward pass, and the logits of a chunk; rough.
-        host: Master weights and states in host memory.
+        host: Of all these, what is in host memory instead.
     """
 
     weights: int
@@ -110,7 +114,8 @@ def model_cost(
         diffusion_tokens: Input tokens of its diffusion slots.
     """
     count = count_parameters(sizes)
-    muon = muon_parameters(sizes) if recipe.optim.name == "muon" else 0
+    groups = optimizer_groups(recipe, sizes)
+    muon = sum(group.elements for group in groups if group.uses_muon)
     length = recipe.sequence_length
     flops = ar_tokens * flops_per_token(sizes, length, "causal")
     flops += diffusion_tokens * flops_per_token(sizes, length, "full")
@@ -121,16 +126,19 @@ def model_cost(
         parameters=count.total,
         without_vocabulary=count.without_vocabulary,
         muon_parameters=muon,
+        groups=groups,
         training_flops=flops,
         checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
         memory=_memory(recipe, sizes, count.total, states, ds_config, mode, world_size),
     )
 
 
-def muon_parameters(sizes: Sizes) -> int:
-    """Parameters in the body's matrices and the head's projection."""
-    body = sizes.layers * (4 * sizes.width**2 + 3 * sizes.width * sizes.mlp_width)
-    return body + (sizes.width**2 if sizes.head == "paper" else 0)
+def optimizer_groups(recipe: Recipe, sizes: Sizes) -> tuple[ParameterGroup, ...]:
+    """The groups that the engine will have; Muon has the body's matrices and the projection."""
+    shapes = parameter_shapes(sizes)
+    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
+    muon = [name for name, shape in shapes.items() if len(shape) == 2 and name not in vocabulary]
+    return tuple(group_parameters(shapes, muon if recipe.optim.name == "muon" else ()))
 
 
 def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) -> int:
@@ -160,13 +168,16 @@ def _memory(
         gradients //= ranks
     master = FP32 * parameters if stage >= 1 else 0
     optimizer = (master + states) // (ranks if stage >= 1 else 1)
-    host = optimizer if ds_config.offloads_optimizer else 0
+    if stage == 3:
+        weights //= ranks
+    moved_optimizer = optimizer if ds_config.offloads_optimizer else 0
+    moved_weights = weights if ds_config.offloads_parameters else 0
     return Memory(
-        weights=weights // ranks if stage == 3 else weights,
+        weights=weights - moved_weights,
         gradients=gradients,
-        optimizer=optimizer - host,
+        optimizer=optimizer - moved_optimizer,
         activations=_activations(recipe, sizes),
-        host=host,
+        host=moved_optimizer + moved_weights,
     )
 
 

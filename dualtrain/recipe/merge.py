@@ -38,12 +38,14 @@ class DsConfig:
         tree: Its values.
         stage: ZeRO stage, 0 to 3.
         offloads_optimizer: Whether master weights and optimizer states live in host memory.
+        offloads_parameters: Whether the weights do, too, while they are not used.
     """
 
     file: str
     tree: Located
     stage: int
     offloads_optimizer: bool
+    offloads_parameters: bool
 
 
 def deepspeed_config(
@@ -94,7 +96,7 @@ def merge_settings(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
-        # DeepSpeed's default is 1.0.
+        # Clipping is that of dualtrain.gradients; DeepSpeed's default is 1.0.
         "gradient_clipping": 0.0,
         **precision_settings(precision, given.stage),
     }
@@ -180,9 +182,16 @@ def read_ds_config(path_or_name: str) -> DsConfig:
         raise UserError(where, "is missing", "0, 1, 2 or 3")
     assert zero is not None
     _raise_all(_check_stage(zero, stage.value))
-    offload = zero.child("offload_optimizer")
-    device = offload.child("device") if offload else None
-    return DsConfig(file, tree, stage.value, device is not None and device.value == "cpu")
+    optimizer, parameters = (
+        _is_offloaded(zero, section) for section in ("offload_optimizer", "offload_param")
+    )
+    return DsConfig(file, tree, stage.value, optimizer, parameters)
+
+
+def _is_offloaded(zero: Located, section: str) -> bool:
+    given = zero.child(section)
+    device = given.child("device") if given else None
+    return device is not None and device.value == "cpu"
 
 
 def _zero_settings(given: Plain, stage: int) -> dict[str, object]:

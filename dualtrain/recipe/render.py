@@ -6,14 +6,16 @@ colours. The first part is YAML that can be saved as a recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
 from rich.console import Console
 from rich.text import Text
 
+from dualtrain.parameter_groups import ParameterGroup, describe_group, name_patterns
 from dualtrain.recipe.derive import Derived
 from dualtrain.recipe.load import LoadedRecipe
+from dualtrain.recipe.schema import OptimSection
 from dualtrain.recipe.yaml_source import dotted, parse
 
 MAX_WIDTH = 100
@@ -26,7 +28,7 @@ Row = tuple[str, str, str]
 def print_dry_run(
     loaded: LoadedRecipe, derived: Derived, *, console: Console | None = None
 ) -> None:
-    """Print the resolved recipe, the derived numbers with their reasons, and warnings.
+    """Print the resolved recipe, the derived numbers, the parameter groups, and warnings.
 
     Args:
         loaded: The recipe.
@@ -42,6 +44,11 @@ def print_dry_run(
     out.print(Text("# What follows", style="bold"))
     for line in table_lines(list(derived_rows(derived)), width):
         out.print(line, soft_wrap=True)
+    if derived.cost is not None:
+        out.print()
+        out.print(Text("# Parameter groups", style="bold"))
+        for line in table_lines(list(group_rows(derived.cost.groups, loaded.recipe.optim)), width):
+            out.print(line, soft_wrap=True)
     for warning in derived.warnings:
         text = "\n".join(wrap(f"warning: {warning}", width))
         out.print(Text(text, style="yellow"), soft_wrap=True)
@@ -88,6 +95,13 @@ def derived_rows(derived: Derived) -> Iterator[Row]:
     for piece in derived.milestones:
         yield f"learning rate at {piece.step:,}", f"{piece.learning_rate:.3g}", piece.what
     yield from _cost_rows(derived)
+
+
+def group_rows(groups: Sequence[ParameterGroup], optim: OptimSection) -> Iterator[Row]:
+    """The rows of the optimizer's groups: what each has, its values and its parameters."""
+    for group in groups:
+        number, values = describe_group(group, optim)
+        yield group.label, number, f"{values}: {name_patterns(group.names)}"
 
 
 def _cost_rows(derived: Derived) -> Iterator[Row]:

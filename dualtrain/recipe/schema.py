@@ -348,6 +348,12 @@ class OptimSection(Section):
         default=(0.9, 0.95), description="AdamW's betas."
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest global L2 norm of the raw gradient; null: no clipping, as in the "
+        "paper.",
+    )
     schedule: ScheduleSection = Field(
         default=ScheduleSection(), description="Learning-rate schedule."
     )
@@ -367,6 +373,12 @@ class EngineSection(Section):
         default=1800.0,
         gt=0,
         description="Longest wait of a rank for the others before it fails, seconds.",
+    )
+    skip_non_finite: int = Field(
+        default=0,
+        ge=0,
+        description="Steps with a loss that is not finite that the run may leave out; the next "
+        "one stops it (0: the first).",
     )
 
 

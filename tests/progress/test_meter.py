@@ -76,12 +76,33 @@ def test_adding_never_waits_for_the_device():
         for _ in range(3):
             meter.add("ar", loss * 2, loss * 0.1, tokens=8)
             meter.log("ratio", loss * 3)
+            meter.add_update(loss.detach() * 4)
             meter.finite()
         with pytest.raises(AssertionError, match="waits"):
             loss.item()
     interval = meter.interval()
     assert interval.ar_loss == 2.0
     assert interval.logged == {"ratio": 3.0}
+    assert interval.grad_norm == 4.0
+
+
+def test_a_gradient_norm_that_is_not_finite_is_flagged():
+    meter = Meter("cpu")
+    meter.add("ar", torch.tensor(1.0), tokens=1)
+    meter.add_update(torch.tensor(math.inf))
+    assert not bool(meter.finite())
+    assert meter.interval().non_finite == ("gradient",)
+
+
+def test_the_norm_of_a_step_that_is_left_out_is_forgotten():
+    meter = Meter("cpu")
+    meter.add_update(torch.tensor(2.0))
+    meter.mark()
+    meter.add_update(torch.tensor(math.nan))
+    meter.rewind()
+    assert bool(meter.finite())
+    meter.add_update(torch.tensor(4.0))
+    assert meter.interval().grad_norm == 3.0
 
 
 def test_sums_keep_the_graph_of_no_slot_alive():
@@ -132,6 +153,7 @@ def test_an_interrupted_interval_is_completed(clock: Clock):
     whole, first, second = Meter("cpu"), Meter("cpu"), Meter("cpu")
     for meter in (whole, first):
         meter.add("ar", torch.tensor(0.1), torch.tensor(0.3), tokens=10)
+        meter.add_update(torch.tensor(0.3))
         meter.log("x", torch.tensor(1.0))
     clock.now += 3
     saved = first.state_dict()
@@ -141,9 +163,19 @@ def test_an_interrupted_interval_is_completed(clock: Clock):
     for meter in (whole, second):
         meter.add("ar", torch.tensor(0.7), tokens=10)
         meter.add("diffusion", torch.tensor(0.2), tokens=10)
+        meter.add_update(torch.tensor(0.1))
         meter.log("x", 2.0)
     expected, found = whole.interval(), second.interval()
-    for name in ("ar_loss", "diffusion_loss", "loss", "z_loss", "slots", "tokens", "logged"):
+    for name in (
+        "ar_loss",
+        "diffusion_loss",
+        "loss",
+        "z_loss",
+        "grad_norm",
+        "slots",
+        "tokens",
+        "logged",
+    ):
         assert getattr(found, name) == getattr(expected, name)
     assert found.seconds == 5
     clock.now += 1
@@ -186,11 +218,12 @@ def test_means_are_over_all_ranks(tmp_path: Path):
         assert interval.ar_loss == 4.0
         assert interval.diffusion_loss == 3.0
         assert interval.loss == 15 / 4
+        assert interval.grad_norm == 3.5  # the same on every rank, a mean over updates
         assert (interval.slots, interval.tokens) == (4, 40)
         assert interval.data_wait_s == 0.75  # the slowest rank's
         assert interval.logged == {"both": 0.5, "only_rank_0": 5.0}
         assert interval.mfu == pytest.approx(40 / interval.seconds / 2)
-        assert empty.logged == {} and empty.loss is None
+        assert empty.logged == {} and empty.loss is None and empty.grad_norm is None
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def train(step: int, **changes: object) -> TrainRecord:
         "diffusion_loss": 8.0 * math.exp(-step / 150) + 1,
         "loss": 5.0,
         "z_loss": 0.001,
+        "grad_norm": 0.75,
         "ar_slots": step,
         "diffusion_slots": 3 * step,
         "ar_passes": step / 300 * 8,

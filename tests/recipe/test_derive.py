@@ -14,6 +14,7 @@ from dualtrain.errors import UserError
 from dualtrain.mixing import is_autoregressive, rotation_groups
 from dualtrain.recipe import CorpusFacts, check_world_size, derive, load_recipe
 from dualtrain.recipe.derive import build_mixture, passes_range, run_length, uses_rotation
+from dualtrain.recipe.estimates import Memory
 from dualtrain.recipe.schema import Recipe
 from dualtrain.schedules import learning_rate_factor
 
@@ -321,3 +322,19 @@ def test_memory_falls_with_the_stage_and_the_ranks():
     parameters = 468_700_160
     assert totals[0] == 4 * parameters * 2 + 4 * (2 * parameters - 363_741_184)
     assert totals[3] < totals[0] / 4
+
+
+def test_offloaded_bytes_are_in_host_memory():
+    recipe = load_recipe("paper/470m").recipe
+
+    def memory(name: str) -> Memory:
+        engine = recipe.engine.model_copy(update={"deepspeed": name})
+        cost = derive(recipe.model_copy(update={"engine": engine}), corpus=None, world_size=8).cost
+        assert cost is not None
+        return cost.memory
+
+    for stage, moves_weights in ((2, False), (3, True)):
+        here, there = memory(f"zero{stage}"), memory(f"zero{stage}-offload")
+        assert here.host == 0 and there.optimizer == 0
+        assert there.weights == (0 if moves_weights else here.weights)
+        assert there.total + there.host == here.total

@@ -220,7 +220,10 @@ def test_values_that_repeat_the_recipe_are_accepted(tmp_path):
             ["8 conflicts with the recipe, where micro_batch decides it — expected 4"],
         ),
         ({"gradient_accumulation_steps": 1}, ["where global_batch / micro_batch / ranks decides"]),
-        ({"gradient_clipping": 1.0}, ["gradient_clipping: 1.0 conflicts", "expected 0.0"]),
+        (
+            {"gradient_clipping": 1.0},
+            ["gradient_clipping: 1.0 conflicts", "where optim.clip_norm", "expected 0.0"],
+        ),
         ({"bf16": {"enabled": True}}, ["where engine.precision decides it"]),
         ({"fp16": {"enabled": True}}, ["where engine.precision decides it"]),
         ({"bf16": {"enabld": False}}, ["where engine.precision decides it"]),
@@ -309,7 +312,7 @@ def test_what_is_no_json(tmp_path, text, message):
 def test_an_unknown_ds_config_shows_the_nearest():
     (error,) = errors_of("zero4")
     assert error.startswith("engine.deepspeed: 'zero4': no such file, and no shipped ds_config")
-    assert "zero0, zero1, zero2, zero3" in error and "did you mean zero" in error
+    assert "zero0, zero1, zero2, zero2-offload, zero3" in error and "did you mean zero" in error
 
 
 def test_offloading_is_seen(tmp_path):

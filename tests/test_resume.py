@@ -1,0 +1,262 @@
+"""Resuming: bit for bit on the same ranks, up to rounding on others, refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from run_support import records, results, rewind, slots, train_on
+
+from dualtrain.branch import load_branch
+from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.errors import UserError
+from dualtrain.recipe.load import LoadedRecipe
+
+COMMON = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
+
+RESUMED: tuple[tuple[str, ...], ...] = (
+    *((f"engine.deepspeed=zero{stage}",) for stage in range(4)),
+    ("engine.precision=bf16", "optim.clip_norm=1"),
+    ("optim.name=adamw", "optim.schedule={name: constant, warmup_steps: 7}"),
+    ("optim.schedule={name: cosine, warmup_steps: 7}", "engine.deepspeed=zero2-offload"),
+    ("alpha={name: linear, start: 1, phases: [{until: 1, alpha: 0}]}", "optim.clip_norm=0.5"),
+    ("objective.mixing=weighted_sum", "optim.schedule.shape=one_minus_sqrt"),
+    (
+        "algorithms=[{use: run_workers:Average}, {use: input_masking}]",
+        "alpha={name: phases, phases: [{until: 1/2, alpha: 1}, {until: 1, alpha: 1/4}]}",
+    ),
+)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
+    """Bit for bit and twice in a row, in the middle of intervals, epochs, warm-up and cooldown."""
+    recipes = [tiny(*COMMON, "steps=12", *change, name=f"r{i}") for i, change in enumerate(RESUMED)]
+    assert train_on(2, tmp_path, *recipes) == [0] * len(recipes)
+    uninterrupted = [results(recipe) for recipe in recipes]
+    assert all(run == [*dict.fromkeys(run)] for run in uninterrupted)
+    spoilt = [tiny(*COMMON, "steps=12", RESUMED[i][0], name=f"zeroed{i}") for i in range(4)]
+    for recipe, copied in zip(recipes, spoilt, strict=False):
+        copy_run(recipe, copied, 5)
+        zero_momentum(copied.recipe.directory / "step-00000005")
+    for step, more in ((5, spoilt), (10, [])):
+        for recipe in recipes:
+            rewind(recipe, step)
+        assert train_on(2, tmp_path, *recipes, *more) == [0] * len([*recipes, *more])
+        for change, recipe, expected in zip(RESUMED, recipes, uninterrupted, strict=True):
+            assert sorted(results(recipe)) == sorted(expected), (step, change)
+    # The test can fail: without Muon's momentum every stage ends elsewhere.
+    for expected, recipe in zip(uninterrupted, spoilt, strict=False):
+        assert sorted(results(recipe)) != sorted(expected)
+
+
+def zero_momentum(checkpoint: Path) -> None:
+    """Make a checkpoint in which Muon has forgotten everything, with hashes that agree."""
+    zeroed = 0
+    for file in sorted((checkpoint / "deepspeed").iterdir()):
+        content = torch.load(file, weights_only=False)
+        for state in optimizer_states(content):
+            if "momentum_buffer" in state:
+                zeroed += int(state["momentum_buffer"].zero_().numel() > 0)
+        torch.save(content, file)
+    assert zeroed
+    reseal(checkpoint)
+
+
+def optimizer_states(content: dict) -> list[dict]:
+    """The states in one of DeepSpeed's files, whatever the stage."""
+    found, todo = [], [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            found += [value] if "momentum_buffer" in value else []
+            todo += value.values()
+    return found
+
+
+def reseal(checkpoint: Path) -> None:
+    """Write a marker that agrees with the files as they are now."""
+    files = read_marker(checkpoint)
+    facts = {
+        name: FileFacts((checkpoint / name).stat().st_size, hash_file(checkpoint / name))
+        for name in files
+    }
+    write_marker(checkpoint, facts)
+
+
+def copy_run(recipe: LoadedRecipe, to: LoadedRecipe, step: int) -> None:
+    """Another run as it was when it had saved ``step``."""
+    shutil.copytree(recipe.recipe.directory, to.recipe.directory)
+    for file in to.recipe.directory.glob("slots-*.jsonl"):
+        lines = file.read_text().splitlines()
+        file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[0] < step))
+    rewind(to, step)
+
+
+# Ranks it goes on with: ZeRO stage that saved it on 2 ranks, and its stage there.
+ELSEWHERE = {1: {0: 1, 3: 2}, 4: {1: 3, 2: 0}}
+
+
+def test_run_goes_on_with_any_ranks_and_stage_and_back(tiny, tmp_path):
+    """The data to the bit, the losses up to the order of additions."""
+    common = (*COMMON, "checkpoint.interval_steps=2", "algorithms=[{use: run_workers:Recorder}]")
+    whole = [tiny(*common, f"engine.deepspeed=zero{s}", name=f"whole{s}") for s in range(4)]
+    assert train_on(2, tmp_path, *whole) == [0] * 4
+    back = []
+    for ranks, stages in ELSEWHERE.items():
+        moved = []
+        for old, new in stages.items():
+            moved.append(tiny(*common, f"engine.deepspeed=zero{new}", name=f"{old}to{new}"))
+            copy_run(whole[old], moved[-1], 4)
+        assert train_on(ranks, tmp_path, *moved) == [0] * 2
+        for (old, new), there in zip(stages.items(), moved, strict=True):
+            assert_same_run(there, whole[old])
+            said = [r["message"] for r in records(there, "event") if r["event"] == "resume"]
+            assert f"by 2 ranks at ZeRO stage {old}, now {ranks} at stage {new}" in said[0]
+            back.append(tiny(*common, f"engine.deepspeed=zero{old}", name=f"back{old}"))
+            copy_run(there, back[-1], 6)
+    assert train_on(2, tmp_path, *back) == [0] * 4
+    for recipe in back:
+        assert_same_run(recipe, whole[int(recipe.recipe.engine.deepspeed[-1])])
+
+
+def assert_same_run(one: LoadedRecipe, other: LoadedRecipe) -> None:
+    assert slots(one) == slots(other)
+    for kind, names in (("train", ("loss", "grad_norm")), ("eval", ("ar_nll", "diffusion_nll"))):
+        for mine, theirs in zip(records(one, kind), records(other, kind), strict=True):
+            assert mine["step"] == theirs["step"]
+            for name in names:
+                # Two orders of adding float32 gradients, then Newton-Schulz, 4 times.
+                assert mine[name] == pytest.approx(theirs[name], rel=2e-5), (kind, name)
+
+
+def test_what_would_be_another_run_is_refused(tiny, tmp_path):
+    first, other_state = tiny(name="first"), "algorithms=[{use: run_workers:RankState}]"
+    stateful = tiny(other_state, name="stateful")
+    assert train_on(2, tmp_path, first, stateful) == [0, 0]
+    checkpoint = tmp_path / "first" / "step-00000008"
+    start = f"checkpoint.resume=weights:{checkpoint}"
+    weights = tiny("optim.lr=1e-9", start, "steps=1", name="weights")
+    outcomes = train_on(
+        1,
+        tmp_path,
+        tiny("optim.lr=1e-3", "seed=4", name="first"),
+        tiny("optim.lr=1e-3", name="first"),
+        tiny(other_state, name="stateful"),
+        weights,
+        tiny("model.width=16", start, "steps=1", name="narrow"),
+    )
+    assert "optim.lr: checkpoint 0.002, recipe 0.001; seed: checkpoint 3, recipe 4" in outcomes[0]
+    assert "--from" not in outcomes[0] and "--from 8 to branch off" in outcomes[1]
+    assert "RankState has a state of its own on each of the 2 ranks" in outcomes[2]
+    assert outcomes[3] == 0
+    assert "weights do not fit the model" in outcomes[4]
+    expected = records(first, "eval")[-1]["ar_nll"]
+    assert records(weights, "eval")[-1]["ar_nll"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_damage_is_said_and_passed_over_only_under_auto(tiny, tmp_path):
+    common = (*COMMON, "checkpoint.interval_steps=3")
+    whole, altered = tiny(*common, name="whole"), tiny(*common, name="altered")
+    assert train_on(2, tmp_path, whole) == [0]
+    copy_run(whole, altered, 6)
+    file = next((altered.recipe.directory / "step-00000006" / "deepspeed").glob("*optim*"))
+    flip_a_bit(file)
+    must = tiny(*common, "checkpoint.resume=must", name="altered")
+    start = f"checkpoint.resume=weights:{altered.recipe.directory / 'step-00000006'}"
+    outcomes = train_on(2, tmp_path, must, tiny(*common, start, name="new"), altered)
+    for refused in outcomes[:2]:
+        assert f"deepspeed/{file.name} is not as it was saved" in refused
+    assert "checkpoint.resume=auto goes back to step-00000003" in outcomes[0]
+    assert outcomes[2] == 0
+    said = [r["message"] for r in records(altered, "event") if r["event"] == "resume"]
+    assert "step-00000006 is damaged and passed over: deepspeed/" in said[0]
+    assert sorted(results(altered)) == sorted(results(whole))
+    for checkpoint in altered.recipe.directory.glob("step-*"):
+        flip_a_bit(checkpoint / "weights.safetensors")
+    lost = train_on(2, tmp_path, altered)[0]
+    assert "every checkpoint of this run is damaged: step-00000003: weights.safetensors" in lost
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_branch_goes_on_with_the_data_and_only_then_differs(tiny, tmp_path):
+    """A run of 8 steps is extended to 12 from before its cooldown, and ends as one of 12 does."""
+    record = "algorithms=[{use: run_workers:Recorder}]"
+    common = (*COMMON, "checkpoint.interval_steps=3", record, "optim.schedule.cooldown=0.25")
+    parent = tiny(*common, "steps=8", name="parent")
+    longer = tiny(*common, "steps=12", name="longer")
+    assert train_on(2, tmp_path, parent, longer) == [0, 0]
+    file = tmp_path / "parent.yaml"
+    file.write_text(parent.text)
+    branch = load_branch(str(file), ["steps=12"], "6")
+    assert branch.recipe.directory == tmp_path / "parent-from-00000006"
+    late = load_branch(str(file), ["steps=12", "optim.lr=1e-4"], f"{tmp_path}/parent/step-00000008")
+    assert train_on(2, tmp_path, branch, late) == [0, 0]
+    assert slots(branch) == [slot for slot in slots(longer) if slot[0] >= 6]
+    # The metrics begin with the parent's; 6 steps are the same in both, and so is the rest.
+    assert sorted(without_steps(branch)) == sorted(without_steps(longer))
+    said = [r["message"] for r in records(late, "event") if r["event"] == "resume"]
+    assert "lies in the cooldown" in said[1] and "began after step 6" in said[1]
+    assert without_steps(late) != without_steps(longer)
+    # The same command goes on with the branch, once it has begun.
+    again = load_branch(str(file), ["steps=12"], "6")
+    rewind(again, 9)
+    assert train_on(2, tmp_path, again) == [0]
+    assert sorted(without_steps(again)) == sorted(without_steps(longer))
+
+
+def without_steps(recipe: LoadedRecipe) -> list[tuple]:
+    """The results without the planned length, which a parent's records have otherwise."""
+    return [tuple(pair for pair in row if pair[0] != "steps") for row in results(recipe)]
+
+
+def test_branch_is_refused_where_the_data_would_be_other(tiny, tmp_path):
+    linear = "alpha={name: linear, start: 1, phases: [{until: 1, alpha: 0}]}"
+    parent, curriculum = tiny(name="parent"), tiny(linear, name="curriculum")
+    assert train_on(1, tmp_path, parent, curriculum) == [0, 0]
+    for recipe in (parent, curriculum):
+        (tmp_path / f"{recipe.recipe.directory.name}.yaml").write_text(recipe.text)
+    file = str(tmp_path / "parent.yaml")
+    with pytest.raises(UserError, match="--from: 5: .*no complete.json.*checkpoints of .*: 8"):
+        load_branch(file, [], "5")
+    with pytest.raises(UserError, match="goes on with the unique subset"):
+        load_branch(file, ["unique_tokens=9"], "8")
+    stretched = load_branch(str(tmp_path / "curriculum.yaml"), ["steps=12"], "8")
+    refused = train_on(
+        1,
+        tmp_path,
+        load_branch(file, [], "8"),
+        load_branch(file, ["steps=12", "alpha=1/2"], "8"),
+        stretched,
+    )
+    assert "steps: 8, and the branch begins after 8 — expected more" in refused[0]
+    assert "alpha: checkpoint '3/8', recipe '1/2'" in refused[1]
+    assert "its schedule is stretched over 12 steps instead of 8" in refused[2]
+
+
+def test_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path):
+    """A limit on file size stands for the full disk: DeepSpeed's file fails, on one rank or all."""
+    common = (*COMMON, "checkpoint.interval_steps=2")
+    whole = tiny(*common, name="whole")
+    assert train_on(2, tmp_path, whole) == [0]
+    largest = max(f.stat().st_size for f in (tmp_path / "whole").rglob("*") if f.is_file())
+    limit = f"run_workers:FileSizeLimit, args: {{rank: 1, first: 3, last: 7, size: {largest // 4}}}"
+    hit = tiny(*common, f"algorithms=[{{use: {limit}}}]", name="hit")
+    end = tiny(*common, f"algorithms=[{{use: {limit.replace('last: 7', 'last: 8')}}}]", name="end")
+    outcomes = train_on(2, tmp_path, hit, end)
+    assert outcomes[0] == 0
+    saved = sorted(path.name for path in hit.recipe.directory.glob("step-*"))
+    assert saved == ["step-00000002", "step-00000008"]
+    failed = [r for r in records(hit, "event") if r["event"] == "checkpoint_failed"]
+    assert [r["step"] for r in failed] == [4, 6]
+    assert "File too large" in failed[0]["message"]
+    assert "step 8 could not be written" in outcomes[1] and "File too large" in outcomes[1]
+    left = sorted(path.name for path in end.recipe.directory.glob("step-*"))
+    assert left == ["step-00000002"]

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 import torch
 
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
-from dualtrain.branch import check_branch, inherit_metrics
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
@@ -50,117 +47,18 @@ from dualtrain.model import (
 )
 from dualtrain.model.initialize import initialize_parameter
 from dualtrain.non_finite import LossWatch
+from dualtrain.origin import Origin
 from dualtrain.parameter_groups import group_parameters
-from dualtrain.progress import EvalRecord, Meter, Progress, ViewChoice, peak_flops
-from dualtrain.recipe.derive import CorpusFacts, Derived, build_mixture, derive
+from dualtrain.progress import Meter, Progress, ViewChoice, peak_flops
+from dualtrain.recipe.derive import Derived, build_mixture, derive
 from dualtrain.recipe.estimates import model_sizes
-from dualtrain.recipe.load import dump_recipe
-from dualtrain.recipe.merge import deepspeed_config, zero_stage
 from dualtrain.recipe.schema import Recipe
-from dualtrain.resume import (
-    Resume,
-    agree_on_start,
-    check_compatible,
-    describe_change,
-    share_rank_states,
-    with_notes,
-)
+from dualtrain.run import Run
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.signals import StepVote
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-
-@dataclass
-class Run:
-    """The parts of a run that the loop works with; one on every rank.
-
-    Attributes:
-        recipe: The resolved recipe.
-        text: The same as YAML; goes into every checkpoint.
-        fingerprint: Of the dataset; a resumed run must have the same.
-        zero_stage: DeepSpeed's, 0 to 3.
-        derived: Steps, tokens and slots that follow from the recipe.
-        world: This rank among all.
-        run_dir: Checkpoints, metrics, logs.
-        dataset: The training split.
-        validation: The held-out sequences.
-        state: What algorithms see, the engine among it.
-        dispatcher: The algorithms.
-        backend: Attention backend.
-        compute_dtype: What attention is computed in.
-        batches: Slots and sequences of this rank, made ahead.
-        slots_per_rank: Micro-batches of this rank in a step.
-        gradients: The raw gradient of the step: its norm, and clipping.
-        meter: Losses of the interval.
-        progress: Records and view; silent on ranks other than 0.
-        losses: Of the slots of the step, watched for NaN.
-        vote: The ranks' agreement on signals and bad losses.
-        first_step: Updates done before this process started.
-        elapsed_before_s: Wall time the run took before this process started.
-        last_eval: The newest evaluation.
-        last_saved: The newest checkpoint.
-        notes: What is to be said of where the run starts.
-        lock: Rank 0's claim to the run directory.
-    """
-
-    recipe: Recipe
-    text: str
-    fingerprint: str
-    zero_stage: int
-    derived: Derived
-    world: World
-    run_dir: Path
-    dataset: TokenDataset
-    validation: ValidationData
-    state: State
-    dispatcher: Dispatcher
-    backend: str
-    compute_dtype: torch.dtype
-    batches: Prefetcher
-    slots_per_rank: int
-    gradients: Gradients
-    meter: Meter
-    progress: Progress
-    losses: LossWatch
-    vote: StepVote
-    first_step: int
-    elapsed_before_s: float
-    last_eval: EvalRecord | None
-    last_saved: Path | None
-    notes: tuple[str, ...]
-    lock: TextIO | None
-    _began: float = field(default_factory=time.monotonic)
-    _waited_s: float = 0.0
-
-    @property
-    def engine(self) -> DeepSpeedEngine:
-        """DeepSpeed's engine around the model."""
-        assert self.state.engine is not None
-        return self.state.engine
-
-    def dispatch(self, event: Event) -> None:
-        """Announce an event to the algorithms."""
-        self.dispatcher.dispatch(event, self.state)
-
-    def elapsed_s(self) -> float:
-        """Wall time of the run so far, over all the processes that worked on it."""
-        return self.elapsed_before_s + time.monotonic() - self._began
-
-    def data_wait_s(self) -> float:
-        """Seconds this rank waited for data since the last call."""
-        before, self._waited_s = self._waited_s, self.batches.wait_s
-        return self._waited_s - before
-
-    def close(self) -> None:
-        """Give back terminal, threads and files."""
-        # First, so that a batch in the making does not wait for its shards to be tried again.
-        self.dataset.close()
-        self.batches.close()
-        self.progress.close()
-        if self.lock is not None:
-            self.lock.close()
+    pass
 
 
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
@@ -198,15 +96,15 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     derived = derive(recipe, corpus=corpus, world_size=world.world_size)
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
-    source = _Source.of(
+    origin = Origin.of(
         recipe, world=world, dataset=dataset, corpus=corpus, slots_per_rank=slots_per_rank
     )
     if world.rank == 0:
-        (source.run_dir / checkpoint.RECIPE).write_text(source.text)
-    model = build_model(recipe, dataset.info, source.config)
-    if source.resume.kind == "weights":
+        (origin.run_dir / checkpoint.RECIPE).write_text(origin.text)
+    model = build_model(recipe, dataset.info, origin.config)
+    if origin.resume.kind == "weights":
         with whole_parameters(model.parameters()):
-            checkpoint.load_weights(source.path, model)
+            checkpoint.load_weights(origin.path, model)
     state = State(
         recipe=recipe,
         steps=derived.steps,
@@ -229,19 +127,19 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     )
     dispatcher = Dispatcher(algorithms, logger=meter)
     _announce_model(dispatcher, state)
-    gradients = _attach_engine(state, source.config)
-    if source.resume.continues:
-        _restore(state, dispatcher, meter, source)
+    gradients = _attach_engine(state, origin.config)
+    if origin.resume.continues:
+        _restore(state, dispatcher, meter, origin)
     data = training_data(recipe, dataset, derived, mixture)
     dataset.prepare_all(data.documents)
     return Run(
         recipe=recipe,
-        text=source.text,
-        fingerprint=source.fingerprint,
-        zero_stage=source.zero_stage,
+        text=origin.text,
+        fingerprint=origin.fingerprint,
+        zero_stage=origin.zero_stage,
         derived=derived,
         world=world,
-        run_dir=source.run_dir,
+        run_dir=origin.run_dir,
         dataset=dataset,
         validation=ValidationData(
             TokenDataset.open(recipe.data.path, "val", source=shards),
@@ -263,16 +161,16 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         gradients=gradients,
         meter=meter,
         progress=Progress.open(
-            source.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
+            origin.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
         ),
-        losses=LossWatch(slots_per_rank, device, skipped=source.facts.get("skipped_steps", 0)),
+        losses=LossWatch(slots_per_rank, device, skipped=origin.facts.get("skipped_steps", 0)),
         vote=StepVote(timeout_s=recipe.engine.timeout_s),
         first_step=state.step,
-        elapsed_before_s=source.facts.get("elapsed_s", 0.0),
-        last_eval=source.facts.get("last_eval"),
+        elapsed_before_s=origin.facts.get("elapsed_s", 0.0),
+        last_eval=origin.facts.get("last_eval"),
         lock=lock,
-        last_saved=source.resume.path if source.resume.kind == "full" else None,
-        notes=source.resume.notes,
+        last_saved=origin.resume.path if origin.resume.kind == "full" else None,
+        notes=origin.resume.notes,
     )
 
 
@@ -364,65 +262,6 @@ def build_model(
     return model
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a run starts: its directory, its checkpoint if any, its DeepSpeed configuration."""
-
-    run_dir: Path
-    text: str
-    fingerprint: str
-    config: dict[str, object]
-    resume: Resume
-    facts: dict[str, Any]
-    rank_states: list[dict[str, Any]]
-    mine: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        *,
-        world: World,
-        dataset: TokenDataset,
-        corpus: CorpusFacts,
-        slots_per_rank: int,
-    ) -> _Source:
-        run_dir, text = recipe.directory, dump_recipe(recipe)
-        config = deepspeed_config(
-            recipe, world_size=world.world_size, slots_per_step_per_rank=slots_per_rank
-        )
-        resume = agree_on_start(recipe.checkpoint.resume, run_dir, world)
-        if world.rank == 0:
-            checkpoint.remove_unfinished(run_dir)
-        facts: dict[str, Any] = {}
-        states: list[dict[str, Any]] = []
-        mine: dict[str, Any] = {}
-        if resume.path is not None and resume.continues:
-            path = resume.path
-            check_compatible(resume, recipe_text=text, fingerprint=dataset.info.fingerprint)
-            facts = checkpoint.read_state(path)
-            if resume.kind == "branch":
-                resume = with_notes(resume, *check_branch(recipe, path, corpus))
-                if world.rank == 0:
-                    inherit_metrics(path.parent, run_dir, facts["step"])
-            stage = zero_stage(config)
-            change = describe_change(path, world_size=world.world_size, zero_stage=stage)
-            resume = with_notes(resume, change)
-            states = checkpoint.load_rank_states(path)
-            mine = share_rank_states(states, world.rank, world.world_size)
-        fingerprint = dataset.info.fingerprint
-        return cls(run_dir, text, fingerprint, config, resume, facts, states, mine)
-
-    @property
-    def zero_stage(self) -> int:
-        return zero_stage(self.config)
-
-    @property
-    def path(self) -> Path:
-        assert self.resume.path is not None
-        return self.resume.path
-
-
 def _announce_model(dispatcher: Dispatcher, state: State) -> None:
     """Dispatch INIT; algorithms that are there for it find whole parameters at every stage."""
     watched = any(algorithm.match(Event.INIT, state) for algorithm in dispatcher.algorithms)
@@ -442,13 +281,13 @@ def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
     return Gradients(state.engine, clip_norm=recipe.optim.clip_norm)
 
 
-def _restore(state: State, dispatcher: Dispatcher, meter: Meter, source: _Source) -> None:
+def _restore(state: State, dispatcher: Dispatcher, meter: Meter, origin: Origin) -> None:
     assert state.engine is not None
-    checkpoint.load(source.path, state.engine, source.rank_states)
-    checkpoint.set_random_state(source.mine["random"])
-    dispatcher.load_state_dict(source.mine["algorithms"])
-    meter.load_state_dict(source.mine["meter"])
-    state.step = source.facts["step"]
+    checkpoint.load(origin.path, state.engine, origin.rank_states)
+    checkpoint.set_random_state(origin.mine["random"])
+    dispatcher.load_state_dict(origin.mine["algorithms"])
+    meter.load_state_dict(origin.mine["meter"])
+    state.step = origin.facts["step"]
 
 
 def _slots(mixture: Mixture, step: int, world: World) -> Iterator[Slot]:

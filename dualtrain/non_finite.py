@@ -34,8 +34,8 @@ from dualtrain.mixing import Slot
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from dualtrain.assemble import Run
     from dualtrain.data.batches import Batch
+    from dualtrain.run import Run
 
 DIRECTORY = "non-finite"
 REPORT = "report.json"

@@ -21,7 +21,7 @@ from dualtrain.progress import RunFacts, Sample, Summary
 from dualtrain.progress.metrics import FILE_NAME
 
 if TYPE_CHECKING:
-    from dualtrain.assemble import Run
+    from dualtrain.run import Run
 
 
 def run_facts(run: Run) -> RunFacts:

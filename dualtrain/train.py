@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dualtrain import checkpoint
-from dualtrain.assemble import Run, assemble
+from dualtrain.assemble import assemble
 from dualtrain.engine import leave_distributed, set_learning_rate
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.evaluate import held_out_losses
@@ -32,6 +32,7 @@ from dualtrain.non_finite import (
 )
 from dualtrain.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
+from dualtrain.run import Run
 from dualtrain.signals import Verdict, watch_signals
 from dualtrain.summary import report_groups, run_facts, sample_rows, summarise
 

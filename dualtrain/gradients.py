@@ -43,6 +43,7 @@ class Gradients:
         self._device = torch.device(cast("str", engine.device))
         self._clip_norm = clip_norm
         self._held = _held_by(engine)
+        self._held.leave_out_unless(self._is_finite)
         self.norm = torch.full((), torch.nan, dtype=torch.float32, device=self._device)
 
     @torch.no_grad()
@@ -60,6 +61,9 @@ class Gradients:
     def discard(self) -> None:
         """Let go of the gradient of a step that is left out, in the place of :meth:`prepare`."""
         self._held.forget()
+
+    def _is_finite(self) -> bool:
+        return bool(self.norm.isfinite())
 
     def _measure(self) -> Tensor:
         # A rank may own nothing of a small model; the norm of nothing is a zero on the CPU.
@@ -100,6 +104,9 @@ class _Held:
     def forget(self) -> None:
         """Free what was kept for :meth:`release`."""
 
+    def leave_out_unless(self, is_finite: Callable[[], bool]) -> None:
+        """Make ``engine.step()`` no update when it is not so; what DeepSpeed's own classes do."""
+
 
 def _held_by(engine: DeepSpeedEngine) -> _Held:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -113,7 +120,7 @@ def _held_by(engine: DeepSpeedEngine) -> _Held:
         return _Stage3(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return _HostPartitions(optimizer) if optimizer.cpu_offload else _Partitions(optimizer)
-    return _Parameters(cast("torch.nn.Module", engine.module))
+    return _Parameters(cast("torch.nn.Module", engine.module), optimizer)
 
 
 class _Parameters(_Held):
@@ -121,8 +128,20 @@ class _Parameters(_Held):
 
     replicated = True
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, optimizer: Any) -> None:
         self._parameters = list(module.parameters())
+        self._optimizer = optimizer
+        self._update = optimizer.step
+
+    def leave_out_unless(self, is_finite: Callable[[], bool]) -> None:
+        # A torch optimizer applies whatever it is given. Asking waits for the device, as the other
+        # stages do inside DeepSpeed, where ``overflow`` is the name of what is told here.
+        def step(*arguments: Any) -> None:
+            self._optimizer.overflow = not is_finite()
+            if not self._optimizer.overflow:
+                self._update(*arguments)
+
+        self._optimizer.step = step
 
     def used(self) -> list[Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]

@@ -133,7 +133,8 @@ class LossWatch:
 def skipped_by_deepspeed(engine: DeepSpeedEngine) -> bool:
     """Whether the last ``engine.step()`` made no update, which DeepSpeed does not announce.
 
-    At stages 1 to 3 it leaves a step out whose gradient is not finite, on all ranks alike.
+    It leaves a step out whose gradient is not finite, on all ranks alike; at stage 0
+    ``gradients`` sees to that.
     """
     return bool(getattr(engine.optimizer, "overflow", False))
 

@@ -278,15 +278,11 @@ def record(run: Run) -> None:
 
 
 def unseen(run: Run, what: str) -> str:
-    """Say that something became bad beside losses that were finite, after it reached the weights.
-
-    That is how a gradient that is not finite ends at stage 0, where DeepSpeed updates all the same.
-    """
+    """Say that something became bad beside losses and gradients that were finite."""
     saved = "nothing was saved" if run.last_saved is None else f"the newest is {run.last_saved}"
     return (
         f"{what} were not finite by step {run.state.step}, though every loss was. No checkpoint is "
-        f"made of these weights: {saved}. Continue with engine.deepspeed=zero1, which stops before "
-        "the update and reports its slots"
+        f"made of these weights: {saved}"
     )
 
 

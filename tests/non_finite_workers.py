@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -117,8 +116,8 @@ def _train_without(recipe, without: tuple[int, ...]) -> int:
     return 0
 
 
-def vote(rounds: int) -> tuple[list[tuple[bool, bool]], float]:
-    """Vote with rank 1 alone asking for a stop, then rank 0 alone having a bad slot; time one."""
+def vote() -> list[tuple[bool, bool]]:
+    """Vote with rank 1 alone asking for a stop, then rank 0 alone having a bad slot."""
     import torch.distributed as dist
 
     from dualtrain.engine import init_distributed, leave_distributed
@@ -133,11 +132,6 @@ def vote(rounds: int) -> tuple[list[tuple[bool, bool]], float]:
     ballot.signal_received = None
     verdicts.append(ballot.take(non_finite=rank == 0))
     verdicts.append(ballot.take(non_finite=False))
-    dist.barrier()
-    began = time.perf_counter()
-    for _ in range(rounds):
-        ballot.take(non_finite=False)
-    seconds = (time.perf_counter() - began) / rounds
     del ballot
     leave_distributed()
-    return [(verdict.stop, verdict.non_finite) for verdict in verdicts], seconds
+    return [(verdict.stop, verdict.non_finite) for verdict in verdicts]

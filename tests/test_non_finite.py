@@ -39,7 +39,7 @@ sample: {{tokens: 0}}
 """
 # In bf16, stage 1 has an optimizer of its own, stages 0 and 2 keep fp32 weights under autocast.
 ENGINES = [*((f"zero{stage}", "fp32") for stage in range(4)), ("zero1", "bf16"), ("zero2", "bf16")]
-SKIPPED_BY_DEEPSPEED = [("zero1", "fp32"), ("zero3", "fp32"), ("zero1", "bf16")]
+SKIPPED_BY_DEEPSPEED = [("zero0", "fp32"), ("zero3", "fp32"), ("zero1", "bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +194,12 @@ def test_replay_notices_other_weights_and_unusable_reports(stopped, tmp_path):
 def test_left_out_steps_are_no_updates(tiny, tmp_path):
     """Weights and records equal those of a run that never took these steps, also after a resume."""
     spoilt = ", ".join(algorithm("SpoilLoss", step=step, slot=5 - step) for step in (0, 3))
+    slopes = ", ".join(algorithm("SpoilGradient", step=step, slot=5 - step) for step in (0, 3))
     skipping, without = [], []
-    for where in ENGINES:
-        name = "-".join(where)
+    for where, bad in [*((where, spoilt) for where in ENGINES), (("zero0", "fp32"), slopes)]:
+        name = "-".join(where) + ("-gradient" if bad == slopes else "")
         common = (*engine(*where), "checkpoint.interval_steps=4")
-        skips = ("engine.skip_non_finite=2", f"algorithms=[{spoilt}]")
+        skips = ("engine.skip_non_finite=2", f"algorithms=[{bad}]")
         skipping.append(tiny(f"skips-{name}", *common, *skips))
         without.append(tiny(f"without-{name}", *common))
     cases = [*((r, ()) for r in skipping), *((r, (0, 3)) for r in without)]
@@ -245,10 +246,8 @@ def test_steps_left_out_are_counted_across_a_resume(tiny, tmp_path):
 
 
 def test_one_rank_is_enough_for_a_vote(tmp_path):
-    for verdicts, seconds in on_ranks(vote, 200, ranks=2, tmp_path=tmp_path):
+    for verdicts in on_ranks(vote, ranks=2, tmp_path=tmp_path):
         assert verdicts == [(True, False), (False, True), (False, False)]
-        # A generous bound for two busy cores: it must stay small beside any training step.
-        assert seconds < 0.05
 
 
 @pytest.mark.gpu

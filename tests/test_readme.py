@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 OTHERS = {
     "recipes": "shipped recipes: quickstart, paper/, ablations/",
-    "ds_configs": "DeepSpeed JSON, one for each ZeRO stage",
+    "ds_configs": "DeepSpeed JSON: the ZeRO stages, with and without offload",
     "tests": "mirrors the packages; real DeepSpeed, shards and processes; benchmarks/",
 }
 

@@ -6,7 +6,6 @@ or none; what a killed one left beside it is for its maker to use again or to re
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from data_tools.reporting import Progress, Report
 from dualtrain.data.dataset import DATASET_FILE
 from dualtrain.data.locks import locked
+from dualtrain.disk import sync
 from dualtrain.errors import UserError
 
 
@@ -67,19 +67,11 @@ def publish(partial: Path, path: Path) -> None:
     The rename is what declares it whole, so nothing may reach the disk after it.
     """
     for place in [*partial.rglob("*"), partial]:
-        _sync(place)
+        sync(place)
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def discard(partial: Path) -> None:
     """Remove what is beside a place; errors do not matter, the next maker meets them."""
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -37,9 +37,9 @@ from dualtrain.checkpoint_files import (
     Files,
     deepspeed_writes,
     find_defects,
-    sync_directory,
     write_marker,
 )
+from dualtrain.disk import sync
 from dualtrain.errors import UserError
 from dualtrain.launch import World
 from dualtrain.optimizer_state import SavedPieces, count_updates, find_pieces, load_state
@@ -226,7 +226,7 @@ def remove(path: Path) -> None:
         partial = path.with_name(path.name + _PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         path.rename(partial)
-        sync_directory(path.parent)
+        sync(path.parent)
         shutil.rmtree(partial)
 
 
@@ -280,7 +280,7 @@ def _publish(partial: Path, path: Path, files: dict[str, FileFacts]) -> None:
     if path.exists():  # damaged, and saved anew by a run that went back further
         shutil.rmtree(path)
     partial.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _agree(files: Files, partial: Path, world: World) -> dict[str, FileFacts]:

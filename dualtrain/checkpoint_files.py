@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
+from dualtrain.disk import sync
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -92,8 +94,7 @@ class Files:
         self._note(path, FileFacts(sink.size, sink.hash.hexdigest()))
 
     def _take(self, path: Path) -> None:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         self._note(path, FileFacts(path.stat().st_size, hash_file(path)))
 
     def _note(self, path: Path, facts: FileFacts) -> None:
@@ -171,7 +172,7 @@ def write_marker(directory: Path, facts: dict[str, FileFacts]) -> None:
         os.fsync(file.fileno())
     partial.rename(directory / MARKER)
     for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
-        sync_directory(path)
+        sync(path)
 
 
 def read_marker(directory: Path) -> dict[str, FileFacts]:
@@ -237,12 +238,3 @@ def hash_file(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             state.update(block)
     return state.hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory last through a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

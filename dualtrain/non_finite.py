@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 DIRECTORY = "non-finite"
 REPORT = "report.json"
 FORMAT = 1
+
+COPIED_BYTES = 1 << 22
+"""Of algorithms' states, at most, that are copied in every step."""
 
 Cause = Literal["loss", "gradient"]
 
@@ -89,6 +93,7 @@ class LossWatch:
             self._host = torch.zeros(slots, dtype=torch.float64, pin_memory=True)
             self._arrived = torch.cuda.Event(blocking=True)
         self._begun: dict[str, object] = {}
+        self.keeps_states = True
         self._slots: list[tuple[Slot, Batch]] = []
 
     def start_step(self, algorithms: Mapping[str, object]) -> None:
@@ -98,7 +103,11 @@ class LossWatch:
             algorithms: Their states, by name.
         """
         self._slots.clear()
-        self._begun = {"algorithms": _copied(algorithms), "random": checkpoint.get_random_state()}
+        # Copied in every step, so not where that costs: averaged weights, say, would take as much
+        # time and memory again as the update. A replay then has what the step has made of them.
+        self.keeps_states = _bytes_of(algorithms) <= COPIED_BYTES
+        kept = _copied(algorithms) if self.keeps_states else algorithms
+        self._begun = {"algorithms": kept, "random": checkpoint.get_random_state()}
 
     def add(self, slot: Slot, batch: Batch, loss: Tensor) -> None:
         """Note a slot's loss before its backward pass. Never waits for the device.
@@ -126,7 +135,10 @@ class LossWatch:
         ]
 
     def beginning(self) -> dict[str, object]:
-        """Algorithms and random states that the step began with, for ``torch.save``."""
+        """Algorithms and random states that the step began with, for ``torch.save``.
+
+        Unless ``keeps_states``, those of the algorithms are as the step has left them.
+        """
         return self._begun
 
 
@@ -280,6 +292,7 @@ def _facts(run: Run, ranks: list[list[SlotLoss]], cause: Cause) -> dict[str, obj
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dataset": run.fingerprint,
+        "states_at": "beginning of the step" if run.losses.keeps_states else "end of the step",
         "checkpoint": None if run.last_saved is None else str(run.last_saved),
         "slots": sorted(slots, key=lambda slot: slot["slot"]),
     }
@@ -299,6 +312,15 @@ def _slot_facts(found: SlotLoss, rank: int) -> dict[str, Any]:
     if not found.is_finite:
         facts["documents"] = found.documents
     return facts
+
+
+def _bytes_of(value: object) -> int:
+    """Bytes of the tensors and arrays in an algorithm's state."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _copied(value: object) -> object:

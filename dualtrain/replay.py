@@ -321,11 +321,14 @@ class _Rerun:
         device = self.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         now = {"device": name, "torch": torch.__version__}
-        return tuple(
+        found = [
             f"{key} then {self.report.facts[key]}, now {value}"
             for key, value in now.items()
             if self.report.facts[key] != value
-        )
+        ]
+        if self.report.facts["states_at"] != "beginning of the step":
+            found.append("the algorithms' states are large, and of the end of the step")
+        return tuple(found)
 
 
 class _Silence:

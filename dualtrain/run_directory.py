@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 from typing import TextIO
 
@@ -55,6 +56,6 @@ def lock_run_directory(recipe: Recipe) -> TextIO:
             "wait for it, stop it, or set run_dir=PATH",
         ) from None
     file.truncate(0)
-    file.write(f"{os.getpid()}\n")
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file

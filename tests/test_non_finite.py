@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from non_finite_workers import run_all, vote
+from run_support import records, tiny_loader
 from safetensors.torch import load_file
 from support import on_ranks
 
@@ -20,23 +21,12 @@ from dualtrain.non_finite import LossWatch
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 from dualtrain.replay import replay
 
-TINY = """
-name: tiny
-seed: 3
-alpha: 3/8
-steps: 6
-unique_tokens: 1500
-sequence_length: 32
-global_batch: 8
-micro_batch: 1
-data: {{path: {data}}}
-model: {{layers: 2, width: 32, heads: 2, mlp_width: 48, head: paper}}
-optim: {{newton_schulz: gram, lr: 2e-3}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
-eval: {{sequences: 4}}
-progress: {{interval_steps: 2}}
-sample: {{tokens: 0}}
-"""
+SETTINGS = (
+    "steps=6",
+    "eval.sequences=4",
+    "progress.interval_steps=2",
+    "sample={tokens: 0, infill: ''}",
+)
 # In bf16, stage 1 has an optimizer of its own, stages 0 and 2 keep fp32 weights under autocast.
 ENGINES = [*((f"zero{stage}", "fp32") for stage in range(4)), ("zero1", "bf16"), ("zero2", "bf16")]
 SKIPPED_BY_DEEPSPEED = [("zero0", "fp32"), ("zero3", "fp32"), ("zero1", "bf16")]
@@ -45,12 +35,10 @@ SKIPPED_BY_DEEPSPEED = [("zero0", "fp32"), ("zero3", "fp32"), ("zero1", "bf16")]
 @pytest.fixture(scope="module")
 def tiny(tiny_dataset, tmp_path_factory):
     """A function from overrides to a loaded recipe of a very small run."""
-    folder = tmp_path_factory.mktemp("runs")
-    file = folder / "tiny.yaml"
-    file.write_text(TINY.format(data=tiny_dataset))
+    load_tiny = tiny_loader(tiny_dataset, tmp_path_factory.mktemp("runs"))
 
     def load(name: str, *overrides: str) -> LoadedRecipe:
-        return load_recipe(str(file), [f"run_dir={folder / name}", *overrides])
+        return load_tiny(*SETTINGS, *overrides, name=name)
 
     return load
 
@@ -72,11 +60,6 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-
-
-def records(recipe: LoadedRecipe, kind: str) -> list[dict]:
-    lines = (recipe.recipe.directory / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def events(recipe: LoadedRecipe) -> list[str]:
@@ -248,6 +231,17 @@ def test_steps_left_out_are_counted_across_a_resume(tiny, tmp_path):
 def test_one_rank_is_enough_for_a_vote(tmp_path):
     for verdicts in on_ranks(vote, ranks=2, tmp_path=tmp_path):
         assert verdicts == [(True, False), (False, True), (False, False)]
+
+
+def test_small_states_are_kept_as_they_were_and_large_ones_are_not_copied():
+    watch = LossWatch(1, torch.device("cpu"))
+    for size, is_kept in ((10, True), (2_000_000, False)):
+        average = {"Average": {"weights": [torch.zeros(size)]}}
+        watch.start_step(average)
+        average["Average"]["weights"][0] += 1
+        kept = watch.beginning()["algorithms"]["Average"]["weights"][0]
+        assert watch.keeps_states == is_kept
+        assert kept[0] == (0 if is_kept else 1)
 
 
 @pytest.mark.gpu

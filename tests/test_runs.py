@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,7 +178,8 @@ def test_second_run_in_one_directory_is_refused(tiny):
     with lock_run_directory(recipe.recipe):
         finished = run(command(recipe))
         assert finished.returncode == 2
-        assert f"is in use by another run (process {os.getpid()})" in finished.stderr
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        assert f"is in use by another run ({owner})" in finished.stderr
     lock_run_directory(recipe.recipe).close()
 
 

@@ -23,29 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from run_support import tiny_loader
 
 TESTS = Path(__file__).parent
 CABLE = "cable"
 LOCALHOST = ("localhost", "127.0.0.1")
-RECIPE = """
-name: two-hosts
-alpha: 1/4
-steps: {steps}
-unique_tokens: 1500
-sequence_length: 32
-global_batch: 8
-micro_batch: 1
-data: {{path: {data}}}
-model: {{layers: 2, width: 32, heads: 2, mlp_width: 48, head: paper}}
-optim: {{newton_schulz: gram, lr: 2e-3}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: {timeout_s}}}
-checkpoint: {{interval_steps: 5}}
-eval: {{sequences: 4}}
-progress: {{interval_steps: 1}}
-sample: {{tokens: 0}}
-algorithms: [{{use: "run_workers:Slow", args: {{seconds: 0.1}}}}]
-run_dir: {run_dir}
-"""
+SETTINGS = (
+    "checkpoint.interval_steps=5",
+    "eval.sequences=4",
+    "sample={tokens: 0, infill: ''}",
+    "algorithms=[{use: run_workers:Slow, args: {seconds: 0.1}}]",
+)
 
 
 @dataclass
@@ -169,8 +157,8 @@ def cut_cable(host: Host) -> None:
 def write_recipe(folder: Path, data: Path, *, steps: int = 40, timeout_s: float = 60) -> Path:
     """Write the recipe of a small, slow run in ``folder``/run."""
     file = folder / "recipe.yaml"
-    run_dir = folder / "run"
-    file.write_text(RECIPE.format(data=data, run_dir=run_dir, steps=steps, timeout_s=timeout_s))
+    length = (f"steps={steps}", f"engine.timeout_s={timeout_s}")
+    file.write_text(tiny_loader(data, folder)(*SETTINGS, *length, name="run").text)
     return file
 
 

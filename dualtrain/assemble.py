@@ -11,17 +11,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
 from dualtrain.data.batches import TrainingData, ValidationData
+from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.data.prefetch import Prefetcher
-from dualtrain.data.remote import fetch_facts
 from dualtrain.data.shard_cache import ShardCache
 from dualtrain.engine import (
     build_engine,
@@ -47,6 +46,7 @@ from dualtrain.model import (
 )
 from dualtrain.model.initialize import initialize_parameter
 from dualtrain.non_finite import LossWatch
+from dualtrain.optimizer_state import load_masters
 from dualtrain.origin import Origin
 from dualtrain.parameter_groups import group_parameters
 from dualtrain.progress import Meter, Progress, ViewChoice, peak_flops
@@ -56,9 +56,6 @@ from dualtrain.recipe.schema import Recipe
 from dualtrain.run import Run
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.signals import StepVote
-
-if TYPE_CHECKING:
-    pass
 
 
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
@@ -103,8 +100,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         (origin.run_dir / checkpoint.RECIPE).write_text(origin.text)
     model = build_model(recipe, dataset.info, origin.config)
     if origin.resume.kind == "weights":
-        with whole_parameters(model.parameters()):
-            checkpoint.load_weights(origin.path, model)
+        checkpoint.load_weights(origin.path, model)
     state = State(
         recipe=recipe,
         steps=derived.steps,
@@ -126,10 +122,14 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         else None,
     )
     dispatcher = Dispatcher(algorithms, logger=meter)
-    _announce_model(dispatcher, state)
+    is_changed = _announce_model(dispatcher, state)
     gradients = _attach_engine(state, origin.config)
+    if origin.resume.kind == "weights" and not is_changed:
+        # DeepSpeed has made bf16 weights of them, and its masters of those.
+        assert state.engine is not None
+        load_masters(state.engine, origin.path)
     if origin.resume.continues:
-        _restore(state, dispatcher, meter, origin)
+        _restore(state, dispatcher, meter, origin, world)
     data = training_data(recipe, dataset, derived, mixture)
     dataset.prepare_all(data.documents)
     return Run(
@@ -172,22 +172,6 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         last_saved=origin.resume.path if origin.resume.kind == "full" else None,
         notes=origin.resume.notes,
     )
-
-
-def build_missing_dataset(recipe: Recipe) -> None:
-    """Make ``data.path`` as ``data.build`` or ``data.remote`` says, unless it is there already.
-
-    Of a remote dataset only the facts are fetched; shards follow when they are read.
-
-    Raises:
-        UserError: when what is there was made with other arguments, or the sources are unusable.
-    """
-    if recipe.data.remote is not None:
-        fetch_facts(recipe.data.remote, recipe.data.path)
-    if recipe.data.build is not None:
-        from data_tools.app import build_with_view
-
-        build_with_view(recipe.data.build, Path(recipe.data.path))
 
 
 def training_data(
@@ -262,11 +246,18 @@ def build_model(
     return model
 
 
-def _announce_model(dispatcher: Dispatcher, state: State) -> None:
-    """Dispatch INIT; algorithms that are there for it find whole parameters at every stage."""
+def _announce_model(dispatcher: Dispatcher, state: State) -> bool:
+    """Dispatch INIT; algorithms that are there for it find whole parameters at every stage.
+
+    For them every rank holds the whole model at once, also at stage 3.
+
+    Returns:
+        Whether there is such an algorithm.
+    """
     watched = any(algorithm.match(Event.INIT, state) for algorithm in dispatcher.algorithms)
     with whole_parameters(state.model.parameters() if watched else ()):
         dispatcher.dispatch(Event.INIT, state)
+    return watched
 
 
 def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
@@ -281,9 +272,11 @@ def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
     return Gradients(state.engine, clip_norm=recipe.optim.clip_norm)
 
 
-def _restore(state: State, dispatcher: Dispatcher, meter: Meter, origin: Origin) -> None:
+def _restore(
+    state: State, dispatcher: Dispatcher, meter: Meter, origin: Origin, world: World
+) -> None:
     assert state.engine is not None
-    checkpoint.load(origin.path, state.engine, origin.rank_states)
+    checkpoint.load(origin.path, state.engine, world, origin.rank_states)
     checkpoint.set_random_state(origin.mine["random"])
     dispatcher.load_state_dict(origin.mine["algorithms"])
     meter.load_state_dict(origin.mine["meter"])

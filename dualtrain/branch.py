@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from dualtrain.checkpoint import RECIPE, checkpoint_path, find_checkpoints, read_state
+from dualtrain.checkpoint import RECIPE, checkpoint_path, find_checkpoints, read_state, step_of
 from dualtrain.checkpoint_files import find_defects
 from dualtrain.data.corpus import read_corpus
 from dualtrain.errors import UserError
@@ -26,8 +26,6 @@ from dualtrain.recipe.reasons import Length
 from dualtrain.recipe.schema import Recipe
 from dualtrain.schedules import nearest_whole
 
-PREFIX = "branch:"
-
 
 def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe:
     """Load the recipe of a branch.
@@ -35,28 +33,30 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
     Args:
         name: A recipe, as in ``load_recipe``.
         overrides: Changes to it, as there.
-        start: A step of the recipe's own run, or a checkpoint's directory.
+        start: A step of the run that name and overrides name, or a checkpoint's directory.
 
     Returns:
-        The recipe with ``checkpoint.resume`` set, the unique subset of the run that it leaves, and,
-        unless the overrides say where, a directory beside that run's.
+        The recipe with ``checkpoint.resume`` set, the unique subset of the run that it leaves, and
+        a directory beside that run's, unless it has another already.
 
     Raises:
         UserError: There is no such checkpoint; the overrides ask for another unique subset; as in
             ``load_recipe``.
     """
-    named = {override.partition("=")[0].strip() for override in overrides}
-    if "unique_tokens" in named:
-        raise UserError(
-            "unique_tokens",
-            "a branch goes on with the unique subset of the run that it leaves",
-            "steps or repetitions",
-            "for another subset, start a run with checkpoint.resume=weights:PATH",
-        )
-    base = load_recipe(name).recipe
+    pairs = [override.partition("=") for override in overrides]
+    named = {key.strip(): value.strip() for key, _, value in pairs}
+    place = [f"{key}={named[key]}" for key in ("name", "run_dir", "data.path") if key in named]
+    base = load_recipe(name, place).recipe
     path, corpus = _checkpoint(base.directory, start), read_corpus(base)
     unique = run_length(read_parent(path), corpus).unique_tokens
-    pinned = [f"unique_tokens={unique}", f"checkpoint.resume={json.dumps(f'{PREFIX}{path}')}"]
+    if named.get("unique_tokens", str(unique)).replace("_", "") != str(unique):
+        raise UserError(
+            "unique_tokens",
+            f"{named['unique_tokens']}, but a branch goes on with those of the run that it leaves",
+            str(unique),
+            "for another subset, start a run with checkpoint.resume=weights:PATH",
+        )
+    pinned = [f"unique_tokens={unique}", f"checkpoint.resume={json.dumps(f'branch:{path}')}"]
     if "steps" not in named and "repetitions" not in named:
         steps = run_length(load_recipe(name, overrides).recipe, corpus).steps
         pinned.append(f"steps={steps}")
@@ -136,12 +136,12 @@ def _cooldown_note(parent: Recipe, length: Length, step: int) -> list[str]:
 
 def _checkpoint(run_dir: Path, start: str) -> Path:
     path = checkpoint_path(run_dir, int(start)) if start.isdigit() else Path(start)
-    defects = find_defects(path)
+    defects = find_defects(path) if path.is_dir() else [f"there is no {path}"]
     if defects:
-        there = ", ".join(str(int(p.name[5:])) for p in find_checkpoints(run_dir)) or "none"
+        there = ", ".join(str(step_of(p)) for p in find_checkpoints(run_dir)) or "none"
         raise UserError(
             "--from",
-            f"{start}: {path}: {defects[0]}",
+            f"{start!r}: {defects[0]}",
             "a step of which there is a checkpoint, or a checkpoint's directory",
             f"checkpoints of {run_dir}: {there}",
         )

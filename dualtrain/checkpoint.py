@@ -40,9 +40,16 @@ from dualtrain.checkpoint_files import (
     write_marker,
 )
 from dualtrain.disk import sync
+from dualtrain.engine import parameter_shapes, whole_parameters
 from dualtrain.errors import UserError
 from dualtrain.launch import World
-from dualtrain.optimizer_state import SavedPieces, count_updates, find_pieces, load_state
+from dualtrain.optimizer_state import (
+    MissingState,
+    SavedPieces,
+    count_updates,
+    load_state,
+    saved_pieces,
+)
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -65,10 +72,15 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Everything that bears the name of a checkpoint, damaged or not, oldest first."""
     found = [p for p in run_dir.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
@@ -128,6 +140,8 @@ def save(
         engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
     pieces = _saved_pieces(engine, files)
     state = {**rank_state, "random": get_random_state(), "pieces": tuple(pieces)}
+    buffers = _persistent_buffers(engine)
+    state["buffers"] = {name: buffer.detach().cpu() for name, buffer in buffers.items()}
     files.torch_save(state, partial / f"rank-{world.rank:05d}.pt")
     weights = gather_weights(engine, keep=world.rank == 0)
     if world.rank == 0:
@@ -143,8 +157,10 @@ def save(
     return path
 
 
-def load(path: Path, engine: DeepSpeedEngine, states: Sequence[Mapping[str, Any]]) -> None:
-    """Restore weights and optimizer from a whole checkpoint; every rank calls this.
+def load(
+    path: Path, engine: DeepSpeedEngine, world: World, states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Restore weights, buffers and optimizer from a whole checkpoint; every rank calls this.
 
     Args:
         path: The checkpoint; it may come from another number of ranks or another ZeRO stage.
@@ -156,14 +172,17 @@ def load(path: Path, engine: DeepSpeedEngine, states: Sequence[Mapping[str, Any]
     """
     try:
         load_state(engine, path, [SavedPieces(*state["pieces"]) for state in states])
-    except (ValueError, KeyError, RuntimeError) as error:
+    except MissingState as error:
         raise _damaged(path / ENGINE, error) from None
+    mine = states[world.rank % len(states)]["buffers"]
+    for name, buffer in _persistent_buffers(engine).items():
+        buffer.copy_(mine[name])
 
 
 def load_rank_states(path: Path) -> list[dict]:
-    """What each rank gave to :func:`save` as ``rank_state``, in order; with two keys more.
+    """What each rank gave to :func:`save` as ``rank_state``, in order; with three keys more.
 
-    ``random`` is for :func:`set_random_state`, ``pieces`` for :func:`load`.
+    ``random`` is for :func:`set_random_state`, ``pieces`` and ``buffers`` for :func:`load`.
 
     Raises:
         UserError: when a file is damaged.
@@ -185,39 +204,46 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: when names or shapes differ, naming the first few.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    weights = load_file(path / WEIGHTS)
     own = dict(model.named_parameters())
-    wrong = sorted(weights.keys() ^ own.keys())
-    wrong += [
-        f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
+    shapes = parameter_shapes(model)
+    with safe_open(path / WEIGHTS, framework="pt") as weights:
+        saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        wrong = sorted(saved.keys() ^ own.keys())
+        wrong += [
+            f"{name}: {saved[name]} in the checkpoint, {shape} here"
+            for name, shape in shapes.items()
+            if name in saved and saved[name] != shape
+        ]
+        if not wrong:
+            for name, parameter in own.items():
+                # One by one: no rank holds a second model, nor the whole of a partitioned one.
+                with torch.no_grad(), whole_parameters([parameter]):
+                    parameter.copy_(weights.get_tensor(name))
     if wrong:
         raise UserError(
             str(path / WEIGHTS),
             f"weights do not fit the model: {'; '.join(wrong[:5])}",
             "the `model` section of the checkpoint's recipe.yaml",
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
 
 
 def retain(run_dir: Path, keep: int | None) -> list[Path]:
     """Remove whole checkpoints beyond the newest ``keep``; None keeps all.
 
     Returns:
-        The removed directories.
+        Those that could not be removed; a run does not end for them.
     """
     if keep is None:
         return []
-    old = find_checkpoints(run_dir)[: -max(keep, 2)]
-    for path in old:
-        remove(path)
-    return old
+    left = []
+    for path in find_checkpoints(run_dir)[: -max(keep, 2)]:
+        try:
+            remove(path)
+        except OSError:
+            left.append(path)
+    return left
 
 
 def remove(path: Path) -> None:
@@ -227,7 +253,8 @@ def remove(path: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         path.rename(partial)
         sync(path.parent)
-        shutil.rmtree(partial)
+        # What a network file system holds on to goes when the run starts the next time.
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -247,11 +274,13 @@ def gather_weights(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, torch.Te
     model = engine.module
     assert isinstance(model, nn.Module)
     for name, parameter in model.named_parameters():
-        # A collective under ZeRO, so every rank asks; None where the parameter is its own master.
+        # A collective under ZeRO, so every rank asks; None where the parameter is its own master,
+        # or frozen.
         full = safe_get_full_fp32_param(parameter)
-        if keep:
-            source = parameter if full is None else full
-            weights[name] = source.detach().float().cpu().contiguous()
+        with whole_parameters([parameter] if full is None else ()):
+            if keep:
+                source = parameter if full is None else full
+                weights[name] = source.detach().float().cpu().clone()
     return weights
 
 
@@ -268,6 +297,14 @@ def save_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
         save_file(dict(weights), file)
     except SafetensorError as error:
         raise OSError(None, str(error), str(file)) from None
+
+
+def _persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state; dualtrain's own model has none."""
+    model = engine.module
+    assert isinstance(model, nn.Module)
+    kept = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _make_empty(directory: Path) -> None:
@@ -311,7 +348,7 @@ def _saved_pieces(engine: DeepSpeedEngine, files: Files) -> SavedPieces:
     written = [name for name in files.facts if name.startswith(f"{ENGINE}/")]
     states = [name for name in written if name.endswith("_optim_states.pt")]
     file = next(iter(states or written), None)
-    return SavedPieces(file, find_pieces(engine) if file else (), count_updates(engine))
+    return SavedPieces(file, saved_pieces(engine) if file else (), count_updates(engine))
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

@@ -187,7 +187,9 @@ def read_marker(directory: Path) -> dict[str, FileFacts]:
     try:
         found = json.loads(marker.read_text())
         if found.get("format") != FORMAT:
-            raise ValueError(f"its format is {found.get('format')!r}, and this is {FORMAT}")
+            raise ValueError(
+                f"written by another version (format {found.get('format')!r}, not {FORMAT})"
+            )
         files = found["files"].items()
         return {name: FileFacts(int(f["size"]), str(f["xxh3_128"])) for name, f in files}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

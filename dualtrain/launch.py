@@ -37,6 +37,13 @@ ranks that failed for the same reason to say so.
 
 LOG_TAIL_LINES = 40
 
+SAME_SIGNAL_S = 1.0
+"""Within this time of the first stop signal, another one is the same.
+
+What stops a job often signals all of its processes, so that a rank is reached both directly and by
+its launcher, which passes on what reached it.
+"""
+
 
 @dataclass(frozen=True)
 class World:
@@ -254,13 +261,14 @@ class Watch:
         self.log_dir = log_dir
         self.relayed_as = relayed_as
         self.signals = 0
+        self.signalled_at, self.last_signal = 0.0, 0
         self.first_failure: tuple[int, int] | None = None
         self.rank_0_has_spoken = False
 
     def wait(self) -> int:
-        watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            watched.remove(signal.SIGHUP)  # nohup's way to survive the terminal
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+        # What is ignored already stays so, here and in the ranks: nohup asks for it.
+        watched = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
         previous = {number: signal.signal(number, self._pass_on) for number in watched}
         try:
             while any(process.poll() is None for process in self.processes):
@@ -279,7 +287,11 @@ class Watch:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self.signals and now - self.signalled_at < SAME_SIGNAL_S:
+            return
         self.signals += 1
+        self.signalled_at, self.last_signal = now, number
         if self.relayed_as is not None and self.signals <= 2:
             # To the launcher alone: it has its own way to reach the ranks on other machines, which
             # needs its helpers alive, and would die of SIGUSR1 and leave the ranks behind.
@@ -328,7 +340,8 @@ class Watch:
         assert self.first_failure is not None
         with suppress(OSError):  # nobody may be there to read it any more
             self._explain()
-        return self.first_failure[1]
+        # After a second signal the ranks were killed; it is the signal that ended the run.
+        return 128 + self.last_signal if self.signals > 1 else self.first_failure[1]
 
     def _explain(self) -> None:
         assert self.first_failure is not None

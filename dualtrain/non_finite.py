@@ -233,7 +233,9 @@ def write_report(run: Run, ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
         problem = _attempt(lambda: _make_anew(partial))
     if not any(run.vote.gather(problem)):
         facts = _facts(run, ranks, cause)
-        problem = _attempt(lambda: _write_parts(run, partial, facts))
+        # Outside of the attempt: it is the ranks' common work, in which none may go on alone.
+        weights = checkpoint.gather_weights(run.engine, keep=run.world.rank == 0)
+        problem = _attempt(lambda: _write_parts(run, partial, weights, facts))
     problems = [problem for problem in run.vote.gather(problem) if problem]
     if not problems and run.world.rank == 0:
         problems = [_attempt(lambda: _publish(partial, path)) or ""]
@@ -265,12 +267,11 @@ def _publish(partial: Path, path: Path) -> None:
     partial.rename(path)
 
 
-def _write_parts(run: Run, directory: Path, facts: Mapping[str, object]) -> None:
-    is_writer = run.world.rank == 0
-    # First, as it is the ranks' common work: one that failed before would leave the others waiting.
-    weights = checkpoint.gather_weights(run.engine, keep=is_writer)
+def _write_parts(
+    run: Run, directory: Path, weights: Mapping[str, Tensor], facts: Mapping[str, object]
+) -> None:
     torch.save(run.losses.beginning(), directory / f"rank-{run.world.rank:05d}.pt")
-    if is_writer:
+    if run.world.rank == 0:
         checkpoint.save_weights(weights, directory / checkpoint.WEIGHTS)
         (directory / checkpoint.RECIPE).write_text(run.text)
         (directory / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")

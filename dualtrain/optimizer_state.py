@@ -4,7 +4,8 @@ DeepSpeed divides masters, moments and momenta over the ranks in a way that depe
 and on the ZeRO stage, and reads a checkpoint only where both are the same. :func:`find_pieces` says
 which piece of which parameter this rank holds, and where; it goes into the checkpoint beside
 DeepSpeed's own files. :func:`load_state` reads those files by these notes, taking from every old
-rank's file what this rank needs now. Nothing is written twice, and there is one way to load.
+rank's file what this rank needs now. So moments and momenta are not written a second time, and
+there is one way to load.
 
 Layouts of DeepSpeed 0.19.8, by class of ``engine.optimizer``:
 
@@ -26,11 +27,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualtrain.engine import whole_parameters
+
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 MUON_KEYS = ("momentum_buffer",)
 ADAMW_KEYS = ("exp_avg", "exp_avg_sq")
+
+
+class MissingState(Exception):
+    """A checkpoint lacks a part of the state that it should have."""
 
 
 class Piece(NamedTuple):
@@ -80,7 +87,7 @@ class SavedPieces(NamedTuple):
 
 
 def find_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
-    """The pieces of the optimizer's state on this rank."""
+    """The pieces of the optimizer's state that this rank keeps, once there has been an update."""
     names = {id(p): name for name, p in _module(engine).named_parameters()}
     whole = _whole_momentum(engine)
     pieces = []
@@ -96,6 +103,12 @@ def find_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
             Piece(name, key, place.start, place.count, place.tensor, place.offset) for key in keys
         ]
     return tuple(pieces)
+
+
+def saved_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
+    """The pieces that DeepSpeed's file of this rank has now: none before the first update."""
+    masters, state = _masters(engine), _base(engine).state
+    return tuple(p for p in find_pieces(engine) if p.key in state.get(masters[p.tensor], {}))
 
 
 def count_updates(engine: DeepSpeedEngine) -> int:
@@ -116,7 +129,7 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedP
         saved: Of every rank that saved, in order.
 
     Raises:
-        ValueError: A part of the state is in no file.
+        MissingState: A part of the state is in no file.
     """
     source = _Source(checkpoint, saved)
     prologue = getattr(engine.optimizer, "checkpoint_event_prologue", None)
@@ -124,20 +137,39 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedP
         prologue()  # stage 3: every parameter partitioned
     with torch.no_grad():
         for piece in find_pieces(engine):
+            if not source.has_begun(piece.key):
+                continue
             tensor = _state_tensor(engine, piece.tensor, piece.key, source.updates)
             target = tensor.view(-1).narrow(0, piece.offset, piece.count)
             source.read(piece, target)
-        _load_masters(engine, source)
+    load_masters(engine, checkpoint)
 
 
-def _load_masters(engine: DeepSpeedEngine, source: _Source) -> None:
+@torch.no_grad()
+def load_masters(engine: DeepSpeedEngine, checkpoint: Path) -> None:
+    """Give a new engine the checkpoint's weights, in fp32 also where it computes in bf16.
+
+    Raises:
+        MissingState: A parameter is not in the checkpoint.
+    """
+    from safetensors import safe_open
+
     names = {id(p): name for name, p in _module(engine).named_parameters()}
     masters = _masters(engine)
-    for place in _places(engine):
-        whole = source.weight(names[id(place.parameter)])
-        target = masters[place.tensor].view(-1).narrow(0, place.offset, place.count)
-        target.copy_(whole.narrow(0, place.start, place.count))
-    _spread_masters(engine)
+    with safe_open(checkpoint / "weights.safetensors", framework="pt") as weights:
+        missing = sorted(set(names.values()) - set(weights.keys()))
+        if missing:
+            raise MissingState(f"weights.safetensors has no {', '.join(missing[:5])}")
+        for place in _places(engine):
+            whole = weights.get_tensor(names[id(place.parameter)]).view(-1)
+            target = masters[place.tensor].view(-1).narrow(0, place.offset, place.count)
+            target.copy_(whole.narrow(0, place.start, place.count))
+        _spread_masters(engine)
+        for parameter in _module(engine).parameters():
+            if not parameter.requires_grad:
+                # Frozen, so no optimizer has it. Under stage 3 rank 0's value goes to all.
+                with whole_parameters([parameter]):
+                    parameter.copy_(weights.get_tensor(names[id(parameter)]))
 
 
 def _spread_masters(engine: DeepSpeedEngine) -> None:
@@ -156,21 +188,18 @@ class _Source:
     """A checkpoint's state by parameter."""
 
     def __init__(self, checkpoint: Path, saved: Sequence[SavedPieces]) -> None:
-        from safetensors import safe_open
-
         self.updates = max(part.updates for part in saved)
         self._checkpoint = checkpoint
         self._pieces: dict[tuple[str, str], list[tuple[str, Piece]]] = defaultdict(list)
         self._states: dict[str, dict[int, dict[str, Any]]] = {}
-        self._weights = safe_open(checkpoint / "weights.safetensors", framework="pt")
         for part in saved:
             for piece in part.pieces if part.file is not None else ():
                 assert part.file is not None
                 self._pieces[piece.name, piece.key].append((part.file, piece))
 
-    def weight(self, name: str) -> Tensor:
-        """A parameter's master, flat."""
-        return self._weights.get_tensor(name).view(-1)
+    def has_begun(self, key: str) -> bool:
+        """Whether there is such state at all; before the first update there need not be."""
+        return self.updates > 0 or any(kind == key for _, kind in self._pieces)
 
     def read(self, wanted: Piece, target: Tensor) -> None:
         """Copy a stretch of a parameter's state from wherever it lies."""
@@ -188,7 +217,7 @@ class _Source:
             missing -= end - begin
             position = end
         if missing:
-            raise ValueError(f"{missing} of {wanted.count} elements of {wanted} are in no file")
+            raise MissingState(f"{missing} of {wanted.count} elements of {wanted} are in no file")
 
     def _state(self, file: str, tensor: int) -> dict[str, Any]:
         if file not in self._states:

@@ -94,7 +94,7 @@ class Origin:
                     inherit_metrics(path.parent, run_dir, facts["step"])
             stage = zero_stage(config)
             change = describe_change(path, world_size=world.world_size, zero_stage=stage)
-            resume = with_notes(resume, change)
+            resume = with_notes(resume, change or f"from {path}, ranks and stage as before")
             states = checkpoint.load_rank_states(path)
             mine = share_rank_states(states, world.rank, world.world_size)
         fingerprint = dataset.info.fingerprint

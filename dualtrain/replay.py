@@ -264,7 +264,8 @@ class _Rerun:
         if self.bfloat16 == "weights":
             nn.Module.to(state.model, torch.bfloat16)
         self.dispatcher.dispatch(Event.FIT_START, state)
-        begun = torch.load(directory / f"rank-{state.rank:05d}.pt", weights_only=False)
+        file = directory / f"rank-{state.rank:05d}.pt"
+        begun = torch.load(file, map_location="cpu", weights_only=False)
         self.dispatcher.load_state_dict(begun["algorithms"])
         checkpoint.set_random_state(begun["random"])
         self.dispatcher.dispatch(Event.STEP_START, state)

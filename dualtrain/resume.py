@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from pydantic import ValidationError
 
 from dualtrain.checkpoint import (
     RECIPE,
@@ -24,10 +25,13 @@ from dualtrain.checkpoint import (
     is_whole,
     list_checkpoints,
     read_state,
+    step_of,
 )
 from dualtrain.checkpoint_files import MARKER, find_defects
 from dualtrain.errors import UserError
 from dualtrain.launch import World
+from dualtrain.recipe.load import dump_recipe
+from dualtrain.recipe.schema import Recipe
 
 MAY_CHANGE = (
     "name",
@@ -196,22 +200,24 @@ def _from_path(
 
 
 def _newest_undamaged(newest: Path | None, wrong: Mapping[Path, str], run_dir: Path) -> Resume:
-    newer = [path for path in wrong if newest is None or path.name > newest.name]
+    newer = [path for path in wrong if newest is None or step_of(path) > step_of(newest)]
     if newest is None and wrong:
-        problems = "; ".join(f"{path.name}: {wrong[path]}" for path in sorted(wrong))
+        problems = "; ".join(f"{path.name}: {wrong[path]}" for path in sorted(wrong, key=step_of))
         raise UserError(
             str(run_dir),
             f"every checkpoint of this run is damaged: {problems}",
             "one that is whole",
             "restore a file from a copy; or move the checkpoints away to start at the beginning",
         )
-    notes = [f"{path} is damaged and passed over: {wrong[path]}" for path in sorted(newer)]
+    notes = [
+        f"{path} is damaged and passed over: {wrong[path]}" for path in sorted(newer, key=step_of)
+    ]
     return Resume("fresh" if newest is None else "full", newest, tuple(notes))
 
 
 def _damaged_by_size(run_dir: Path) -> dict[Path, str]:
-    """Checkpoints that were whole once: their marker is there, but not every file."""
-    suspects = [p for p in list_checkpoints(run_dir) if (p / MARKER).exists() and not is_whole(p)]
+    """Checkpoints that have lost something: they got their name when they were whole."""
+    suspects = [path for path in list_checkpoints(run_dir) if not is_whole(path)]
     return {path: find_defects(path, required=REQUIRED)[0] for path in suspects}
 
 
@@ -242,7 +248,7 @@ def check_compatible(resume: Resume, *, recipe_text: str, fingerprint: str) -> N
     assert path is not None
     state = read_state(path)
     may_change = BRANCH_MAY_CHANGE if resume.kind == "branch" else MAY_CHANGE
-    different = recipe_differences((path / RECIPE).read_text(), recipe_text, may_change)
+    different = recipe_differences(_as_of_now(path / RECIPE), recipe_text, may_change)
     if different:
         lines = [f"{key}: checkpoint {old!r}, recipe {new!r}" for key, old, new in different]
         ways = [f"checkpoint.resume=weights:{path} to take only the weights"]
@@ -260,6 +266,16 @@ def check_compatible(resume: Resume, *, recipe_text: str, fingerprint: str) -> N
             f"the dataset has changed: fingerprint {state['fingerprint']} then, {fingerprint} now",
             "the dataset that the checkpoint was trained on",
         )
+
+
+def _as_of_now(file: Path) -> str:
+    """A checkpoint's recipe, with the defaults of settings that did not exist when it was saved."""
+    text = file.read_text()
+    try:
+        return dump_recipe(Recipe.model_validate(yaml.safe_load(text)))
+    except ValidationError:
+        # Of another version that knew other settings: the differences are said by name.
+        return text
 
 
 def describe_change(path: Path, *, world_size: int, zero_stage: int) -> str | None:
@@ -330,6 +346,9 @@ def _broadcast(choose: Any, world: World) -> Resume:
             box = [choose()]
         except UserError as error:
             box = [error]
+        except OSError as error:
+            # Not left to itself: the other ranks wait for the choice.
+            box = [UserError(str(error.filename), f"cannot be read: {error.strerror}")]
     if world.world_size > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], UserError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dualtrain.launch import show_cursor
+from dualtrain.launch import SAME_SIGNAL_S, show_cursor
 
 # SIGHUP is what a closed terminal or a lost connection sends.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -48,6 +49,8 @@ class StepVote:
 
     def __init__(self, *, timeout_s: float) -> None:
         self.signal_received: int | None = None
+        self.signal_at: float | None = None
+        self.is_acknowledged = False
         several = dist.is_initialized() and dist.get_world_size() > 1
         timeout = timedelta(seconds=timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if several else None
@@ -79,11 +82,15 @@ def watch_signals(vote: StepVote) -> Iterator[None]:
     """Note the stop signals for ``vote``; a second one ends this process at once."""
 
     def note(number: int, _frame: object) -> None:
-        if vote.signal_received is not None:
+        first, vote.signal_at = vote.signal_at, time.monotonic()
+        if first is not None and vote.signal_at - first < SAME_SIGNAL_S:
+            vote.signal_at = first
+        elif first is not None:
             # Not sys.exit: a rank that hangs in a collective would never get to it.
             show_cursor()
             os._exit(128 + number)
-        vote.signal_received = number
+        else:
+            vote.signal_received = number
 
     # What is ignored already stays so: nohup asks for it.
     watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -16,7 +16,7 @@ from dualtrain.launch import (
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
-from dualtrain.run_directory import prepare_run_directory
+from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.terminal import forget_output
 
 OUTCOME = Path("logs", "exit-code")
@@ -43,6 +43,8 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
             record_outcome(loaded.recipe.directory / OUTCOME, code)
         return code
     run_dir = prepare_run_directory(loaded.recipe)
+    # Looked at before anything heavy is imported; rank 0 takes it for good.
+    lock_run_directory(loaded.recipe).close()
     if hostfile is None:
         ranks = ranks or default_ranks()
         check_world_size(loaded.recipe, ranks)
@@ -75,7 +77,7 @@ def _train(loaded: LoadedRecipe, *, plain: bool) -> int:
 
 
 def _build_dataset(recipe: Recipe) -> None:
-    from dualtrain.assemble import build_missing_dataset
+    from dualtrain.data.build import build_missing_dataset
 
     try:
         build_missing_dataset(recipe)

@@ -144,7 +144,10 @@ def _next_commands(run: Run, *, stopped: bool) -> list[tuple[str, str]]:
     if stopped:
         resume = run.recipe.checkpoint.resume
         again = "" if resume == "auto" else " checkpoint.resume=auto"
-        return [(f"dualtrain run {recipe}{again}", "continue where it stopped")]
+        world = run.world
+        here = world.world_size > 1 and world.local_world_size == world.world_size
+        ranks = f" --ranks {world.world_size}" if here else ""
+        return [(f"dualtrain run {recipe}{again}{ranks}", "continue where it stopped")]
     return [
         (
             f"dualtrain run {recipe} alpha=1 name={run.recipe.name}-ar run_dir=null",

@@ -76,7 +76,6 @@ def fit(run: Run) -> int:
     for warning in run.derived.warnings:
         run.progress.message(f"warning: {warning}")
     for note in run.notes:
-        run.progress.message(note)
         run.progress.event("resume", note, step=state.step)
     run.dispatch(Event.FIT_START)
     run.meter.start()
@@ -111,6 +110,7 @@ def train_step(run: Run) -> Verdict:
     set_learning_rate(run.engine, state.optimizer_groups, state.learning_rate)
     for slots_left in reversed(range(run.slots_per_rank)):
         train_slot(run)
+        acknowledge_signal(run)
         if slots_left:
             # Only counts; the update comes with the last slot of the step.
             run.engine.step()
@@ -146,6 +146,13 @@ def train_slot(run: Run) -> None:
         tokens=batch.document_ids.numel(),
         loss=loss,
     )
+
+
+def acknowledge_signal(run: Run) -> None:
+    """Tell the user once that a stop signal has arrived, which takes effect after the step."""
+    if run.vote.signal_received is not None and not run.vote.is_acknowledged:
+        run.vote.is_acknowledged = True
+        run.progress.message("stopping after this step, to save; a second signal stops at once")
 
 
 def slot_loss(
@@ -209,7 +216,7 @@ def leave_out(run: Run, cause: Cause) -> None:
     """
     allowed, losses = run.recipe.engine.skip_non_finite, run.losses
     ranks = run.vote.gather(losses.slots())
-    what = describe(ranks, cause=cause)
+    what = f"in update {run.state.step + 1}, {describe(ranks, cause=cause)}"
     if losses.skipped >= allowed:
         report = write_report(run, ranks, cause=cause)
         way_on = f"continue without this step: engine.skip_non_finite={allowed + 1}"
@@ -336,7 +343,6 @@ def save(run: Run, *, is_final: bool) -> None:
             ) from None
         # The run is worth more than this one checkpoint; the next interval tries again.
         message = f"not saved, the run goes on: {error}"
-        run.progress.message(f"warning: checkpoint {message}")
         run.progress.event("checkpoint_failed", message, step=run.state.step)
         return
     run.last_saved = path
@@ -366,5 +372,6 @@ def write_checkpoint(run: Run) -> Path:
         },
     )
     if run.world.rank == 0:
-        checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep)
+        for left in checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep):
+            run.progress.message(f"warning: {left} could not be removed")
     return path

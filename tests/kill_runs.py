@@ -97,20 +97,23 @@ def _disturb(recipe: LoadedRecipe, rng: random.Random, tally: Tally) -> None:
     before = _newest(recipe)
     process = _start(recipe)
     ranks = _wait_until(moment, recipe, process, rng)
-    if process.poll() is not None:
+    if process.poll() is not None or not ranks:
+        process.wait(timeout=120)
         return  # it came to its end first
-    group = [psutil.Process(process.pid), *ranks]
-    targets = group if victim == "all" or not ranks else [rng.choice(ranks)]
+    targets = [rng.choice(ranks).pid] if victim == "one rank" else [process.pid, *map(_pid, ranks)]
     for target in targets:
         _kill(target)
     began = time.monotonic()
-    _, alive = psutil.wait_procs(group, timeout=60)
+    # First our own child: psutil would take its exit code.
+    code = process.wait(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     if alive:
         raise SystemExit(f"{alive} live on after {victim} was killed while {moment}")
-    if process.wait() == 0:
+    if code == 0:
         return  # the rank had done its work
     tally.longest_end_s = max(tally.longest_end_s, time.monotonic() - began)
     tally.kills[moment, victim] += 1
+    print(f"kill {sum(tally.kills.values())}: {victim} while {moment}", flush=True)
     tally.unfinished_saves += len(list(recipe.recipe.directory.glob("*.partial")))
     for path in find_checkpoints(recipe.recipe.directory):
         if defects := find_defects(path, share=(0, 1)):
@@ -154,9 +157,13 @@ def _start(recipe: LoadedRecipe) -> subprocess.Popen:
         )
 
 
-def _kill(process: psutil.Process) -> None:
+def _pid(process: psutil.Process) -> int:
+    return process.pid
+
+
+def _kill(pid: int) -> None:
     try:
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
 

@@ -45,7 +45,7 @@ def tree() -> str:
             if file.name in ("__init__.py", "__main__.py"):
                 continue
             indent = "  " * len(file.relative_to(ROOT).parts[:-1])
-            lines.append(f"{indent}{file.name}".ljust(22) + first_sentence(file))
+            lines.append(f"{indent}{file.name} ".ljust(22) + first_sentence(file))
     lines += [f"{name}/".ljust(22) + about for name, about in OTHERS.items()]
     return "\n".join(lines)
 

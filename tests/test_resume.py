@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_support import records, results, rewind, slots, train_on
+from safetensors.torch import load_file
 
 from dualtrain.branch import load_branch
 from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
@@ -50,6 +51,64 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
     # The test can fail: without Muon's momentum every stage ends elsewhere.
     for expected, recipe in zip(uninterrupted, spoilt, strict=False):
         assert sorted(results(recipe)) != sorted(expected)
+
+
+def test_frozen_parameters_buffers_and_steps_without_an_update_are_restored(tiny, tmp_path):
+    """A run that takes weights from another, freezes some, and leaves its first steps out."""
+    source = tiny("seed=7", "steps=2", name="source")
+    assert train_on(2, tmp_path, source) == [0]
+    start = f"checkpoint.resume=weights:{source.recipe.directory / 'step-00000002'}"
+    spoilt = ", ".join(f"{{use: run_workers:Spoil, args: {{step: {step}}}}}" for step in range(2))
+    common = (*COMMON, "checkpoint.interval_steps=2", "engine.skip_non_finite=2", start)
+    algorithms = f"algorithms=[{spoilt}, {{use: run_workers:Surgeon}}]"
+    recipes = [
+        tiny(*common, algorithms, f"engine.deepspeed={engine}", name=f"surgeon-{number}")
+        for number, engine in enumerate(("zero0", "zero1", "zero3", without_persistence(tmp_path)))
+    ]
+    assert train_on(2, tmp_path, *recipes) == [0] * 4
+    uninterrupted = [results(recipe) for recipe in recipes]
+    for step in (4, 2):  # 2: before the first update, when there are no moments yet
+        for recipe in recipes:
+            rewind(recipe, step)
+        assert train_on(2, tmp_path, *recipes) == [0] * 4
+        for recipe, expected in zip(recipes, uninterrupted, strict=True):
+            assert sorted(results(recipe)) == sorted(expected), (step, recipe.recipe.name)
+    for recipe in recipes:
+        frozen = "model.embed_tokens.weight"
+        saved = load_file(recipe.recipe.directory / "step-00000008" / "weights.safetensors")
+        before = load_file(source.recipe.directory / "step-00000002" / "weights.safetensors")
+        assert torch.equal(saved[frozen], before[frozen])
+
+
+def without_persistence(folder: Path) -> Path:
+    """Stage 3 that keeps no small parameter whole."""
+    zero = {"stage": 3, "reduce_scatter": False, "stage3_param_persistence_threshold": 0}
+    file = folder / "small.json"
+    settings = {"zero_optimization": zero, "communication_data_type": "fp32"}
+    file.write_text(json.dumps(settings))
+    return file
+
+
+def test_weights_are_taken_in_fp32_also_where_bf16_computes(tiny, tmp_path):
+    source = tiny(name="source")
+    assert train_on(1, tmp_path, source) == [0]
+    saved = source.recipe.directory / "step-00000008"
+    taken = [
+        tiny(
+            f"checkpoint.resume=weights:{saved}",
+            "engine.precision=bf16",
+            f"engine.deepspeed=zero{stage}",
+            "steps=1",
+            "optim.lr=1e-30",
+            name=f"taken{stage}",
+        )
+        for stage in (1, 3)
+    ]
+    assert train_on(2, tmp_path, *taken) == [0, 0]
+    expected = load_file(saved / "weights.safetensors")
+    for recipe in taken:
+        found = load_file(recipe.recipe.directory / "step-00000001" / "weights.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def zero_momentum(checkpoint: Path) -> None:

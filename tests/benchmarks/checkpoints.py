@@ -64,7 +64,7 @@ def main() -> None:
             plain.append(timed(lambda: plain_save(tensors, Path(folder) / "plain.pt")))
         verify = timed(lambda: find_defects(path, share=(0, 1)))
         states = checkpoint.load_rank_states(path)
-        load = timed(lambda: checkpoint.load(path, run.engine, states))
+        load = timed(lambda: checkpoint.load(path, run.engine, run.world, states))
         parameters = sum(p.numel() for p in run.state.model.parameters())
         run.close()
         shutil.rmtree(path)

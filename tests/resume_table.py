@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from run_support import rewind, slots, tiny_loader, train_on
+from run_support import rewind, slots, tiny_loader
+from run_workers import train_all
 from safetensors.torch import load_file
+from support import on_ranks
 
 from dualtrain.recipe.load import LoadedRecipe
 
@@ -61,15 +64,15 @@ class Table:
     def fill(self) -> dict[tuple[Place, Place], str]:
         """All cells, by who saved and who continued."""
         whole = {place: self._recipe(place, f"{place.ds_config}-{place.ranks}") for place in PLACES}
-        self._train(whole)
-        cells = {}
-        for old, saved in whole.items():
-            moved = {new: self._copy(saved, new) for new in PLACES if self._is_wanted(old, new)}
-            self._train(moved)
-            for new, recipe in moved.items():
-                cells[old, new] = _deviation(recipe, saved)
-                shutil.rmtree(recipe.recipe.directory)
-        return cells
+        self._train([(place.ranks, recipe) for place, recipe in whole.items()])
+        moved = {
+            (old, new): self._copy(saved, new)
+            for old, saved in whole.items()
+            for new in PLACES
+            if self._is_wanted(old, new)
+        }
+        self._train([(new.ranks, recipe) for (_, new), recipe in moved.items()])
+        return {pair: _deviation(recipe, whole[pair[0]]) for pair, recipe in moved.items()}
 
     def _is_wanted(self, old: Place, new: Place) -> bool:
         return self._precision == "fp32" or old.ds_config == new.ds_config
@@ -86,14 +89,18 @@ class Table:
             file.unlink()
         return recipe
 
-    def _train(self, recipes: dict[Place, LoadedRecipe]) -> None:
-        by_ranks: dict[int, list[LoadedRecipe]] = defaultdict(list)
-        for place, recipe in recipes.items():
-            by_ranks[place.ranks].append(recipe)
-        for ranks, group in by_ranks.items():
-            outcomes = train_on(ranks, self._folder, *group)
-            if outcomes != [0] * len(group):
+    def _train(self, recipes: list[tuple[int, LoadedRecipe]]) -> None:
+        """Train all, those of the same number of ranks in the same processes."""
+        by_ranks: dict[int, list[str]] = defaultdict(list)
+        for ranks, recipe in recipes:
+            by_ranks[ranks].append(recipe.text)
+        for ranks, texts in by_ranks.items():
+            outcomes = on_ranks(
+                train_all, texts, ranks=ranks, tmp_path=self._folder, timeout_s=3600
+            )
+            if any(outcome != [0] * len(texts) for outcome in outcomes):
                 raise SystemExit(f"on {ranks} ranks: {outcomes}")
+            print(f"{len(texts)} runs on {ranks} ranks", file=sys.stderr, flush=True)
 
 
 def _deviation(recipe: LoadedRecipe, saved: LoadedRecipe) -> str:

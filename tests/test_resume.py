@@ -283,10 +283,14 @@ def test_branch_is_refused_where_the_data_would_be_other(tiny, tmp_path):
     for recipe in (parent, curriculum):
         (tmp_path / f"{recipe.recipe.directory.name}.yaml").write_text(recipe.text)
     file = str(tmp_path / "parent.yaml")
-    with pytest.raises(UserError, match="--from: 5: .*no complete.json.*checkpoints of .*: 8"):
+    with pytest.raises(UserError, match="--from: '5': there is no .*checkpoints of .*: 8"):
         load_branch(file, [], "5")
-    with pytest.raises(UserError, match="goes on with the unique subset"):
+    with pytest.raises(UserError, match="9, but a branch goes on with those .*expected 1500"):
         load_branch(file, ["unique_tokens=9"], "8")
+    with pytest.raises(UserError, match="there is no runs/other/step-00000008"):
+        load_branch(file, ["name=other", "run_dir=null"], "8")
+    named = load_branch(file, ["unique_tokens=1500", f"run_dir={tmp_path}/curriculum"], "8")
+    assert named.recipe.run_dir == f"{tmp_path}/curriculum-from-00000008"
     stretched = load_branch(str(tmp_path / "curriculum.yaml"), ["steps=12"], "8")
     refused = train_on(
         1,

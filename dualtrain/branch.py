@@ -48,8 +48,10 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
     place = [f"{key}={named[key]}" for key in ("name", "run_dir", "data.path") if key in named]
     base = load_recipe(name, place).recipe
     path, corpus = _checkpoint(base.directory, start), read_corpus(base)
-    unique = run_length(read_parent(path), corpus).unique_tokens
-    if named.get("unique_tokens", str(unique)).replace("_", "") != str(unique):
+    parent = read_parent(path)
+    unique = run_length(parent, corpus).unique_tokens
+    allowed = (str(unique), str(parent.unique_tokens))
+    if named.get("unique_tokens", str(unique)).replace("_", "") not in allowed:
         raise UserError(
             "unique_tokens",
             f"{named['unique_tokens']}, but a branch goes on with those of the run that it leaves",

@@ -169,10 +169,8 @@ def choose_resume(
     return _from_path(resume, run_dir, newest, wrong)
 
 
-def source_of(resume: str) -> tuple[Kind, Path] | None:
+def _source_of(resume: str) -> tuple[Kind, Path]:
     """The kind and the path of a ``checkpoint.resume`` that names one."""
-    if resume in ("auto", "must", "never"):
-        return None
     for prefix, kind in PREFIXES.items():
         if resume.startswith(prefix):
             return kind, Path(resume.removeprefix(prefix))
@@ -182,9 +180,7 @@ def source_of(resume: str) -> tuple[Kind, Path] | None:
 def _from_path(
     resume: str, run_dir: Path, newest: Path | None, wrong: Mapping[Path, str]
 ) -> Resume:
-    source = source_of(resume)
-    assert source is not None
-    kind, path = source
+    kind, path = _source_of(resume)
     if path.is_dir() and not (path / MARKER).exists() and find_checkpoints(path):
         path = find_checkpoints(path)[-1]
     if newest is not None:

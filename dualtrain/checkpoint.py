@@ -150,6 +150,7 @@ def save(
         facts = {"format": FORMAT, "step": step, "world_size": world.world_size, **facts}
         files.text(recipe_text, partial / RECIPE)
         files.text(json.dumps(facts, indent=1) + "\n", partial / STATE)
+    files.sync()
     every_file = _agree(files, partial, world)
     if world.rank == 0:
         files.attempt(lambda: _publish(partial, path, every_file))
@@ -274,13 +275,17 @@ def gather_weights(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, torch.Te
     model = engine.module
     assert isinstance(model, nn.Module)
     for name, parameter in model.named_parameters():
-        # A collective under ZeRO, so every rank asks; None where the parameter is its own master,
-        # or frozen.
-        full = safe_get_full_fp32_param(parameter)
+        full = None
+        if hasattr(parameter, "ds_id") or parameter.dtype != torch.float32:
+            # A collective, so every rank asks. None for what is frozen; elsewhere the parameter has
+            # the values of its master.
+            full = safe_get_full_fp32_param(parameter)
         with whole_parameters([parameter] if full is None else ()):
             if keep:
                 source = parameter if full is None else full
-                weights[name] = source.detach().float().cpu().clone()
+                held = source.detach().float().cpu().contiguous()
+                # A parameter that was gathered for this block alone goes with it.
+                weights[name] = held.clone() if hasattr(parameter, "ds_id") else held
     return weights
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Files:
             self.error = f"{error.filename or self.directory}: {error.strerror or error}"
 
     def torch_save(self, value: object, path: Path) -> None:
-        """``torch.save``, hashed on the way and on the disk when this returns."""
+        """``torch.save``, hashed on the way."""
         self.attempt(lambda: self._stream(path, lambda sink: torch.save(value, sink)))  # type: ignore[arg-type]
 
     def text(self, text: str, path: Path) -> None:
@@ -90,11 +91,14 @@ class Files:
             if sink.error is not None:
                 sink.error.filename = str(path)
                 raise sink.error
-            os.fsync(file.fileno())
         self._note(path, FileFacts(sink.size, sink.hash.hexdigest()))
 
+    def sync(self) -> None:
+        """Wait until all of it is on the disk: at the end and at once, as disks like it."""
+        with ThreadPoolExecutor() as pool:
+            self.attempt(lambda: list(pool.map(sync, [self.directory / n for n in self.facts])))
+
     def _take(self, path: Path) -> None:
-        sync(path)
         self._note(path, FileFacts(path.stat().st_size, hash_file(path)))
 
     def _note(self, path: Path, facts: FileFacts) -> None:

@@ -59,9 +59,15 @@ def main() -> None:
         total = sum(sizes.values())
         tensors = [torch.randn(1 << 20) for _ in range(max(1, total >> 22))]
         ours, plain = [], []
+        file = Path(folder) / "plain.pt"
         for _ in range(given.pairs):
+            # Neither is to wait for what was written before, nor for its removal.
+            shutil.rmtree(path)
+            os.sync()
             ours.append(timed(lambda: train.write_checkpoint(run)))
-            plain.append(timed(lambda: plain_save(tensors, Path(folder) / "plain.pt")))
+            file.unlink(missing_ok=True)
+            os.sync()
+            plain.append(timed(lambda: plain_save(tensors, file)))
         verify = timed(lambda: find_defects(path, share=(0, 1)))
         states = checkpoint.load_rank_states(path)
         load = timed(lambda: checkpoint.load(path, run.engine, run.world, states))

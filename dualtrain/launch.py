@@ -62,6 +62,10 @@ class World:
     local_world_size: int
 
 
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+"""The only rank."""
+
+
 def current_world(environment: MutableMapping[str, str] | None = None) -> World | None:
     """Find out whether a launcher has made this process a rank.
 
@@ -102,7 +106,7 @@ def current_world(environment: MutableMapping[str, str] | None = None) -> World 
 def single_world() -> World:
     """Make this process the only rank."""
     _set_rank_environment(os.environ, rank=0, ranks=1, port=free_port())
-    return World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    return ALONE
 
 
 def show_cursor() -> None:

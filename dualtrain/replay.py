@@ -28,7 +28,7 @@ from dualtrain.data.dataset import TokenDataset
 from dualtrain.engine import check_precision, choose_device, prepare_process
 from dualtrain.errors import UserError
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
-from dualtrain.launch import single_world
+from dualtrain.launch import ALONE
 from dualtrain.model import DualOutput, resolve_backend
 from dualtrain.non_finite import DIRECTORY, FORMAT, REPORT
 from dualtrain.recipe.derive import build_mixture, derive
@@ -199,12 +199,12 @@ class _Rerun:
         recipe = load_recipe(str(report.directory / checkpoint.RECIPE), []).recipe
         self.recipe, facts = recipe, report.facts
         prepare_process(compile_model=recipe.model.compile)
-        self.device = choose_device(single_world())
+        self.device = choose_device(ALONE)
         check_precision(recipe.engine.precision, self.device)
         self.dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
         self.backend = resolve_backend(recipe.model.attention, self.device, self.dtype)
         self.bfloat16 = bfloat16_mode(recipe.engine.precision, facts["zero_stage"])
-        shards = open_shards(recipe, single_world())
+        shards = open_shards(recipe, ALONE)
         self.dataset = TokenDataset.open(recipe.data.path, "train", source=shards)
         if self.dataset.info.fingerprint != facts["dataset"]:
             raise UserError(

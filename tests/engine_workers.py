@@ -138,7 +138,7 @@ def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) 
 
     from dualtrain.assemble import build_model
     from dualtrain.checkpoint import load_weights
-    from dualtrain.engine import parameter_shapes, whole_parameters
+    from dualtrain.engine import parameter_shapes
     from dualtrain.model import muon_parameter_names
     from dualtrain.recipe.schema import ModelSection
 
@@ -165,8 +165,7 @@ def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) 
         save_file(changed, folder / "weights.safetensors")
     dist.barrier()
     again = build_model(recipe, info, config)
-    with whole_parameters(again.parameters()):
-        load_weights(folder, again)
+    load_weights(folder, again)
     result["loaded"] = [changed, whole_values(again)]
     return result
 

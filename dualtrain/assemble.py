@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
+from dualtrain.build_model import build_model
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
-from dualtrain.data.dataset import DatasetInfo, TokenDataset
+from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.data.shard_cache import ShardCache
 from dualtrain.engine import (
@@ -29,7 +29,6 @@ from dualtrain.engine import (
     choose_device,
     init_distributed,
     parameter_shapes,
-    partitioned_build,
     prepare_process,
     whole_parameters,
 )
@@ -37,14 +36,7 @@ from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
 from dualtrain.mixing import Mixture, Objective, Slot
-from dualtrain.model import (
-    DualConfig,
-    DualLM,
-    flops_per_token,
-    muon_parameter_names,
-    resolve_backend,
-)
-from dualtrain.model.initialize import initialize_parameter
+from dualtrain.model import flops_per_token, muon_parameter_names, resolve_backend
 from dualtrain.non_finite import LossWatch
 from dualtrain.optimizer_state import load_masters
 from dualtrain.origin import Origin
@@ -203,47 +195,6 @@ def open_shards(recipe: Recipe, world: World) -> ShardCache | None:
         reader=world.local_rank,
         readers=world.local_world_size,
     )
-
-
-def build_model(
-    recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None = None
-) -> DualLM:
-    """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed.
-
-    Args:
-        recipe: The resolved recipe.
-        info: Of the dataset.
-        ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
-            the same values, and every rank must call. None makes it whole.
-    """
-    section = recipe.model
-    config = DualConfig(
-        vocab_size=model_sizes(section, info.vocab_size).vocab_size,
-        width=section.width,
-        layers=section.layers,
-        heads=section.heads,
-        mlp_width=section.mlp_width,
-        rope_theta=section.rope_theta,
-        norm_eps=section.norm_eps,
-        head=section.head,
-        sequence_length=recipe.sequence_length,
-        bos_token_id=info.bos_id,
-        eos_token_id=info.eos_id,
-        pad_token_id=info.pad_id,
-        mask_token_id=info.mask_id,
-    )
-    with nullcontext() if ds_config is None else partitioned_build(ds_config):
-        model = DualLM(config, seed=recipe.seed)
-    for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "ds_id"):
-            continue
-        # DualLM could not fill it. One at a time, so that never more than one is whole.
-        with whole_parameters([parameter]):
-            initialize_parameter(name, parameter, config, recipe.seed)
-    model.activation_checkpointing = section.activation_checkpointing
-    if section.compile:
-        model.compile_blocks()
-    return model
 
 
 def _announce_model(dispatcher: Dispatcher, state: State) -> bool:

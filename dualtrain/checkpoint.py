@@ -6,7 +6,10 @@ A checkpoint is a directory of a run::
       complete.json         the marker: size and hash of every other file; written last
       state.json            step, ranks, ZeRO stage, precision, last held-out losses
       recipe.yaml           the resolved recipe
-      weights.safetensors   fp32 master weights by parameter name; all that evaluation needs
+      weights.safetensors   fp32 master weights by parameter name
+      config.json           the model's configuration,
+      tokenizer.json        and its tokenizer,
+      dataset.json          and what it was trained on: for using it without the dataset
       rank-00000.pt …       per rank: algorithms, unfinished averages, random states, and which
                             pieces of the optimizer's state are where in DeepSpeed's files
       deepspeed/            DeepSpeed's own files: optimizer state, partitions
@@ -114,13 +117,14 @@ def save(
     engine: DeepSpeedEngine,
     world: World,
     step: int,
-    recipe_text: str,
+    texts: Mapping[str, str],
     facts: Mapping[str, object],
     rank_state: Mapping[str, object],
 ) -> Path:
     """Write a checkpoint; every rank calls this.
 
     Args:
+        texts: Small files by name, the recipe among them; only rank 0's are written.
         facts: What ``state.json`` holds besides step and format; the same on every rank.
         rank_state: What this rank needs to continue exactly; torch-serialisable.
 
@@ -148,7 +152,8 @@ def save(
         files.attempt(lambda: save_weights(weights, partial / WEIGHTS))
         files.add(partial / WEIGHTS)
         facts = {"format": FORMAT, "step": step, "world_size": world.world_size, **facts}
-        files.text(recipe_text, partial / RECIPE)
+        for name, text in texts.items():
+            files.text(text, partial / name)
         files.text(json.dumps(facts, indent=1) + "\n", partial / STATE)
     files.sync()
     every_file = _agree(files, partial, world)

@@ -201,7 +201,11 @@ def read_marker(directory: Path) -> dict[str, FileFacts]:
 
 
 def find_defects(
-    directory: Path, *, required: Sequence[str] = (), share: tuple[int, int] | None = None
+    directory: Path,
+    *,
+    required: Sequence[str] = (),
+    share: tuple[int, int] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """What is wrong with a checkpoint.
 
@@ -210,6 +214,7 @@ def find_defects(
         required: Files without which it is none.
         share: (index, number of readers) of the reader that hashes every so manyth file; None
             compares only sizes.
+        only: The files that matter, of those that the marker lists; None: all.
     """
     try:
         files = read_marker(directory)
@@ -220,6 +225,8 @@ def find_defects(
     defects = []
     for number, (name, facts) in enumerate(files.items()):
         file = directory / name
+        if only is not None and name not in only:
+            continue
         if not file.is_file():
             defects.append(f"{name} is missing")
         elif file.stat().st_size != facts.size:

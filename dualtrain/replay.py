@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from dualtrain import checkpoint
 from dualtrain.algorithms import build_algorithms
-from dualtrain.assemble import build_model, open_shards, training_data
+from dualtrain.assemble import open_shards, training_data
+from dualtrain.build_model import build_model
 from dualtrain.data.batches import TrainingData
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import TokenDataset

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from dualtrain import checkpoint
 from dualtrain.assemble import assemble
+from dualtrain.build_model import CONFIG
+from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
 from dualtrain.engine import leave_distributed, set_learning_rate
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.evaluate import held_out_losses
@@ -357,7 +359,12 @@ def write_checkpoint(run: Run) -> Path:
         engine=run.engine,
         world=run.world,
         step=run.state.step,
-        recipe_text=run.text,
+        texts={
+            checkpoint.RECIPE: run.text,
+            CONFIG: run.state.model.config.to_json_string(),
+            DATASET_FILE: run.dataset.info.model_dump_json(),
+            TOKENIZER_FILE: run.dataset.tokenizer_path.read_text(),
+        },
         facts={
             "zero_stage": run.zero_stage,
             "precision": run.recipe.engine.precision,

@@ -136,7 +136,7 @@ def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) 
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    from dualtrain.assemble import build_model
+    from dualtrain.build_model import build_model
     from dualtrain.checkpoint import load_weights
     from dualtrain.engine import parameter_shapes
     from dualtrain.model import muon_parameter_names

@@ -21,18 +21,24 @@ if TYPE_CHECKING:
         resolve_backend,
         to_device,
     )
+    from dualtrain.model.branches import Layout, plan_branches
+    from dualtrain.model.cache import KeyValueCache
     from dualtrain.model.config import DualConfig
     from dualtrain.model.llama import from_llama, from_llama_config, to_llama, to_llama_config
     from dualtrain.model.loss import OutputLayer, select_positions
-    from dualtrain.model.transformer import DualLM, DualOutput, muon_parameter_names
+    from dualtrain.model.output import DualOutput
+    from dualtrain.model.transformer import DualLM, muon_parameter_names
 
 _HOMES = {
     "arithmetic": ("ModelSizes", "ParameterCount", "count_parameters", "flops_per_token"),
     "attention": ("AttentionPlan", "plan_attention", "resolve_backend", "to_device"),
+    "branches": ("Layout", "plan_branches"),
+    "cache": ("KeyValueCache",),
     "config": ("DualConfig",),
     "llama": ("from_llama", "from_llama_config", "to_llama", "to_llama_config"),
     "loss": ("OutputLayer", "select_positions"),
-    "transformer": ("DualLM", "DualOutput", "muon_parameter_names"),
+    "output": ("DualOutput",),
+    "transformer": ("DualLM", "muon_parameter_names"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -41,6 +47,8 @@ __all__ = [
     "DualConfig",
     "DualLM",
     "DualOutput",
+    "KeyValueCache",
+    "Layout",
     "ModelSizes",
     "OutputLayer",
     "ParameterCount",
@@ -50,6 +58,7 @@ __all__ = [
     "from_llama_config",
     "muon_parameter_names",
     "plan_attention",
+    "plan_branches",
     "resolve_backend",
     "select_positions",
     "to_device",

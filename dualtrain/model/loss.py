@@ -68,7 +68,8 @@ class OutputLayer(nn.Linear):
         *,
         positions: int = 1,
         z_loss: float = 0.0,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        with_top: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return logits, losses of single positions, or the loss of all.
 
         Args:
@@ -78,10 +79,11 @@ class OutputLayer(nn.Linear):
                 target may be anything.
             positions: What the weighted sums are divided by: B*T, all positions.
             z_loss: Factor on the squared log-sum-exp of the logits.
+            with_top: Without weights: also tell where the target is the likeliest token.
 
         Returns:
             Without targets (N, V) logits. Without weights (N,) cross-entropies in nats, without a
-            gradient. Else three scalars: the loss to differentiate,
+            gradient, and (N,) bool if asked for. Else three scalars: the loss to differentiate,
             ``sum w * CE / positions + z_loss * sum w * lse^2 / positions``, and its two terms,
             without gradients. Losses are float32 (float64 for a float64 model).
         """
@@ -89,7 +91,8 @@ class OutputLayer(nn.Linear):
             return super().forward(hidden)
         rows = self.chunk_rows or _chunk_rows(len(hidden), self.out_features, hidden.device)
         if weights is None:
-            return _token_losses(hidden, self.weight, self.bias, targets, rows)
+            losses, is_top = _token_losses(hidden, self.weight, self.bias, targets, rows, with_top)
+            return (losses, is_top) if with_top else losses
         return _FusedLoss.apply(
             hidden,
             self.weight,
@@ -194,20 +197,31 @@ def _accumulate(
 
 @torch.no_grad()
 def _token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int
-) -> Tensor:
-    """Return each position's cross-entropy: (N,) nats, float32."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: int,
+    with_top: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return each position's cross-entropy, (N,) nats in float32, and where it is the likeliest.
+
+    The latter, (N,) bool, is False everywhere unless asked for.
+    """
     compute = _compute_type(weight)
     exact = torch.promote_types(compute, torch.float32)
     matrix = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
     losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+    is_top = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, begin + rows)
             logits = F.linear(hidden[chunk].to(compute), matrix, offset)
             losses[chunk] = F.cross_entropy(logits.to(exact), targets[chunk], reduction="none")
-    return losses
+            if with_top:
+                is_top[chunk] = logits.argmax(-1) == targets[chunk]
+    return losses, is_top
 
 
 def _compute_type(weight: Tensor) -> torch.dtype:

@@ -9,7 +9,6 @@ T positions, W width; H heads of size D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,35 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from dualtrain.model.attention import AttentionPlan, plan_attention
 from dualtrain.model.config import DualConfig
 from dualtrain.model.initialize import initialize_parameter
-from dualtrain.model.loss import OutputLayer, select_positions
+from dualtrain.model.loss import OutputLayer
+from dualtrain.model.output import DualOutput, head_output
 
 Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass
-class DualOutput(ModelOutput):
-    """What ``DualLM`` returns; fields that were not asked for are None.
-
-    A ``ModelOutput`` (a dictionary) because ZeRO-3 finds the tensors of no other container.
-
-    Attributes:
-        loss: Scalar float32, to differentiate: ``cross_entropy + z_loss``.
-        cross_entropy: Scalar float32, ``sum w * CE / (B * T)`` in nats, without gradient.
-        z_loss: Scalar float32, the z-loss term with its factor, without gradient.
-        nll: (B, T) float32, each position's cross-entropy in nats, without gradient.
-        logits: (B, T, V), or (N, V) for selected positions.
-    """
-
-    loss: Tensor | None = None
-    cross_entropy: Tensor | None = None
-    z_loss: Tensor | None = None
-    nll: Tensor | None = None
-    logits: Tensor | None = None
 
 
 class Linear(nn.Linear):
@@ -139,9 +117,13 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, *, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, plan: AttentionPlan, positions: Tensor | None = None
+    ) -> Tensor:
         hidden = self.embed_tokens(input_ids)
-        rotary = rotary_tables(self.config, input_ids.shape[1], input_ids.device)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        rotary = rotary_tables(self.config, positions)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.layers:
             # rotary and plan go by name: ZeRO-3's hooks examine positional arguments only, and
@@ -188,6 +170,7 @@ class DualLM(PreTrainedModel):
         input_ids: Tensor,
         *,
         attention: AttentionPlan | None = None,
+        positions: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         z_loss: float = 0.0,
@@ -199,7 +182,11 @@ class DualLM(PreTrainedModel):
         Args:
             input_ids: (B, T) int64.
             attention: From :func:`plan_attention`; None is causal, each row one document.
-            targets: (B, T) int64, what each position predicts; None asks for the logits.
+            positions: (B, T) int64, where each token stands for the rotary embedding; None counts
+                through each row, as training does.
+            targets: (B, T) int64, what each position predicts; None asks for the logits. (N,)
+                int64, beside a selection that may name a position more than once: the losses of
+                these targets, whatever ``reduction``.
             weights: (B, T) float32, factors on the losses; None is 1 everywhere. Where one is 0
                 the target may be anything.
             z_loss: Factor on the squared log-sum-exp of the logits.
@@ -212,33 +199,25 @@ class DualLM(PreTrainedModel):
 
         Returns:
             The outputs that were asked for: ``logits`` without targets, ``nll`` for ``none``,
-            else ``loss``, ``cross_entropy`` and ``z_loss``.
+            ``nll`` and ``is_top`` for (N,) targets, else ``loss``, ``cross_entropy`` and
+            ``z_loss``.
         """
         if attention is None:
             one_document = torch.zeros(input_ids.shape, dtype=torch.int32, device="cpu")
             attention = plan_attention(
                 "causal", one_document, backend="sdpa", device=input_ids.device
             )
-        hidden = self.model(input_ids, plan=attention)
-        if targets is None:
-            if selection is None:
-                return DualOutput(logits=self.lm_head(self._prepare(hidden)))
-            return DualOutput(logits=self.lm_head(self._prepare(_pick(hidden, selection))))
-        if weights is None:
-            weights = torch.ones(targets.shape, device=targets.device)
-        elif selection is None and weights.device.type == "cpu":
-            selection = select_positions(weights)
-        hidden = self._prepare(_pick(hidden, selection))
-        if reduction == "none":
-            return DualOutput(nll=self._token_losses(hidden, targets, weights, selection))
-        loss, cross_entropy, z_term = self.lm_head(
+        hidden = self.model(input_ids, plan=attention, positions=positions)
+        return head_output(
+            self.lm_head,
             hidden,
-            _pick(targets, selection),
-            _pick(weights, selection),
-            positions=targets.numel(),
+            prepare=self._prepare,
+            targets=targets,
+            weights=weights,
             z_loss=z_loss,
+            selection=selection,
+            reduction=reduction,
         )
-        return DualOutput(loss=loss, cross_entropy=cross_entropy, z_loss=z_term)
 
     def _prepare(self, hidden: Tensor) -> Tensor:
         """Apply what the head does before its output matrix."""
@@ -246,16 +225,6 @@ class DualLM(PreTrainedModel):
         if self.config.head == "paper":
             hidden = F.gelu(self.head_projection(hidden), approximate="tanh")
         return hidden
-
-    def _token_losses(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor, selection: Tensor | None
-    ) -> Tensor:
-        targets = torch.where(weights == 0, 0, targets)
-        losses = self.lm_head(hidden, _pick(targets, selection))
-        if selection is not None:
-            everywhere = torch.zeros(targets.numel(), dtype=losses.dtype, device=losses.device)
-            losses = everywhere.index_copy(0, selection, losses)
-        return torch.where(weights == 0, 0, losses.view(targets.shape))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -315,19 +284,22 @@ def muon_parameter_names(model: DualLM) -> list[str]:
     ]
 
 
-def rotary_tables(config: DualConfig, length: int, device: torch.device) -> Rotary:
+def rotary_tables(config: DualConfig, positions: Tensor) -> Rotary:
     """Compute cosines and sines of the rotary angles.
 
     Made anew in each forward pass rather than kept in a buffer, which casting the model to bf16
     would round, and materialising it from the meta device would leave empty.
 
+    Args:
+        config: Of the model.
+        positions: (T,) or (B, T) integers.
+
     Returns:
-        Two (T, 1, D / 2) float32 tensors.
+        Two (T, 1, D / 2) or (B, T, 1, D / 2) float32 tensors.
     """
-    even = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    even = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / (config.rope_theta ** (even / config.head_size))
-    position = torch.arange(length, dtype=torch.float32, device=device)
-    angle = (position[:, None] * frequency)[:, None]
+    angle = (positions.float()[..., None] * frequency)[..., None, :]
     return angle.cos(), angle.sin()
 
 
@@ -340,9 +312,3 @@ def rotate(vectors: Tensor, rotary: Rotary) -> Tensor:
     first, second = vectors.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(vectors.dtype)
-
-
-def _pick(tensor: Tensor, selection: Tensor | None) -> Tensor:
-    """Flatten (B, T, ...) to (N, ...): the selected positions, or all."""
-    flat = tensor.flatten(0, 1)
-    return flat if selection is None else flat.index_select(0, selection)

@@ -56,7 +56,8 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
     import torch.nn.functional as F
     from support import PaperOptimizer
 
-    from dualtrain.assemble import build_mixture, build_model
+    from dualtrain.assemble import build_mixture
+    from dualtrain.build_model import build_model
     from dualtrain.data.batches import TrainingData
     from dualtrain.data.dataset import TokenDataset
     from dualtrain.model import muon_parameter_names, plan_attention

@@ -206,7 +206,7 @@ def test_norm_and_rotary_compute_in_float32_on_bf16(tiny_config):
     # One rounding, at the very end: as near to the exact value as bf16 can be.
     assert (norm(x).double() - exact).abs().max() <= exact.abs().max() * 2**-8
     assert (norm(x) == exact.to(BF16)).double().mean() > 0.99
-    table = rotary_tables(tiny_config(), 6, torch.device("cpu"))
+    table = rotary_tables(tiny_config(), torch.arange(6))
     assert table[0].dtype == torch.float32
     assert torch.equal(rotate(x, table), rotate(x.float(), table).to(BF16))
     # No buffer that a cast would round and the meta device would lose.

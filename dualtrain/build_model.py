@@ -1,0 +1,140 @@
+"""Models: from a recipe, from a checkpoint's ``config.json``, from the directory of an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dualtrain.data.dataset import DatasetInfo
+from dualtrain.engine import partitioned_build, whole_parameters
+from dualtrain.errors import UserError
+from dualtrain.model import DualConfig, DualLM
+from dualtrain.model.initialize import initialize_parameter
+from dualtrain.recipe.estimates import model_sizes
+from dualtrain.recipe.schema import Recipe
+
+CONFIG = "config.json"
+"""The model's configuration, in a checkpoint as in an export."""
+
+
+def build_model(
+    recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None = None
+) -> DualLM:
+    """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed.
+
+    Args:
+        recipe: The resolved recipe.
+        info: Of the dataset.
+        ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
+            the same values, and every rank must call. None makes it whole.
+    """
+    section = recipe.model
+    config = model_config(recipe, info)
+    with nullcontext() if ds_config is None else partitioned_build(ds_config):
+        model = DualLM(config, seed=recipe.seed)
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            continue
+        # DualLM could not fill it. One at a time, so that never more than one is whole.
+        with whole_parameters([parameter]):
+            initialize_parameter(name, parameter, config, recipe.seed)
+    model.activation_checkpointing = section.activation_checkpointing
+    if section.compile:
+        model.compile_blocks()
+    return model
+
+
+def model_config(recipe: Recipe, info: DatasetInfo) -> DualConfig:
+    """The configuration of the recipe's model for a dataset's vocabulary."""
+    section = recipe.model
+    return DualConfig(
+        vocab_size=model_sizes(section, info.vocab_size).vocab_size,
+        width=section.width,
+        layers=section.layers,
+        heads=section.heads,
+        mlp_width=section.mlp_width,
+        rope_theta=section.rope_theta,
+        norm_eps=section.norm_eps,
+        head=section.head,
+        sequence_length=recipe.sequence_length,
+        bos_token_id=info.bos_id,
+        eos_token_id=info.eos_id,
+        pad_token_id=info.pad_id,
+        mask_token_id=info.mask_id,
+    )
+
+
+def empty_model(directory: Path, recipe: Recipe, info: DatasetInfo) -> nn.Module:
+    """The model of a checkpoint, whose weights are yet to be loaded.
+
+    Args:
+        directory: Of the checkpoint; one of an older version has no configuration of its own.
+        recipe: The checkpoint's.
+        info: Of its dataset.
+    """
+    file = directory / CONFIG
+    config = read_config(file) if file.is_file() else model_config(recipe, info)
+    return _on_meta(config).to_empty(device="cpu")
+
+
+def read_exported(directory: Path) -> nn.Module:
+    """Load an exported model.
+
+    Raises:
+        UserError: Its files are missing, or do not fit one another.
+    """
+    model = _on_meta(read_config(directory / CONFIG)).to_empty(device="cpu")
+    load_safetensors(directory, model)
+    return model
+
+
+def read_config(file: Path) -> DualConfig:
+    """Read a model's configuration.
+
+    Raises:
+        UserError: It cannot be read, or is of another kind of model.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(file), f"cannot be read: {error}", "a model's configuration") from None
+    if values.get("model_type") != DualConfig.model_type:
+        raise UserError(str(file), f"model_type {values.get('model_type')!r}", "'dualtrain'")
+    return DualConfig.from_dict(values)
+
+
+def _on_meta(config: DualConfig) -> nn.Module:
+    with torch.device("meta"):
+        return DualLM(config)
+
+
+def load_safetensors(directory: Path, model: nn.Module) -> None:
+    """Fill a model from the ``*.safetensors`` of a directory, one tensor at a time.
+
+    Raises:
+        UserError: There are none, or their names or shapes are not the model's.
+    """
+    from safetensors import safe_open
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(str(directory), "has no weights", "*.safetensors")
+    missing = dict(model.named_parameters())
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if name not in missing:
+                    raise UserError(str(file), f"has an unknown weight {name}", "the model's own")
+                parameter, found = missing.pop(name), weights.get_tensor(name)
+                if parameter.shape != found.shape:
+                    shapes = f"{tuple(found.shape)}", f"{tuple(parameter.shape)}, as in {CONFIG}"
+                    raise UserError(str(file), f"{name} is of shape {shapes[0]}", shapes[1])
+                with torch.no_grad():
+                    parameter.copy_(found)
+    if missing:
+        raise UserError(str(directory), f"lacks the weights {', '.join(sorted(missing)[:3])}")

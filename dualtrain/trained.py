@@ -211,16 +211,17 @@ def open_trained(
     """
     if not isinstance(source, Source):
         source = find_source(source, step=step)
-    for note in source.notes if on_note else ():
-        on_note(note)
-    device = choose(device)
-    precision = precision or _default_precision(source, device)
+    if on_note is not None:
+        for note in source.notes:
+            on_note(note)
+    chosen = choose(device)
+    precision = precision or _default_precision(source, chosen)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     asked = "auto" if source.recipe is None else source.recipe.model.attention
     # A backend that the run used elsewhere may not exist here.
-    backend = resolve_backend(asked if device.type == "cuda" else "auto", device, dtype)
+    backend = resolve_backend(asked if chosen.type == "cuda" else "auto", chosen, dtype)
     model = _load_model(source)
-    nn.Module.to(model, device)
+    nn.Module.to(model, chosen)
     return TrainedModel(
         source=source,
         model=model.eval(),
@@ -228,7 +229,7 @@ def open_trained(
         vocab=read_vocab(source),
         context=context_of(source, model),
         target="next" if source.recipe is None else source.recipe.objective.target,
-        device=device,
+        device=chosen,
         precision=precision,
         backend=backend,
     )

@@ -59,7 +59,9 @@ class Layout:
                 raise ValueError(f"a row of {needed} tokens does not fit into {length}")
             at = 0
             for document, (prompt, parts) in enumerate(content):
-                for branch, (begin, size) in enumerate([(0, prompt), *((prompt, n) for n in parts)]):
+                for branch, (begin, size) in enumerate(
+                    [(0, prompt), *((prompt, n) for n in parts)]
+                ):
                     stop = at + size
                     documents[row, at:stop] = document
                     branches[row, at:stop] = branch

@@ -1,8 +1,9 @@
 """Keys and values kept from one forward pass to the next, for generating token by token.
 
-A :class:`KeyValueCache` makes the attention plan of each pass. Plans are called once by every layer,
-in order; the plans of a cache also store what they are given, so the models need not know of caches
-at all: neither ``DualLM`` nor one imported from Hugging Face. Not for compiled or training models.
+A :class:`KeyValueCache` makes the attention plan of each pass. Plans are called once by every
+layer, in order; those of a cache also store what they are given, so the models need not know of
+caches at all: neither ``DualLM`` nor one imported from Hugging Face. Not for compiled or training
+models.
 
 Shapes: B rows, t new tokens, C slots, H heads of size D.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,29 @@ from heldout_support import (
 )
 from support import on_ranks
 
-from dualtrain.evaluate import HeldOut, held_out_losses
+from dualtrain.evaluate import held_out_losses
+from dualtrain.evaluate.heldout import second_halves
 from dualtrain.model import DualLM, plan_attention
 from dualtrain.objectives import diffusion, validation_noise
 from dualtrain.recipe.schema import UniformCorruption
+
+
+def prefix_losses(model: DualLM, sequences: Sequences, number: int) -> list[list[float]]:
+    """Losses of second halves in prefix mode and in AR: each document in a row of its own."""
+    batch = sequences.batch(number, 1)
+    found: list[list[float]] = [[], []]
+    for document in batch.document_ids.unique():
+        positions = (batch.document_ids[0] == document).nonzero().T
+        ids = batch.tokens[:, positions[0]]
+        prompt = (ids.shape[1] + 1) // 2
+        alone, length = torch.zeros(ids.shape, dtype=torch.int32), torch.tensor([prompt])
+        for kind, losses in (("prefix", found[0]), ("causal", found[1])):
+            options = {"prefix_lengths": length} if kind == "prefix" else {}
+            plan = plan_attention(kind, alone, backend="sdpa", device="cpu", **options)
+            with torch.no_grad():
+                logits = model(ids, attention=plan, positions=positions).logits[0, prompt - 1 : -1]
+            losses += F.cross_entropy(logits, ids[0, prompt:], reduction="none").tolist()
+    return found
 
 
 def row_losses(model: DualLM, sequences: Sequences, number: int, target: str = "next"):
@@ -72,6 +92,75 @@ def test_losses_are_the_means_over_sequences(target: str, count: int, micro_batc
     assert [found.ar_error, found.diffusion_error] == pytest.approx(errors, rel=1e-3)
 
 
+@pytest.mark.parametrize("target", ["next", "in_place"])
+@pytest.mark.parametrize(("count", "micro_batch"), [(7, 3), (2, 5), (1, 1)])
+def test_second_halves_are_scored_as_in_rows_of_their_own(
+    target: str, count: int, micro_batch: int
+):
+    model, sequences = tiny_model(), Sequences(count)
+    found = held_out_losses(model, sequences, micro_batch=micro_batch, target=target, **OPTIONS)
+    rows = [prefix_losses(model, sequences, number) for number in range(count)]
+    prefix, same = ([loss for row in rows for loss in row[mode]] for mode in (0, 1))
+    assert found.prefix_tokens == len(prefix)
+    assert len(prefix) < count * LENGTH / 2 or count < 4
+    assert found.prefix_nll == pytest.approx(math.fsum(prefix) / len(prefix), rel=1e-5)
+    assert found.ar_nll_same_tokens == pytest.approx(math.fsum(same) / len(same), rel=1e-5)
+    assert abs(found.prefix_nll - found.ar_nll_same_tokens) > 1e-3
+    assert found.prefix_bits_per_byte == pytest.approx(found.prefix_nll / math.log(2) / 3)
+
+
+def test_errors_of_second_halves_are_those_of_sequences_drawn_anew():
+    """The spread of the figures over many sets of sequences is what the error of one set says."""
+    model, sets, size = tiny_model(), 40, 24
+
+    class Part(Sequences):
+        first = 0
+
+        def _row(self, number: int):
+            return super()._row(self.first + number)
+
+    found = []
+    for number in range(sets):
+        part = Part(size)
+        part.first = number * size
+        found.append(held_out_losses(model, part, micro_batch=size, **OPTIONS))
+    for values, errors in (
+        ([f.prefix_nll for f in found], [f.prefix_error for f in found]),
+        (
+            [f.prefix_nll - f.ar_nll_same_tokens for f in found],
+            [f.prefix_minus_ar_error for f in found],
+        ),
+    ):
+        spread = float(torch.tensor(values).double().std())
+        # 40 sets tell a spread to 11 %.
+        assert sum(errors) / sets == pytest.approx(spread, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("documents", "second"),
+    [
+        ([0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]),
+        ([0, 0, 0, 1, 1, 2], [0, 0, 1, 0, 1, 0]),
+        ([0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1]),
+        ([0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_second_halves(documents: list[int], second: list[int]):
+    found = second_halves(torch.tensor([documents, [0] * 6]))
+    assert found.int().tolist() == [second, [0, 0, 0, 1, 1, 1]]
+
+
+def test_without_second_halves_there_is_no_prefix_loss():
+    class Singles(Sequences):
+        def batch(self, first: int, count: int):
+            batch = super().batch(first, count)
+            return replace(batch, document_ids=torch.arange(LENGTH).int().expand(count, LENGTH))
+
+    found = held_out_losses(tiny_model(), Singles(3), micro_batch=2, **OPTIONS)
+    assert found.prefix_tokens == 0 and math.isnan(found.prefix_nll)
+    assert math.isfinite(found.ar_nll) and math.isfinite(found.diffusion_nll)
+
+
 def test_a_model_that_knows_nothing_has_the_loss_of_guessing():
     model = tiny_model()
     with torch.no_grad():
@@ -80,6 +169,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing():
     found = held_out_losses(model, Sequences(5, start=0), micro_batch=2, **OPTIONS)
     assert found.ar_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
     assert found.diffusion_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert found.prefix_nll == pytest.approx(math.log(VOCABULARY), rel=1e-6)
 
 
 def test_repeating_changes_nothing_and_training_goes_on():
@@ -117,21 +207,15 @@ def test_any_number_of_ranks_finds_exactly_the_same(world: int, counts: list[int
     for case, count in enumerate(counts):
         alone = held_out_losses(tiny_model(), Sequences(count), micro_batch=2, **OPTIONS)
         # As many passes of one shape on every rank: ZeRO-3 waits for all of them.
-        passes = 2 * math.ceil(math.ceil(count / 2) / world)
+        passes = 3 * math.ceil(math.ceil(count / 2) / world)
         shapes = [(2, LENGTH)] * passes
         assert [rank[case] for rank in found] == [(alone, shapes)] * world
 
 
 def test_the_record_holds_the_losses():
-    losses = HeldOut(1.0, 2.0, 0.1, 3.0, 4.0, 0.2, sequences=5, tokens=6)
-    assert losses.record(7, 8.0) == {
-        "kind": "eval",
-        "step": 7,
-        "ar_nll": 1.0,
-        "ar_bits_per_byte": 2.0,
-        "diffusion_nll": 3.0,
-        "diffusion_bits_per_byte": 4.0,
-        "tokens": 6,
-        "elapsed_s": 8.0,
-    }
-    assert losses.metrics().items() <= losses.record(0, 0.0).items()
+    losses = held_out_losses(tiny_model(), Sequences(3), micro_batch=2, **OPTIONS)
+    record = losses.record(7, 8.0)
+    held = asdict(losses)
+    assert held.pop("sequences") == 3
+    assert record == {"kind": "eval", "step": 7, "elapsed_s": 8.0, **held}
+    assert losses.metrics().items() <= record.items()

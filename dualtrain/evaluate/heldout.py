@@ -1,4 +1,4 @@
-"""Held-out losses of both objectives: the same text and the same masks at every evaluation.
+"""Held-out losses in all three modes: the same text and the same masks at every evaluation.
 
 ``train`` calls :func:`held_out_losses` on all ranks at once. The result does not depend on their
 number: sequences are scored in the same micro-batches whoever scores them, and what the ranks
@@ -7,13 +7,18 @@ exchange are the losses of single sequences.
 The diffusion loss bounds the negative log-likelihood from above, in expectation over masks: uniform
 corruption whatever the training's, and without the published scheme's small deviations from the
 bound (``objectives.diffusion(exact=True)``).
+
+Prefix mode: of each document, as far as a sequence holds it, the first half is a prompt whose
+tokens all see each other; the second half is scored causally after it. All documents of a sequence
+at once, at the positions of training. Second halves are easier to predict than whole documents, so
+the figure to compare with is the AR loss of the very same tokens, which comes along.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -23,7 +28,15 @@ from torch import Tensor
 
 from dualtrain.data.batches import Batch
 from dualtrain.evaluate.mode import inference
-from dualtrain.model import DualOutput, plan_attention, select_positions, to_device
+from dualtrain.model import (
+    AttentionPlan,
+    DualOutput,
+    Layout,
+    plan_attention,
+    plan_branches,
+    select_positions,
+    to_device,
+)
 from dualtrain.objectives import Example, autoregressive, diffusion, validation_noise
 from dualtrain.progress.metrics import EvalRecord
 from dualtrain.recipe.schema import UniformCorruption
@@ -53,6 +66,15 @@ class HeldOut:
         diffusion_bits_per_byte: ``diffusion_nll`` / (ln 2 · bytes per token).
         diffusion_error: Standard error of ``diffusion_nll`` over sequences; an overestimate, since
             the rates of the sequences are spread rather than independent.
+        prefix_nll: Nats per token of the documents' second halves, each after its first half read
+            bidirectionally; nan where no document has two tokens.
+        prefix_bits_per_byte: ``prefix_nll`` / (ln 2 · bytes per token), with the bytes that a token
+            of the whole split has on average: how many these tokens have is not known.
+        prefix_error: Standard error of ``prefix_nll`` over sequences.
+        ar_nll_same_tokens: AR loss of the tokens that ``prefix_nll`` is the mean of.
+        prefix_minus_ar_error: Standard error over sequences of the paired difference,
+            ``prefix_nll`` - ``ar_nll_same_tokens``.
+        prefix_tokens: How many tokens these are.
         sequences: Number of sequences.
         tokens: Tokens of them, ``<s>`` included.
     """
@@ -63,6 +85,12 @@ class HeldOut:
     diffusion_nll: float
     diffusion_bits_per_byte: float
     diffusion_error: float
+    prefix_nll: float
+    prefix_bits_per_byte: float
+    prefix_error: float
+    ar_nll_same_tokens: float
+    prefix_minus_ar_error: float
+    prefix_tokens: int
     sequences: int
     tokens: int
 
@@ -73,8 +101,16 @@ class HeldOut:
             step=step,
             ar_nll=self.ar_nll,
             ar_bits_per_byte=self.ar_bits_per_byte,
+            ar_error=self.ar_error,
             diffusion_nll=self.diffusion_nll,
             diffusion_bits_per_byte=self.diffusion_bits_per_byte,
+            diffusion_error=self.diffusion_error,
+            prefix_nll=self.prefix_nll,
+            prefix_bits_per_byte=self.prefix_bits_per_byte,
+            prefix_error=self.prefix_error,
+            ar_nll_same_tokens=self.ar_nll_same_tokens,
+            prefix_minus_ar_error=self.prefix_minus_ar_error,
+            prefix_tokens=self.prefix_tokens,
             tokens=self.tokens,
             elapsed_s=elapsed_s,
         )
@@ -86,6 +122,9 @@ class HeldOut:
             "ar_bits_per_byte": self.ar_bits_per_byte,
             "diffusion_nll": self.diffusion_nll,
             "diffusion_bits_per_byte": self.diffusion_bits_per_byte,
+            "prefix_nll": self.prefix_nll,
+            "prefix_bits_per_byte": self.prefix_bits_per_byte,
+            "ar_nll_same_tokens": self.ar_nll_same_tokens,
         }
 
 
@@ -105,7 +144,7 @@ def held_out_losses(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HeldOut:
-    """Score held-out sequences under both objectives. Called by all ranks at once.
+    """Score held-out sequences in all three modes. Called by all ranks at once.
 
     Args:
         forward: The DeepSpeed engine, or a ``DualLM``; put in evaluation mode and back.
@@ -125,7 +164,9 @@ def held_out_losses(
     """
     count = len(validation) if sequences is None else min(sequences, len(validation))
     batches = -(-count // micro_batch)
-    losses = torch.zeros(2, count, dtype=torch.float64)
+    # Rows: nats per token of AR and diffusion; nats of the second halves in prefix mode and in AR;
+    # tokens of the second halves.
+    losses = torch.zeros(5, count, dtype=torch.float64)
     length = 0
     with inference(forward):
         for turn in range(-(-batches // world_size)):
@@ -135,24 +176,52 @@ def held_out_losses(
             batch = validation.batch(first, min(micro_batch, count - first))
             rows, length = batch.document_ids.shape
             examples = _examples(batch, micro_batch, seed, count, mask_id, special_ids, target)
-            for row, example in enumerate(examples):
-                nll = _sequence_losses(forward, example, backend, device, dtype)
-                if number < batches:
-                    losses[row, first : first + rows] = nll[:rows]
+            nlls = [_token_losses(forward, e, backend, device, dtype) for e in examples]
+            if number < batches:
+                losses[:, first : first + rows] = _sequence_losses(examples, nlls)[:, :rows]
     if world_size > 1:
         losses = _sum_over_ranks(losses, device)
-    means, errors = losses.mean(1).tolist(), _standard_errors(losses)
+    ar, diffused, prefix, same, tokens = losses
+    ar_nll, ar_error = _mean_and_error(ar, torch.ones_like(ar))
+    diffusion_nll, diffusion_error = _mean_and_error(diffused, torch.ones_like(diffused))
+    prefix_nll, prefix_error = _mean_and_error(prefix, tokens)
     bits = 1 / (math.log(2) * validation.bytes_per_token)
     return HeldOut(
-        ar_nll=means[0],
-        ar_bits_per_byte=means[0] * bits,
-        ar_error=errors[0],
-        diffusion_nll=means[1],
-        diffusion_bits_per_byte=means[1] * bits,
-        diffusion_error=errors[1],
+        ar_nll=ar_nll,
+        ar_bits_per_byte=ar_nll * bits,
+        ar_error=ar_error,
+        diffusion_nll=diffusion_nll,
+        diffusion_bits_per_byte=diffusion_nll * bits,
+        diffusion_error=diffusion_error,
+        prefix_nll=prefix_nll,
+        prefix_bits_per_byte=prefix_nll * bits,
+        prefix_error=prefix_error,
+        ar_nll_same_tokens=_mean_and_error(same, tokens)[0],
+        prefix_minus_ar_error=_mean_and_error(prefix - same, tokens)[1],
+        prefix_tokens=int(tokens.sum()),
         sequences=count,
         tokens=count * length,
     )
+
+
+def second_halves(document_ids: Tensor) -> Tensor:
+    """Tell which positions lie in the second half of their document.
+
+    Args:
+        document_ids: (B, T) integers, equal within a document; what a row holds of a document
+            counts as the whole of it.
+
+    Returns:
+        (B, T) bool; of n tokens the last n // 2.
+    """
+    length = document_ids.shape[1]
+    index = torch.arange(length)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    is_last = torch.cat([is_first[:, 1:], torch.ones_like(is_first[:, :1])], dim=1)
+    begin = torch.where(is_first, index, 0).cummax(1).values
+    end = torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
+    return index - begin >= (end - begin + 2) // 2
 
 
 def _examples(
@@ -163,12 +232,16 @@ def _examples(
     mask_id: int,
     special_ids: Sequence[int],
     target: Literal["next", "in_place"],
-) -> tuple[Example, Example]:
-    """Make both objectives' examples, filled up to ``micro_batch`` rows that count nothing."""
+) -> tuple[Example, Example, Example]:
+    """Make the examples of AR, diffusion and prefix, filled up with rows that count nothing."""
     length = batch.document_ids.shape[1]
     noise = validation_noise(seed, batch.sequence_ids, sequences, length)
+    ar = autoregressive(batch.tokens, batch.document_ids)
+    second = second_halves(batch.document_ids)
+    # The first token of a second half is predicted by the last one of the prompt.
+    weights = F.pad(second[:, 1:].float(), (0, 1))
     examples = (
-        autoregressive(batch.tokens, batch.document_ids),
+        ar,
         diffusion(
             batch.tokens,
             batch.document_ids,
@@ -179,9 +252,11 @@ def _examples(
             target=target,
             exact=True,
         ),
+        replace(ar, weights=weights, attention="prefix"),
     )
     missing = micro_batch - len(batch.document_ids)
-    return _fill(examples[0], missing), _fill(examples[1], missing)
+    ar, diffused, prefix = (_fill(example, missing) for example in examples)
+    return ar, diffused, prefix
 
 
 def _fill(example: Example, rows: int) -> Example:
@@ -200,18 +275,16 @@ def _fill(example: Example, rows: int) -> Example:
     )
 
 
-def _sequence_losses(
+def _token_losses(
     forward: Callable[..., DualOutput],
     example: Example,
     backend: str,
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return Σ w·CE / T of each row: (B,) float64 on the CPU."""
+    """Return each position's cross-entropy, 0 where the weight is: (B, T) float64 on the CPU."""
     device = torch.device(device)
-    plan = plan_attention(
-        example.attention, example.document_ids, backend=backend, device=device, dtype=dtype
-    )
+    plan = _plan(example, backend, device, dtype)
     selection = select_positions(example.weights)
     moved = example.to(device)
     output = forward(
@@ -223,7 +296,40 @@ def _sequence_losses(
         reduction="none",
     )
     assert output.nll is not None  # reduction="none" asks for it
-    return (output.nll.cpu().double() * example.weights).mean(1)
+    return output.nll.cpu().double()
+
+
+def _plan(
+    example: Example, backend: str, device: torch.device, dtype: torch.dtype
+) -> AttentionPlan:
+    documents = example.document_ids
+    if example.attention != "prefix":
+        return plan_attention(
+            example.attention, documents, backend=backend, device=device, dtype=dtype
+        )
+    # Positions run through the sequence, as they did in training, and do not begin anew.
+    positions = torch.arange(documents.shape[1]).expand(documents.shape)
+    layout = Layout(documents, second_halves(documents).int(), positions)
+    return plan_branches("prefix", layout, device=device, dtype=dtype)
+
+
+def _sequence_losses(examples: Sequence[Example], nlls: Sequence[Tensor]) -> Tensor:
+    """Sum up the rows of AR, diffusion and prefix: (5, B), as :func:`held_out_losses` keeps them.
+
+    Args:
+        examples: Of the three modes.
+        nlls: Of each, (B, T) float64 cross-entropies.
+    """
+    (ar, diffused, prefix), second = nlls, examples[2].weights.double()
+    return torch.stack(
+        [
+            (ar * examples[0].weights).mean(1),
+            (diffused * examples[1].weights).mean(1),
+            (prefix * second).sum(1),
+            (ar * second).sum(1),
+            second.sum(1),
+        ]
+    )
 
 
 def _sum_over_ranks(losses: Tensor, device: torch.device | str) -> Tensor:
@@ -233,9 +339,13 @@ def _sum_over_ranks(losses: Tensor, device: torch.device | str) -> Tensor:
     return shared.cpu()
 
 
-def _standard_errors(losses: Tensor) -> list[float]:
-    """Return the standard error of each row's mean; 0 for a single sequence."""
-    count = losses.shape[1]
-    if count < 2:
-        return [0.0] * len(losses)
-    return (losses.std(1) / math.sqrt(count)).tolist()
+def _mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Return Σ sums / Σ counts over sequences and its standard error, 0 for a single sequence.
+
+    The error of a ratio of two means, by linearisation; for equal counts it is that of the mean.
+    """
+    mean, number = sums.sum() / counts.sum(), len(sums)
+    if number < 2:
+        return float(mean), 0.0
+    spread = (sums - mean * counts).square().sum() * number / (number - 1)
+    return float(mean), float(spread.sqrt() / counts.sum())

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, TextIO
 
-from dualtrain.progress.live import TRAINING, LiveView
+from dualtrain.progress.frame import TRAINING
+from dualtrain.progress.live import LiveView
 from dualtrain.progress.meter import Interval, Meter, train_record
 from dualtrain.progress.metrics import (
     FILE_NAME,

@@ -53,6 +53,13 @@ def loss(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
+def difference(value: float | None, error: float | None) -> str:
+    """Format a difference of two losses with its standard error."""
+    if value is None:
+        return MISSING
+    return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def number(value: float | None) -> str:
     """Format any number with four digits."""
     return MISSING if value is None else f"{value:.4g}"

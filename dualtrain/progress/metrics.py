@@ -51,9 +51,7 @@ class TrainRecord(TypedDict):
     logged: dict[str, float | None]  # what algorithms logged
 
 
-class EvalRecord(TypedDict):
-    """Held-out losses: the same text and masks at every evaluation."""
-
+class _EvalRecord(TypedDict):
     kind: Literal["eval"]
     step: int
     ar_nll: float  # nats per token
@@ -64,6 +62,23 @@ class EvalRecord(TypedDict):
     elapsed_s: float
 
 
+class EvalRecord(_EvalRecord, total=False):
+    """Held-out losses: the same text and masks at every evaluation.
+
+    The keys below are missing in files of older versions. Errors are standard errors over
+    sequences; prefix losses are null where no document has two tokens.
+    """
+
+    ar_error: float
+    diffusion_error: float
+    prefix_nll: float | None  # of documents' second halves, after first halves read both ways
+    prefix_bits_per_byte: float | None
+    prefix_error: float | None
+    ar_nll_same_tokens: float | None  # AR loss of just these tokens, to compare with
+    prefix_minus_ar_error: float | None  # of the paired difference
+    prefix_tokens: int
+
+
 class EventRecord(TypedDict):
     """Something that happened: checkpoint, non_finite_loss, step_left_out, terminal_lost."""
 
@@ -71,6 +86,12 @@ class EventRecord(TypedDict):
     step: int
     event: str
     message: str
+
+
+def prefix_difference(record: EvalRecord) -> float | None:
+    """Return prefix loss minus AR loss of the same tokens, if the record has them."""
+    prefix, same = record.get("prefix_nll"), record.get("ar_nll_same_tokens")
+    return None if prefix is None or same is None else prefix - same
 
 
 Record = TrainRecord | EvalRecord | EventRecord

@@ -8,13 +8,20 @@ from typing import TextIO
 from dualtrain.progress.formatting import (
     NOTABLE_WAIT_S,
     count,
+    difference,
     duration,
     loss,
     number,
     percent,
     size,
 )
-from dualtrain.progress.metrics import EvalRecord, EventRecord, Record, TrainRecord
+from dualtrain.progress.metrics import (
+    EvalRecord,
+    EventRecord,
+    Record,
+    TrainRecord,
+    prefix_difference,
+)
 from dualtrain.progress.remaining import RemainingTime
 from dualtrain.progress.report import RunFacts, Summary, View, summary_lines
 
@@ -83,12 +90,19 @@ def train_line(record: TrainRecord, remaining_s: float | None) -> str:
 
 def eval_line(record: EvalRecord) -> str:
     """Return the line of an evaluation."""
-    return (
-        f"held-out at step {record['step']} | "
-        f"ar {loss(record['ar_nll'])} nats/token, {loss(record['ar_bits_per_byte'])} bits/byte | "
+    fields = [
+        f"held-out at step {record['step']}",
+        f"ar {loss(record['ar_nll'])} nats/token, {loss(record['ar_bits_per_byte'])} bits/byte",
         f"diffusion {loss(record['diffusion_nll'])} nats/token, "
-        f"{loss(record['diffusion_bits_per_byte'])} bits/byte | {record['tokens']:,} tokens"
-    )
+        f"{loss(record['diffusion_bits_per_byte'])} bits/byte",
+    ]
+    change = prefix_difference(record)
+    if change is not None:
+        fields.append(
+            f"prefix {loss(record.get('prefix_nll'))} nats/token, "
+            f"{difference(change, record.get('prefix_minus_ar_error'))} to ar on the same tokens"
+        )
+    return " | ".join([*fields, f"{record['tokens']:,} tokens"])
 
 
 def event_line(record: EventRecord) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from dualtrain.progress import formatting
-from dualtrain.progress.metrics import EvalRecord, Record
+from dualtrain.progress.metrics import EvalRecord, Record, prefix_difference
 
 AR_STYLE = "cyan"
 DIFFUSION_STYLE = "magenta"
+PREFIX_STYLE = "green"
 HELD_OUT_STYLE = "yellow"
 
 
@@ -167,6 +168,14 @@ def _held_out(record: EvalRecord) -> Iterator[Text]:
             (f"  {label:<9}  ", style),
             f"{formatting.loss(nats)} nats/token   {formatting.loss(bits)} bits/byte",
         )
+    change = prefix_difference(record)
+    if change is not None:
+        error = record.get("prefix_minus_ar_error")
+        yield Text.assemble(
+            ("  prefix     ", PREFIX_STYLE),
+            f"{formatting.loss(record.get('prefix_nll'))} nats/token, second halves of documents",
+        )
+        yield Text(f"             {formatting.difference(change, error)} to AR on the same tokens")
 
 
 def _sample(sample: Sample, width: int) -> Iterator[Text]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dualtrain.progress import curves, formatting
-from dualtrain.progress.live import LiveView, RunState, frame
+from dualtrain.progress.frame import RunState, frame
+from dualtrain.progress.live import LiveView
 from dualtrain.progress.metrics import EvalRecord, EventRecord, TrainRecord
 from dualtrain.progress.plain import PlainView
 from dualtrain.progress.remaining import RemainingTime
@@ -60,6 +61,21 @@ def held_out(step: int, ar: float = 5.0, diffusion: float = 6.0) -> EvalRecord:
         diffusion_bits_per_byte=diffusion / 2,
         tokens=65_536,
         elapsed_s=1.0,
+    )
+
+
+def three_modes(step: int) -> EvalRecord:
+    """As held_out, which is a record of an older version, with what has been added since."""
+    return EvalRecord(
+        **held_out(step),
+        ar_error=0.02,
+        diffusion_error=0.03,
+        prefix_nll=4.5,
+        prefix_bits_per_byte=2.25,
+        prefix_error=0.025,
+        ar_nll_same_tokens=4.625,
+        prefix_minus_ar_error=0.0042,
+        prefix_tokens=32_000,
     )
 
 
@@ -116,16 +132,37 @@ def test_a_known_peak_and_a_waiting_loop_are_shown():
         assert expected in shown
 
 
+def test_prefix_is_shown_beside_ar_on_the_same_tokens():
+    state = busy_state()
+    assert "second halves" not in text(state, 80, 24)
+    state.add(three_modes(180))
+    shown = text(state, 80, 24)
+    assert "second halves of documents: AR 4.6250   prefix 4.5000    -0.1250 ± 0.0042" in shown
+    assert "•" in shown and "last checkpoint" in shown
+    output = io.StringIO()
+    PlainView(output).record(three_modes(180))
+    assert output.getvalue() == (
+        "held-out at step 180 | ar 5.0000 nats/token, 2.5000 bits/byte | "
+        "diffusion 6.0000 nats/token, 3.0000 bits/byte | "
+        "prefix 4.5000 nats/token, -0.1250 ± 0.0042 to ar on the same tokens | 65,536 tokens\n"
+    )
+    none: EvalRecord = {**three_modes(180), "prefix_nll": None, "ar_nll_same_tokens": None}
+    state.add(none)
+    assert "second halves" not in text(state, 80, 24)
+
+
 @settings(max_examples=60, deadline=None)
-@given(width=st.integers(1, 200), height=st.integers(1, 60), stage=st.integers(0, 3))
+@given(width=st.integers(1, 200), height=st.integers(1, 60), stage=st.integers(0, 4))
 def test_every_size_fits(width: int, height: int, stage: int):
     state = RunState(FACTS)
     if stage == 1:
         state.add(train(5, ar_loss=None, diffusion_loss=None, tokens_per_second=None))
     if stage == 2:
         state.add(held_out(0))
-    if stage == 3:
+    if stage >= 3:
         state = busy_state()
+    if stage == 4:
+        state.add(three_modes(180))
     lines = frame(state, width, height)
     assert 1 <= len(lines) <= max(1, height - 1)
     assert all(line.cell_len <= width and "\n" not in line.plain for line in lines)
@@ -232,7 +269,7 @@ def test_summary_names_everything():
         step=300,
         tokens=2_457_600,
         elapsed_s=199.0,
-        held_out=held_out(300, ar=4.0, diffusion=5.5),
+        held_out={**three_modes(300), **held_out(300, ar=4.0, diffusion=5.5)},
         samples=[
             Sample("AR sample", (("Once ", False), ("upon\x1b[2J a time " * 12, True))),
             Sample("infilled", (("The ", False), ("cat", True), (" sat", False))),
@@ -247,6 +284,8 @@ def test_summary_names_everything():
         "held-out loss, 65,536 tokens",
         "4.0000 nats/token   2.0000 bits/byte",
         "5.5000 nats/token   2.7500 bits/byte",
+        "4.5000 nats/token, second halves of documents",
+        "-0.1250 ± 0.0042 to AR on the same tokens",
         "The [cat] sat",
         "x" * 200,
         "dualtrain run quickstart alpha=1",

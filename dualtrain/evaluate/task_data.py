@@ -1,0 +1,141 @@
+"""Reading the data of a task: JSON lines on disk, compressed or not, or a dataset of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from dualtrain.evaluate.task_file import HubSection
+    from dualtrain.evaluate.templates import Templates
+
+SUFFIXES = ("", ".gz", ".xz", ".zst", ".bz2")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The data of a task, line by line.
+
+    Attributes:
+        origin: The file, or the dataset's name on the hub.
+        sha256: Of the content, decompressed: the same whatever the compression.
+        lines: The number of each line that is not blank, and its content.
+    """
+
+    origin: str
+    sha256: str
+    lines: Sequence[tuple[int, bytes]]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def record(self, index: int) -> tuple[dict[str, Any], int, str]:
+        """Parse a line.
+
+        Returns:
+            The object, the line's number, and ``file:line``.
+
+        Raises:
+            UserError: It is not a JSON object.
+        """
+        line, content = self.lines[index]
+        where = f"{self.origin}:{line}"
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(where, f"is not JSON: {reason}", "one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise UserError(where, f"is a JSON {type(record).__name__}", "a JSON object")
+        return record, line, where
+
+
+def find_data(name: str, directory: Path | None) -> Path | None:
+    """Find a data file, as it stands or compressed; None where there is none.
+
+    Raises:
+        UserError: It is there in a compression that is not known.
+    """
+    if directory is None:
+        return None
+    for suffix in SUFFIXES:
+        path = directory / (name + suffix)
+        if path.is_file():
+            return path
+    others = sorted(path.name for path in directory.glob(f"{name}.*"))
+    if others:
+        known = ", ".join(suffix for suffix in SUFFIXES if suffix)
+        raise UserError(
+            str(directory / others[0]), "is compressed in a way that is not known", f"{name}{known}"
+        )
+    return None
+
+
+def read_file(path: Path) -> TaskData:
+    """Read a data file.
+
+    Raises:
+        UserError: It cannot be read or decompressed, or it is empty.
+    """
+    from data_tools.sources.compression import SUFFIXES as COMPRESSIONS
+    from data_tools.sources.compression import BrokenFile, Content
+
+    try:
+        with path.open("rb") as raw:
+            content = b"".join(Content(raw, COMPRESSIONS.get(path.suffix)))
+    except BrokenFile as error:
+        raise UserError(str(path), f"{error.kind}: {error.what}", hint=error.hint) from None
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror or error}") from None
+    numbered = enumerate(content.split(b"\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
+    if not lines:
+        raise UserError(str(path), "is empty", "one JSON object a line")
+    return TaskData(str(path), hashlib.sha256(content).hexdigest(), lines)
+
+
+def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str) -> TaskData:
+    """Read a dataset through Hugging Face's library.
+
+    Args:
+        hub: Where it is.
+        fields: How the fields of the data file are made of the dataset's; None: they are the same.
+        data: Name of the data file, for messages.
+        where: The task file, for messages.
+
+    Raises:
+        UserError: The library is not installed, or it cannot get the dataset.
+    """
+    missing = f"the data file {data} is not there"
+    by_hand = f"or put {data} into a directory and name that with --tasks-dir"
+    try:
+        import datasets
+    except ImportError:
+        what = f"{missing}, and the library `datasets`, which would fetch {hub.path}, neither"
+        raise UserError(where, what, hint=f"pip install datasets, {by_hand}") from None
+    rows: list[dict[str, Any]] = []
+    for name in hub.names or [None]:
+        try:
+            rows += datasets.load_dataset(hub.path, name, split=hub.split)
+        # The library passes on the errors of its file systems, of the network and of its parsers.
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            called = hub.path if name is None else f"{hub.path}, {name},"
+            what = f"{missing}, and {called} cannot be fetched: {reason}"
+            raise UserError(where, what, hint=f"check the network, {by_hand}") from None
+    if fields is not None:
+        rows = [
+            fields.record(row, where=f"{hub.path}:{number}")
+            for number, row in enumerate(rows, start=1)
+        ]
+    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True).encode() for row in rows]
+    if not lines:
+        raise UserError(where, f"{hub.path} has no rows in its split {hub.split}")
+    digest = hashlib.sha256(b"\n".join(lines) + b"\n").hexdigest()
+    return TaskData(hub.path, digest, list(enumerate(lines, start=1)))

@@ -1,67 +1,72 @@
 """Log-likelihoods of continuations under a model, in the five modes of a dual model.
 
-``Scorer`` is what tasks, the lm-evaluation-harness adapter and in-training evaluation use.
+``Scorer`` is what tasks, the lm-evaluation-harness adapter and in-training evaluation use:
+
+ar      Σ log p(c_i | all before it), causal: the autoregressive model.
+prefix  the same, but the context sees itself bidirectionally; the continuation is causal over it.
+pll     Σ log p(c_i | everything else), c_i masked: the pseudo-log-likelihood.
+chain   Σ log p(c_i | all before it), c_i and all after it masked.
+elbo    a bound of the log-likelihood from random masks (``masks`` has the formulas).
+
+In the first two, what requests have in common is computed once (``tree``); in the others every row
+is another input (``masks``). A score depends on its request only: neither on what else is scored,
+nor on sizes of batches or numbers of ranks, up to the rounding of float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from dualtrain.errors import UserError
+from dualtrain.evaluate.masks import MaskedDocument, Masking, pack_documents
+from dualtrain.evaluate.memory import choose_tokens, is_out_of_memory
 from dualtrain.evaluate.mode import inference
-from dualtrain.model import DualOutput, plan_attention, to_device
+from dualtrain.evaluate.packing import Batch, Row, make_batches
+from dualtrain.evaluate.request import (
+    MASKING_MODES,
+    MODES,
+    Mode,
+    Passage,
+    Request,
+    Score,
+    ScorerVocab,
+    check_scorable,
+    encode_pair,
+    fit_requests,
+    longest_passage,
+)
+from dualtrain.evaluate.tree import make_trees
+from dualtrain.model import DualOutput
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from dualtrain.trained import TrainedModel
 
-Mode = Literal["ar", "prefix", "pll", "chain", "elbo"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-MASKING_MODES: tuple[Mode, ...] = ("pll", "chain", "elbo")
-"""Those that need a mask token."""
+__all__ = [
+    "MASKING_MODES",
+    "MODES",
+    "Mode",
+    "Request",
+    "Score",
+    "Scorer",
+    "ScorerVocab",
+    "encode_pair",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A continuation to be scored after a context.
-
-    Attributes:
-        context: Token ids, the first of them ``<s>``.
-        continuation: Token ids, at least one.
-    """
-
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What a request got.
-
-    Attributes:
-        log_likelihood: In nats, summed over the continuation, in the mode's sense.
-        is_greedy: Whether every token is the likeliest one; None in the modes that mask.
-        dropped: The oldest tokens of the context behind ``<s>`` that the model had no room for.
-    """
-
-    log_likelihood: float
-    is_greedy: bool | None
-    dropped: int
-
-
-class ScorerVocab(Protocol):
-    """What is asked of ``trained.Vocab`` or ``DatasetInfo``."""
-
-    @property
-    def mask_id(self) -> int | None: ...
-
-    @property
-    def special_ids(self) -> tuple[int, ...]: ...
+# Masked rows are planned for so many batches of each rank at a time, not all at once: they take
+# more memory than the requests do, by the length of the continuations.
+_BATCHES_AT_ONCE = 64
+# What a batch costs by itself, in tokens: starting kernels.
+_OVERHEAD_TOKENS = {"cpu": 128, "cuda": 4096}
+# Rows that attention by documents (varlen) is given; kernels are started for T positions of each
+# document, however short it is, so longer ones cost.
+_VARLEN_ROW_TOKENS = 512
 
 
 class Scorer:
@@ -75,7 +80,8 @@ class Scorer:
         device: Where the model is.
         backend: Attention backend.
         dtype: Compute type of the attention.
-        tokens_per_batch: Tokens of a forward pass, padding included; None chooses.
+        tokens_per_batch: Tokens of a forward pass, padding included; None chooses by memory.
+            Where memory runs out, it is halved.
         elbo_samples: Masks for each request in the mode ``elbo``.
         seed: Of these masks.
         rank: This process.
@@ -100,12 +106,18 @@ class Scorer:
         world_size: int = 1,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        self.forward, self.vocab, self.context, self.target = forward, vocab, context, target
-        self.device, self.backend, self.dtype = torch.device(device), backend, dtype
-        self.tokens_per_batch = tokens_per_batch or 4096
+        self.forward, self.vocab, self.context = forward, vocab, context
+        self.target: Literal["next", "in_place"] = target
+        self.device, self.dtype = torch.device(device), dtype
+        # FlexAttention is compiled for every shape, and there are too many of them here.
+        self.backend = "sdpa" if backend == "flex" else backend
+        self.tokens_per_batch = tokens_per_batch or choose_tokens(forward, self.device)
         self.elbo_samples, self.seed = elbo_samples, seed
         self.rank, self.world_size = rank, world_size
         self.on_note = on_note or (lambda note: None)
+        varlen = self.backend == "varlen" and dtype != torch.float32
+        # With a dense mask packed rows are no faster, and documents of one length need no mask.
+        self.row_tokens = _VARLEN_ROW_TOKENS if varlen else 1
 
     @classmethod
     def of(cls, trained: TrainedModel, **options) -> Scorer:
@@ -121,11 +133,8 @@ class Scorer:
         return cls(trained, **(settings | options))
 
     def longest(self, mode: Mode) -> int:
-        """Return how many tokens context and continuation may have together.
-
-        The last token of a continuation is no input where nothing after it is predicted.
-        """
-        return self.context + (mode not in MASKING_MODES)
+        """Return how many tokens context and continuation may have together."""
+        return longest_passage(mode, self.context)
 
     def score(
         self,
@@ -137,89 +146,218 @@ class Scorer:
         """Score requests; all ranks call with all of them, and all get all scores.
 
         Args:
-            requests: Any number, in any order; equal ones are scored once.
+            requests: Any number, in any order; equal ones are scored once. Of a context that is
+                too long the oldest tokens behind ``<s>`` are dropped.
             mode: One of :data:`MODES`.
-            on_progress: Told from time to time how many of the requests are done so far.
+            on_progress: Told from time to time how many of the requests are done so far, by the
+                share of the work that is done.
 
         Returns:
             The scores, in the order of the requests.
 
         Raises:
-            UserError: A continuation that does not fit the model's context; a mode that masks, of
-                a model without a mask token.
+            UserError: A continuation that does not fit the model's context, or has nothing that
+                may be masked; a mode that masks, of a model without a mask token; a single row
+                for which there is not enough memory.
+            ValueError: An unknown mode; a request without a context or without a continuation.
         """
-        if mode != "ar":
-            raise UserError("mode", f"{mode!r} is not available yet", "ar")
-        done: dict[Request, Score] = {}
-        unique = sorted(set(requests), key=lambda r: -len(r.context) - len(r.continuation))
-        with inference(getattr(self.forward, "model", self.forward)):
-            while len(done) < len(unique):
-                width = len(unique[len(done)].context) + len(unique[len(done)].continuation) - 1
-                count = max(1, self.tokens_per_batch // min(width, self.context))
-                batch = unique[len(done) : len(done) + count]
-                done.update(zip(batch, self._score_causal(batch), strict=True))
-                if on_progress:
-                    on_progress(len(done))
-        return [done[request] for request in requests]
+        vocab = self.vocab
+        check_scorable(mode, requests, mask_id=vocab.mask_id, special_ids=vocab.special_ids)
+        fitted = fit_requests(requests, self.longest(mode))
+        passages = list(dict.fromkeys(passage for passage, _ in fitted))
 
-    def _score_causal(self, requests: Sequence[Request]) -> list[Score]:
-        rows, dropped = [], []
-        for request in requests:
-            room = self.longest("ar") - len(request.continuation)
-            if room < 1:
-                raise UserError(
-                    "continuation",
-                    f"of {len(request.continuation)} tokens",
-                    f"at most {self.longest('ar') - 1}",
-                )
-            excess = max(0, len(request.context) - room)
-            context = request.context[:1] + request.context[1 + excess :]
-            rows.append(context + request.continuation)
-            dropped.append(excess)
-        width = max(map(len, rows)) - 1
-        ids = torch.tensor([row[:-1] + (0,) * (width + 1 - len(row)) for row in rows])
-        plan = plan_attention(
-            "causal",
-            torch.zeros(ids.shape, dtype=torch.int32),
-            backend="sdpa",
-            device=self.device,
-            dtype=self.dtype,
+        def report(passages_done: float) -> None:
+            if on_progress:
+                on_progress(int(passages_done / len(passages) * len(requests)))
+
+        # Compiled blocks would be compiled for every shape.
+        with inference(self.forward), torch.compiler.set_stance("force_eager"):
+            scores = self._score_all(passages, mode, report)
+        return [Score(*scores[passage], dropped) for passage, dropped in fitted]
+
+    def _score_all(
+        self, passages: Sequence[Passage], mode: Mode, report: Callable[[float], None]
+    ) -> dict[Passage, _Result]:
+        """Score different passages, plan by plan, again with smaller batches where need be."""
+        # Plans depend on it, and all ranks must have the same.
+        self.tokens_per_batch = self._least(self.tokens_per_batch)
+        waiting = list(passages)
+        if mode in MASKING_MODES:
+            # Those of one length together.
+            waiting.sort(key=lambda passage: (-len(passage.tokens), passage.tokens))
+        results: dict[Passage, _Result] = {}
+        while waiting:
+            plan = self._plan(waiting, mode)
+            results.update(self._run(plan, len(results), report))
+            count = len(plan.passages)
+            waiting = [p for p in waiting[:count] if p not in results] + waiting[count:]
+        return results
+
+    def _plan(self, waiting: Sequence[Passage], mode: Mode) -> _Plan:
+        """Plan the rows of the first of the passages: of all, in the modes that do not mask."""
+        if mode not in MASKING_MODES:
+            rows, reads = make_trees(
+                waiting, bidirectional=mode == "prefix", limit=self.tokens_per_batch
+            )
+            return _Plan(waiting, rows, reads, None)
+        assert self.vocab.mask_id is not None  # check_scorable has seen to it
+        masking = Masking(
+            mode,
+            self.vocab.mask_id,
+            frozenset(self.vocab.special_ids),
+            self.target,
+            self.elbo_samples,
+            self.seed,
         )
-        reads = [
-            (number * width + position, row[position + 1])
-            for number, (row, request) in enumerate(zip(rows, requests, strict=True))
-            for position in range(len(row) - len(request.continuation) - 1, len(row) - 1)
-        ]
-        selection, targets = torch.tensor(reads).T
-        output = self.forward(
-            to_device(ids, self.device),
-            attention=plan,
-            selection=to_device(selection.contiguous(), self.device),
-            targets=to_device(targets.contiguous(), self.device),
-        )
-        assert output.nll is not None and output.is_top is not None
-        counts = [len(request.continuation) for request in requests]
-        losses = output.nll.cpu().double().split(counts)
-        tops = output.is_top.cpu().split(counts)
-        return [
-            Score(-float(loss.sum()), bool(top.all()), excess)
-            for loss, top, excess in zip(losses, tops, dropped, strict=True)
-        ]
+        most = _BATCHES_AT_ONCE * self.world_size * self.tokens_per_batch
+        documents: list[MaskedDocument] = []
+        reads: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        read_count = tokens = 0
+        for passage in waiting:
+            copies, factors = masking.documents(passage)
+            documents += copies
+            reads.append(np.arange(read_count, read_count + len(factors)))
+            weights.append(factors)
+            read_count += len(factors)
+            tokens += len(copies) * len(passage.tokens)
+            if tokens >= most:
+                break
+        rows = pack_documents(documents, min(self.row_tokens, self.tokens_per_batch))
+        return _Plan(waiting[: len(reads)], rows, reads, weights)
+
+    def _run(
+        self, plan: _Plan, before: int, report: Callable[[float], None]
+    ) -> dict[Passage, _Result]:
+        """Run a plan, to its end or until memory runs out; return what is complete."""
+        overhead = _OVERHEAD_TOKENS.get(self.device.type, _OVERHEAD_TOKENS["cuda"])
+        batches = make_batches(plan.rows, self.tokens_per_batch, overhead_tokens=overhead)
+        total, done = sum(batch.tokens for batch in batches), 0
+        outputs = []
+        for begin in range(0, len(batches), self.world_size):
+            number = begin + self.rank
+            # A rank without a batch left runs the first one again, for the others' sake: under
+            # ZeRO-3 a forward pass takes all ranks.
+            batch = batches[number if number < len(batches) else 0]
+            output = self._attempt(batch)
+            if self._shrinks(batch, failed=output is None):
+                break
+            if number < len(batches):
+                outputs.append((batch.reads, output))
+            done += sum(batch.tokens for batch in batches[begin : begin + self.world_size])
+            report(before + len(plan.passages) * done / total)
+        return plan.results(self._exchange(plan.read_count, outputs))
+
+    def _attempt(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Run a batch: (N,) losses and whether each target is the likeliest; None without memory.
+
+        The tensors stay on the device, so that nothing waits for it.
+        """
+        try:
+            plan = batch.plan(self.backend, self.device, self.dtype)
+            output = self.forward(attention=plan, **batch.inputs(self.device))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            assert output.nll is not None and output.is_top is not None
+            return output.nll, output.is_top
+        # Not before the error is gone, which holds what the pass had allocated.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _shrinks(self, batch: Batch, *, failed: bool) -> bool:
+        """Make batches smaller if one failed on any rank, and say whether that was so.
+
+        Raises:
+            UserError: It cannot be divided.
+        """
+        enough = self.tokens_per_batch
+        smaller = enough
+        if failed:
+            smaller = min(enough, batch.tokens) // 2 if batch.parts > 1 else 0
+        smaller = self._least(smaller)
+        if smaller == enough:
+            return False
+        if smaller == 0:
+            raise UserError(
+                "memory",
+                f"ran out in a row of {batch.width} tokens by itself",
+                hint="free some of it, or use another device, or a lower precision",
+            )
+        self.tokens_per_batch = smaller
+        self.on_note(f"memory ran out: batches of {smaller:,} tokens from here on, not {enough:,}")
+        return True
+
+    def _least(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return int(shared)
+
+    def _exchange(
+        self, read_count: int, outputs: Sequence[tuple[np.ndarray, tuple[Tensor, Tensor]]]
+    ) -> np.ndarray:
+        """Bring together what all ranks have read.
+
+        Returns:
+            (3, N) float64: losses, whether the target is the likeliest, and whether it was read.
+        """
+        found = np.zeros((3, read_count))
+        for reads, (losses, is_top) in outputs:
+            found[0, reads] = losses.cpu().double().numpy()
+            found[1, reads] = is_top.cpu().numpy()
+            found[2, reads] = 1
+        if self.world_size > 1:
+            # One rank's number and zeros: the sum is exact, whatever the order of the additions.
+            shared = torch.from_numpy(found).to(self.device)
+            dist.all_reduce(shared)
+            found = shared.cpu().numpy()
+        return found
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, bos_id: int) -> Request:
-    """Encode a context and its continuation together, and divide the ids between them.
+_Result = tuple[float, bool | None]
+"""Log-likelihood, and whether the continuation is greedy where that is asked."""
 
-    Args:
-        tokenizer: Takes text literally.
-        context: May be empty: then the context of the request is ``<s>`` alone.
-        continuation: With its leading space, if it has one.
-        bos_id: ``<s>``.
 
-    Returns:
-        The request. A token that holds the end of the context and the beginning of the
-        continuation belongs to the continuation.
+@dataclass(frozen=True)
+class _Plan:
+    """Rows, and how scores come from what is read there.
+
+    Attributes:
+        passages: What is scored.
+        rows: To be run.
+        reads: For each passage the numbers of its readings.
+        weights: For each passage the weights of their losses; None where the mode does not mask,
+            and all are 1.
     """
-    encoding = tokenizer.encode(context + continuation, add_special_tokens=False)
-    split = sum(stop <= len(context) for _, stop in encoding.offsets)
-    return Request((bos_id, *encoding.ids[:split]), tuple(encoding.ids[split:]))
+
+    passages: Sequence[Passage]
+    rows: Sequence[Row]
+    reads: Sequence[np.ndarray]
+    weights: Sequence[np.ndarray] | None
+
+    @property
+    def read_count(self) -> int:
+        """N, readings of all rows."""
+        return sum(len(row.reads) for row in self.rows)
+
+    def results(self, found: np.ndarray) -> dict[Passage, _Result]:
+        """Add up the losses of those passages that are read to the end.
+
+        Args:
+            found: From ``Scorer._exchange``.
+        """
+        losses, is_top, is_read = found[0], found[1] > 0, found[2] > 0
+        results: dict[Passage, _Result] = {}
+        for number, (passage, reads) in enumerate(zip(self.passages, self.reads, strict=True)):
+            if not is_read[reads].all():
+                continue
+            if self.weights is None:
+                results[passage] = -float(losses[reads].sum()), bool(is_top[reads].all())
+            else:
+                results[passage] = -float(losses[reads] @ self.weights[number]), None
+        return results

@@ -129,6 +129,156 @@ def replay(
 
 
 @app.command()
+def generate(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, a checkpoint, or an export.")
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to continue, or a text with gaps: 'The <mask:8> sat'. Default: a new text."
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="ar, prefix or diffusion; default: diffusion for gaps, else ar."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a text, at most; 64.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; 0.8.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest that together have probability p.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Makes tokens less likely that are there; ar, prefix; 1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same text.")] = 0,
+    samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Diffusion: passes for a text; default: one a token.")
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="Diffusion: confidence, random or left_to_right; confidence."),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Diffusion: tokens in a block, blocks one after another; default: all."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a `prompt` a line.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the texts to this file, as JSON lines.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint of this step; default: the newest.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16; default: fp32 on a CPU, else the run's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts at once, at most.")] = 16,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Finished texts only, also on a terminal.")
+    ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Diffusion: a line for each step.")
+    ] = False,
+) -> None:
+    """Generate text: from left to right, behind a prompt read bidirectionally, or into gaps."""
+    from dualtrain.generate.command import Request, generate
+    from dualtrain.generate.settings import Wishes
+
+    generate(
+        Request(path, prompt, file, out, step, device, precision, batch, plain, trace),
+        Wishes(
+            mode=mode,
+            tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            samples=samples,
+            steps=steps,
+            order=order,
+            block=block,
+        ),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="A run, a checkpoint, or an exported model.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Names with commas, `all`, or `none`; default: those with data."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Of ar, prefix, pll, chain, elbo; default: what it was trained for."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Data of tasks, and YAML files of your own tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items of a task, evenly spread; default: all.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset with the held-out text; default: the run's.")
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=0, help="Held-out sequences; 0: none; default: as in the recipe."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to make; default: RUN/eval/CHECKPOINT.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: newest.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16; default: fp32 on a CPU, else the run's.")
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a forward pass; default: by memory.")
+    ] = None,
+    elbo_samples: Annotated[
+        int, typer.Option(min=1, help="Masks for each answer in the mode elbo.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(help="Of masks and of intervals.")] = 0,
+) -> None:
+    """Held-out losses and zero-shot tasks of a trained model."""
+    from dualtrain.evaluate.command import Options
+    from dualtrain.evaluate.command import evaluate as run_evaluation
+
+    run_evaluation(
+        Options(
+            path=path,
+            step=step,
+            tasks=tasks,
+            modes=mode,
+            tasks_dir=tasks_dir,
+            limit=limit,
+            data=data,
+            sequences=sequences,
+            out=out,
+            device=device,
+            precision=precision,
+            tokens_per_batch=tokens_per_batch,
+            elbo_samples=elbo_samples,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from dualtrain.recipe.shipped import shipped_recipes

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from dualtrain import randomness
 from dualtrain.checkpoint import RECIPE
 from dualtrain.errors import UserError
 from dualtrain.generate import (
+    Sampling,
+    TextModel,
+    continue_prompts,
     encode_prompt,
-    infill,
-    infilled_pieces,
+    fill_masks,
+    label_pieces,
     parse_gaps,
-    sample_autoregressive,
 )
 from dualtrain.parameter_groups import list_groups, summarise_groups
 from dualtrain.progress import RunFacts, Sample, Summary
@@ -108,34 +112,38 @@ def make_samples(run: Run) -> list[Sample]:
     """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
     wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = Tokenizer.from_file(str(run.dataset.tokenizer_path))
-    common = {
-        "context": run.recipe.sequence_length,
-        "seed": run.recipe.seed,
-        "temperature": wanted.temperature,
-        "forbidden_ids": info.special_ids,
-        "vocab_size": info.vocab_size,
-        "device": run.state.device,
-        "backend": run.backend,
-        "dtype": run.compute_dtype,
-    }
+    model = TextModel(
+        forward=run.engine,
+        context=run.recipe.sequence_length,
+        vocab_size=info.vocab_size,
+        begin_id=info.bos_id,
+        special_ids=info.special_ids,
+        stop_ids=(info.bos_id, info.eos_id),
+        mask_id=info.mask_id,
+        target=run.recipe.objective.target,
+        device=run.state.device,
+        dtype=run.compute_dtype,
+    )
+    sampling = Sampling(temperature=wanted.temperature)
+
+    def generators() -> list[np.random.Generator]:
+        return [randomness.generator(run.recipe.seed, "generate", 0, 0)]
+
     samples = []
     prompt, gaps = sample_rows(run)
     with run.progress.busy("sampling"):
         if prompt:
-            ids = sample_autoregressive(
-                run.engine,
-                prompt,
-                tokens=wanted.tokens,
-                stop_ids=(info.bos_id, info.eos_id),
-                **common,
+            (new,) = continue_prompts(
+                model, [prompt], tokens=wanted.tokens, sampling=sampling, generators=generators()
             )
-            text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-            samples.append(Sample("AR sample", ((wanted.prompt, False), (text, True))))
+            is_new = [False] * len(prompt) + [True] * len(new.ids)
+            pieces = label_pieces([*prompt, *new.ids], is_new, tokenizer)
+            samples.append(Sample("AR sample", tuple((p.text, p.label) for p in pieces)))
         if gaps:
-            target = run.recipe.objective.target
-            filled = infill(run.engine, gaps, mask_id=info.mask_id, target=target, **common)
-            pieces = infilled_pieces(gaps, filled, tokenizer, mask_id=info.mask_id)
-            samples.append(Sample("infilled", pieces))
+            (filled,) = fill_masks(model, [gaps], sampling=sampling, generators=generators())
+            is_new = [token == info.mask_id for token in gaps]
+            pieces = label_pieces(filled, is_new, tokenizer)
+            samples.append(Sample("infilled", tuple((p.text, p.label) for p in pieces)))
     return samples
 
 

@@ -68,6 +68,17 @@ class KeyValueCache:
         )
         return _PromptPlan(kind, "sdpa", self._layers, self.capacity, inner)
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows, in this order; one named twice is continued twice.
+
+        Args:
+            rows: Indices of the rows that there are now.
+        """
+        self.lengths = self.lengths[list(rows)]
+        index = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
+        for layer, (keys, values) in enumerate(self._layers):
+            self._layers[layer] = keys[index], values[index]
+
     def plan_next(self) -> tuple[AttentionPlan, Tensor]:
         """Plan a pass of one more token for every row.
 

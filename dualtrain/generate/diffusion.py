@@ -1,0 +1,238 @@
+"""Masked text filled in step by step, reading the whole row at each one.
+
+Used for gaps in a text, and for text behind a prompt: that is one gap. Masks are filled in blocks
+from left to right (semi-autoregressively), and within a block in the order of confidence, at random
+or from left to right. Every step predicts all masks of the block at once and keeps some of them; a
+token that is filled in stays. Several rows go through the model at once, each with its own random
+numbers. Special tokens are never produced, the one that ends a text included: a gap has the length
+that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualtrain.errors import UserError
+from dualtrain.generate.choose import Sampling, choose
+from dualtrain.generate.text_model import TextModel, fill_up
+from dualtrain.model import plan_attention
+
+Order = Literal["confidence", "random", "left_to_right"]
+ORDERS: tuple[Order, ...] = ("confidence", "random", "left_to_right")
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One denoising step of a row.
+
+    Attributes:
+        reach: The first so many of the row's masks are in the block, or in one before it.
+        fills: So many of them are filled.
+    """
+
+    reach: int
+    fills: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a step did to a row.
+
+    Attributes:
+        row: Its number.
+        ids: As they are now.
+        fresh: Positions just filled, ascending.
+    """
+
+    row: int
+    ids: list[int]
+    fresh: list[int]
+
+
+def fill_masks(
+    model: TextModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    generators: Sequence[np.random.Generator],
+    steps: int | None = None,
+    order: Order = "confidence",
+    block: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    on_step: Callable[[list[Filled]], None] | None = None,
+) -> list[list[int]]:
+    """Fill every mask; all else stays as it is.
+
+    Args:
+        model: What fills them.
+        rows: Token ids with ``mask_id`` where text is wanted; the first is usually ``<s>``.
+        generators: One for each row, of its random numbers.
+        steps: Passes of the model over a row: one a mask when not given, and never more.
+        order: Which of a block's predictions are kept first: those of the highest probability (the
+            model's own, at temperature 1), random ones (the reverse of how training masks), or the
+            leftmost.
+        block: Masks that are filled before any behind them; None is all of a row.
+        sampling: How tokens are chosen; without repetition penalty.
+        on_step: Told after each pass of the model what it did, to those rows that were in it.
+
+    Returns:
+        The rows, filled.
+
+    Raises:
+        UserError: A row is longer than the context, there are fewer steps than blocks, or a first
+            token is masked while the target is the next token (then nothing predicts it).
+    """
+    _check(model, rows)
+    texts = [_Row.of(number, row, model.mask_id) for number, row in enumerate(rows)]
+    for text in texts:
+        text.passes = plan_passes(len(text.masked), steps=steps, block=block)
+    going = [text for text in texts if text.passes]
+    with model.inference():
+        while going:
+            tokens, confidence = _predict(model, going, sampling, generators)
+            ends = list(accumulate(len(text.open()) for text in going))
+            done = []
+            for text, begin, end in zip(going, [0, *ends], ends):  # noqa: B905 (one more begins)
+                priority = _priority(order, confidence[begin:end], generators[text.number])
+                fresh = text.fill(tokens[begin:end].tolist(), priority)
+                done.append(Filled(text.number, list(text.ids), fresh))
+            if on_step is not None:
+                on_step(done)
+            going = [text for text in going if text.passes]
+    return [text.ids for text in texts]
+
+
+def plan_passes(masks: int, *, steps: int | None, block: int | None) -> list[Pass]:
+    """Share the masks of a row among its steps, evenly: blocks by their length, then masks.
+
+    Args:
+        masks: To be filled.
+        steps: Passes in all; None is one a mask, and more than that are never made.
+        block: Masks in a block; None is all.
+
+    Raises:
+        UserError: Fewer than one step or mask in a block, or fewer steps than blocks.
+    """
+    if steps is not None and steps < 1:
+        raise UserError("--steps", f"{steps}", "1 or more")
+    if block is not None and block < 1:
+        raise UserError("--block", f"{block}", "1 or more")
+    size = min(block or masks, masks)
+    blocks = [min(size, masks - begin) for begin in range(0, masks, size or 1)]
+    left = masks if steps is None else min(steps, masks)
+    if left < len(blocks):
+        many = f"{steps} for {masks} masks in {len(blocks)} blocks of {size}"
+        raise UserError("--steps", many, "at least one a block")
+    passes, begin = [], 0
+    for number, length in enumerate(blocks):
+        behind = masks - begin - length
+        share = round(left * length / (length + behind))
+        # At least one for each block behind, and no more than they have masks.
+        fewest, most = max(1, left - behind), min(length, left - (len(blocks) - number - 1))
+        share = max(fewest, min(share, most))
+        begin, left = begin + length, left - share
+        passes += [Pass(begin, fills) for fills in _divide(length, share)]
+    return passes
+
+
+def _divide(masks: int, steps: int) -> list[int]:
+    """Divide evenly, the greater parts first."""
+    return [masks // steps + (step < masks % steps) for step in range(steps)]
+
+
+@dataclass
+class _Row:
+    """One row in the making.
+
+    Attributes:
+        number: Which one.
+        ids: As far as it is filled.
+        masked: All positions that were masked at the beginning.
+        mask_id: What marks those that still are.
+        passes: Yet to be made.
+    """
+
+    number: int
+    ids: list[int]
+    masked: list[int]
+    mask_id: int
+    passes: list[Pass]
+
+    @classmethod
+    def of(cls, number: int, row: Sequence[int], mask_id: int | None) -> _Row:
+        assert mask_id is not None  # _check has seen to it
+        masked = [position for position, token in enumerate(row) if token == mask_id]
+        return cls(number, list(row), masked, mask_id, [])
+
+    def open(self) -> list[int]:
+        """Positions that the next pass predicts."""
+        reach = self.masked[: self.passes[0].reach]
+        return [position for position in reach if self.ids[position] == self.mask_id]
+
+    def fill(self, tokens: list[int], priority: Tensor) -> list[int]:
+        """Keep the predictions of the highest priority; return their positions."""
+        positions = self.open()
+        # Stable, so that of equals the leftmost comes first on every machine.
+        best = priority.argsort(descending=True, stable=True)[: self.passes.pop(0).fills]
+        for index in best.tolist():
+            self.ids[positions[index]] = tokens[index]
+        return sorted(positions[index] for index in best.tolist())
+
+
+def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
+    if model.mask_id is None:
+        raise UserError("--mode", "diffusion needs a mask token, and this model has none", "ar")
+    for row in rows:
+        if len(row) > model.context:
+            expected = f"at most {model.context}, the model's context"
+            raise UserError("prompt", f"{len(row)} tokens with the gaps", expected)
+        if model.target == "next" and list(row[:1]) == [model.mask_id]:
+            raise UserError(
+                "prompt",
+                "the first token is masked, and no position predicts it",
+                hint="begin with `<s>`",
+            )
+
+
+def _predict(
+    model: TextModel,
+    texts: Sequence[_Row],
+    sampling: Sampling,
+    generators: Sequence[np.random.Generator],
+) -> tuple[Tensor, Tensor]:
+    """Predict all open masks of all rows, one row behind the other.
+
+    Returns:
+        (N,) int64 tokens, and (N,) float32 probabilities that the model gives them; on the CPU.
+    """
+    ids, documents = fill_up([text.ids for text in texts])
+    plan = plan_attention("full", documents, backend="sdpa", device=model.device, dtype=model.dtype)
+    shift = 1 if model.target == "next" else 0
+    readers = [
+        row * ids.shape[1] + position - shift
+        for row, text in enumerate(texts)
+        for position in text.open()
+    ]
+    logits = model.logits(ids, plan, torch.tensor(readers), may_stop=False)
+    numbers = None
+    if sampling.temperature > 0:
+        drawn = [generators[text.number].random(len(text.open())) for text in texts]
+        numbers = torch.from_numpy(np.concatenate(drawn))
+    tokens = choose(logits, sampling, numbers)
+    confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return tokens.cpu(), confidence.cpu()
+
+
+def _priority(order: Order, confidence: Tensor, generator: np.random.Generator) -> Tensor:
+    """Return (N,) numbers, the greatest where a prediction is kept first."""
+    if order == "left_to_right":
+        return -torch.arange(len(confidence), dtype=torch.float32)
+    if order == "random":
+        return torch.from_numpy(generator.random(len(confidence)))
+    return confidence

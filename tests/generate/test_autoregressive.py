@@ -1,0 +1,278 @@
+"""Text from left to right: against whole rows, and against transformers' ``generate``."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from generate_support import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
+
+from dualtrain.errors import UserError
+from dualtrain.generate import Sampling, continue_prompts
+from dualtrain.model.llama import to_llama
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[1, 7, 12], [1], [1, 20, 21, 22, 9, 8, 7, 6], [1, 7, 12], [1, 29]]
+
+
+def ids_of(continuations) -> list[list[int]]:
+    return [list(continuation.ids) for continuation in continuations]
+
+
+@pytest.fixture(scope="module")
+def endless(model):
+    return replace(model, stop_ids=())
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_greedy_is_that_of_whole_rows(network, endless, kind):
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(12):
+            mode = ("prefix", len(prompt)) if kind == "full" else ("causal",)
+            last = allowed(logits_of(network, ids, *mode)[-1], may_stop=False)
+            ids.append(int(last.argmax()))
+        expected.append(ids[len(prompt) :])
+    found = continue_prompts(
+        endless, PROMPTS, tokens=12, sampling=GREEDY, kind=kind, generators=generators(5)
+    )
+    assert ids_of(found) == expected
+    assert len({token for ids in expected for token in ids}) > 8
+    assert {continuation.stop for continuation in found} == {"tokens"}
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_greedy_is_that_of_transformers(penalty):
+    """Each prompt by itself, all at once, and with tokens that end the text."""
+    network = random_model(head="linear")
+    llama = to_llama(network)
+    model = _plain(network)
+    asked = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "repetition_penalty": penalty,
+        "pad_token_id": 0,
+    }
+    expected = []
+    for prompt in PROMPTS:
+        ids = llama.generate(torch.tensor([prompt]), eos_token_id=None, **asked)
+        expected.append(ids[0, len(prompt) :].tolist())
+    assert len({token for ids in expected for token in ids}) > 8
+    sampling = replace(GREEDY, repetition_penalty=penalty)
+    options = {"tokens": 20, "sampling": sampling}
+    together = continue_prompts(model, PROMPTS, generators=generators(5), **options)
+    assert ids_of(together) == expected
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        assert ids_of(continue_prompts(model, [prompt], generators=generators(1), **options)) == [
+            ids
+        ]
+    # The same with an end that some reach and some do not.
+    end = expected[0][4]
+    stopping = replace(model, stop_ids=(end,))
+    found = continue_prompts(stopping, PROMPTS, generators=generators(5), **options)
+    for continuation, prompt in zip(found, PROMPTS, strict=True):
+        ids = llama.generate(torch.tensor([prompt]), eos_token_id=end, **asked)[0, len(prompt) :]
+        ended = end in ids.tolist()
+        assert list(continuation.ids) == ids.tolist()[: -1 if ended else None]
+        assert continuation.stop == ("end" if ended else "tokens")
+    assert found[0].stop == "end"
+
+
+def _plain(network):
+    """As transformers sees it: no token is special."""
+    from dualtrain.generate import TextModel
+
+    return TextModel(network, CONTEXT, WORDS, begin_id=1)
+
+
+def test_sampling_with_a_batch_of_transformers(model, network):
+    """Penalty, temperature, top-k and top-p together leave the same tokens with the same shares."""
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    prompt = [1, 9, 9, 14]
+    warpers = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.5),
+            TemperatureLogitsWarper(2.0),
+            TopKLogitsWarper(8),
+            TopPLogitsWarper(0.9),
+        ]
+    )
+    logits = allowed(logits_of(network, prompt)[-1:], may_stop=True)
+    expected = warpers(torch.tensor([prompt]), logits).softmax(-1)[0]
+    draws = 1000
+    found = continue_prompts(
+        model,
+        [prompt] * draws,
+        tokens=1,
+        sampling=Sampling(2.0, top_k=8, top_p=0.9, repetition_penalty=1.5),
+        generators=generators(draws),
+    )
+    counts = Counter(ids[0] if ids else 1 for ids in ids_of(found))
+    shares = torch.tensor([counts[token] for token in range(WORDS)]) / draws
+    assert 3 <= int((expected > 0).sum()) <= 8
+    assert not set(counts) - set((expected > 0).nonzero()[:, 0].tolist())
+    # Half the sum of differences: about 0.03 for 1000 draws of at most 8 tokens.
+    assert float((shares - expected).abs().sum() / 2) < 0.08
+
+
+def test_a_text_does_not_depend_on_what_else_is_in_the_batch(endless):
+    options = {"tokens": 15, "sampling": Sampling(1.3, top_k=12, repetition_penalty=1.2)}
+    together = ids_of(continue_prompts(endless, PROMPTS, generators=generators(5), **options))
+    alone = [
+        ids_of(continue_prompts(endless, [prompt], generators=[own], **options))[0]
+        for prompt, own in zip(PROMPTS, generators(5), strict=True)
+    ]
+    assert together == alone
+    backwards = continue_prompts(endless, PROMPTS[::-1], generators=generators(5)[::-1], **options)
+    assert ids_of(backwards)[::-1] == together
+    assert together[0] != together[3]  # one prompt, two samples
+
+
+def test_the_seed_decides(endless):
+    def sample(seed: int) -> list[list[int]]:
+        return ids_of(
+            continue_prompts(endless, [[1, 7]], tokens=15, generators=generators(1, seed))
+        )
+
+    first = sample(3)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert sample(3) == first
+    assert sample(4) != first
+    assert not set(first[0]) & set(SPECIAL)
+
+
+def test_rows_that_end_leave_the_batch(network, model):
+    shapes = []
+
+    def watched(input_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        return network(input_ids, **options)
+
+    free = continue_prompts(
+        replace(model, stop_ids=()), PROMPTS, tokens=8, sampling=GREEDY, generators=generators(5)
+    )
+    end = free[2].ids[2]
+    stopping = replace(model, forward=watched, stop_ids=(end,))
+    found = continue_prompts(stopping, PROMPTS, tokens=8, sampling=GREEDY, generators=generators(5))
+    for before, after in zip(free, found, strict=True):
+        cut = before.ids.index(end) if end in before.ids else len(before.ids)
+        assert after.ids == before.ids[:cut]
+    # Equal prompts are read once; afterwards each row has its token.
+    assert shapes[0] == (4, 8)
+    assert [rows for rows, _ in shapes[1:]] == sorted((r for r, _ in shapes[1:]), reverse=True)
+    assert shapes[1] == (5, 1) and shapes[-1][0] < 5
+
+
+@pytest.mark.parametrize(("length", "new"), [(CONTEXT, 1), (CONTEXT - 3, 4), (1, CONTEXT)])
+def test_it_stops_where_the_context_is_full(network, endless, length, new):
+    prompt = [1, *range(5, 5 + 24), *range(5, 12)][:length]
+    (found,) = continue_prompts(
+        endless, [prompt], tokens=99, sampling=GREEDY, generators=generators(1)
+    )
+    assert (len(found.ids), found.stop) == (new, "context")
+    # The last one is predicted from a full row.
+    row = [*prompt, *found.ids[:-1]]
+    assert len(row) == CONTEXT
+    last = allowed(logits_of(network, row)[-1], may_stop=False)
+    assert found.ids[-1] == int(last.argmax())
+
+
+def test_a_full_row_does_not_stop_the_others(endless):
+    long, short = [1, *range(5, 29)], [1, 7]
+    both = continue_prompts(
+        endless, [long, short], tokens=20, sampling=GREEDY, generators=generators(2)
+    )
+    (alone,) = continue_prompts(
+        endless, [short], tokens=20, sampling=GREEDY, generators=generators(1)
+    )
+    assert [c.stop for c in both] == ["context", "tokens"]
+    assert both[1] == alone
+
+
+def test_tokens_are_told_as_they_come(model):
+    heard = []
+    found = continue_prompts(
+        model,
+        PROMPTS,
+        tokens=6,
+        generators=generators(5),
+        on_token=lambda row, token: heard.append((row, token)),
+    )
+    for row, continuation in enumerate(found):
+        told = [token for number, token in heard if number == row]
+        assert told == [*continuation.ids, None]
+
+
+def test_no_token_beyond_the_vocabulary(endless):
+    few = replace(endless, vocab_size=8)
+    found = continue_prompts(
+        few, [[1]], tokens=30, sampling=Sampling(5.0), generators=generators(1)
+    )
+    assert set(found[0].ids) == {5, 6, 7}
+
+
+def test_every_rank_makes_all_passes(model, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    passes = []
+
+    def eager(input_ids, *, attention, selection, positions=None):
+        passes.append(1)
+        key = torch.zeros(*input_ids.shape, 1, 4)
+        attention.attend(key, key, key)
+        logits = torch.zeros(len(selection), WORDS)
+        logits[:, 7 + len(passes)] = 5.0
+        return SimpleNamespace(logits=logits)
+
+    ended = replace(model, forward=eager, stop_ids=(9,))
+    (found,) = continue_prompts(ended, [[1]], tokens=5, sampling=GREEDY, generators=generators(1))
+    assert (found.ids, found.stop) == ((8,), "end")
+    assert len(passes) == 5
+
+
+@pytest.mark.parametrize("prompt", [[], [5] * (CONTEXT + 1)])
+def test_a_prompt_that_does_not_fit_is_refused(model, prompt):
+    with pytest.raises(UserError, match="prompt: (0|33) tokens — expected 1 to 32"):
+        continue_prompts(model, [[1], prompt], tokens=1, generators=generators(2))
+
+
+def test_the_model_goes_back_to_training(network, model):
+    trained = copy.deepcopy(network).train()
+    continue_prompts(replace(model, forward=trained), [[1]], tokens=1, generators=generators(1))
+    assert trained.training and torch.is_grad_enabled()
+
+
+def test_a_compiled_model_is_not_compiled_for_each_length(network, endless, monkeypatch):
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def run(forward):
+        model = replace(endless, forward=forward)
+        return continue_prompts(model, PROMPTS, tokens=5, sampling=GREEDY, generators=generators(5))
+
+    mine = copy.deepcopy(network)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with torch._dynamo.config.patch(disable=False):
+        for block in mine.model.layers:
+            block.compile(dynamic=False, backend=count)
+        found = run(mine)
+        assert not compiled
+        with torch.no_grad():
+            mine(torch.tensor([[1, 7]]))
+        assert compiled
+    assert found == run(network)

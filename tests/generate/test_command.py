@@ -1,0 +1,167 @@
+"""``dualtrain generate`` as a user runs it."""
+
+import json
+
+import pytest
+from generate_support import random_model
+from typer.testing import CliRunner
+
+from dualtrain.cli import app
+from dualtrain.errors import UserError
+from dualtrain.trained import open_trained
+
+
+@pytest.fixture
+def generate(exported):
+    """A function from arguments to standard output and standard error."""
+
+    def run(*arguments, path=exported):
+        result = CliRunner().invoke(app, ["generate", str(path), *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout, result.stderr
+
+    return run
+
+
+def test_a_prompt_is_continued(generate):
+    out, err = generate("The cat", "--tokens", 8, "--seed", 3)
+    assert out.startswith("The cat") and len(out) > len("The cat\n")
+    assert "model, ar: 1 text, 8 tokens in" in err
+    assert "as long as asked for" in err
+    assert generate("The cat", "--tokens", 8, "--seed", 3)[0] == out
+    assert generate("The cat", "--tokens", 8, "--seed", 4)[0] != out
+    assert "stopped by the context of 32 tokens" in generate("The cat")[1]
+
+
+def test_no_prompt_begins_a_document(generate):
+    assert generate("--tokens", 5)[0] == generate("", "--tokens", 5)[0] != "\n"
+
+
+def test_gaps_are_filled(generate, exported):
+    out, err = generate("The <mask:3> sat")
+    assert out.startswith("The") and out.endswith(" sat\n") and len(out) > 10
+    assert "diffusion: 1 text, 3 tokens" in err and "filled" in err
+    traced, _ = generate("The <mask:3> sat", "--trace", "--order", "left_to_right")
+    lines = traced.splitlines()
+    assert [line.count(" _") for line in lines[:3]] == [2, 1, 0]
+    assert lines[0].startswith("step 1 | The")
+
+
+def test_several_texts_have_headings(generate):
+    out, _ = generate("The cat", "--samples", 3, "--tokens", 4)
+    assert [line for line in out.splitlines() if line.startswith("---")] == [
+        f"--- prompt 1, sample {sample} ---" for sample in (1, 2, 3)
+    ]
+
+
+def test_prompts_from_a_file_to_a_file(generate, tmp_path, exported):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    texts = ["The cat\nsat", "", "on the"]
+    prompts.write_text("\n\n".join(json.dumps({"prompt": text, "id": 7}) for text in texts))
+    options = ["--file", prompts, "--samples", 2, "--tokens", 6, "--seed", 9, "--mode", "prefix"]
+    shown, err = generate(*options, "--out", out)
+    assert shown == "" and f"written to {out}" in err and "6 texts, 36 tokens" in err
+    assert not list(tmp_path.glob("*.partial"))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["prompt"], r["number"], r["sample"]) for r in records] == [
+        (text, number, sample) for number, text in enumerate(texts) for sample in (0, 1)
+    ]
+    trained = open_trained(exported)
+    for record in records:
+        assert record["text"] == trained.decode(record["ids"])
+        assert (record["mode"], record["stop"], record["seed"]) == ("prefix", "tokens", 9)
+        assert record["settings"]["temperature"] == 0.8
+        assert record["model"] == str(exported)
+    # The same on the screen, and in other batches.
+    shown, _ = generate(*options, "--batch", 1)
+    for record in records:
+        assert record["prompt"] + record["text"] in shown
+
+
+def test_records_of_gaps(generate, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("The <mask:2> sat <mask:3>\r\n\r\n  on\r\n")
+    generate("--file", prompts, "--out", out, "--tokens", 4, "--block", 2)
+    first, second = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (len(first["ids"]), first["stop"]) == (5, "filled")
+    assert first["text"] == "The" + first["gaps"][0] + " sat" + first["gaps"][1]
+    assert (second["prompt"], len(second["ids"]), second["stop"]) == ("  on", 4, "tokens")
+    assert "gaps" not in second and first["settings"]["block"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "\n \n", "empty.txt: has no prompts"),
+        ("none.txt", None, "none.txt: cannot be read: .*No such file"),
+        ("latin.txt", b"caf\xe9", "latin.txt: cannot be read"),
+        ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n[]\n{', "(?s)a.jsonl:2: has only promt .*"
+         "did you mean prompt.*a.jsonl:3: '\\[\\]'.*a.jsonl:4: is no JSON"),
+        ("b.jsonl", '{"prompt": 5}', "b.jsonl:1: prompt 5 — expected text"),
+        ("c.txt", "one\ntwo <mask:2>\n", "c.txt:2: has a gap, which mode ar does not fill"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named(generate, tmp_path, name, content, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        generate("--file", file, "--mode", "ar")
+
+
+def test_what_does_not_go_together_is_refused(generate, tmp_path):
+    existing, nowhere = tmp_path / "there", tmp_path / "no" / "out"
+    existing.write_text("kept")
+    for arguments, message in (
+        (("The", "--file", existing), "--file: .*a prompt is given, too"),
+        (("The", "--out", existing), "--out: .*there exists already"),
+        (("The", "--out", nowhere), "--out: .*no is no directory"),
+        (("The", "--trace"), "--trace: mode ar has no steps"),
+        (("The", "--batch", 0), "--batch: 0"),
+        (("The", "--precision", "fp16"), "--precision: 'fp16' — expected fp32 or bf16"),
+        (("The", "--device", "tpu"), "--device: 'tpu'"),
+        (("The" * 60,), "prompt: .* tokens with <s> — expected at most 32"),
+        (("The <mask:x>",), "prompt: malformed gap '<mask:x>'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(*arguments)
+    assert existing.read_text() == "kept"
+    with pytest.raises(UserError, match="has neither checkpoints nor an exported model"):
+        generate("The", path=tmp_path)
+
+
+def test_an_interrupted_file_is_not_taken_for_a_whole_one(generate, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr("dualtrain.generate.command.ROWS_AT_ONCE", 1)
+    calls = []
+
+    def interrupted(*arguments, **options):
+        from dualtrain.generate.texts import generate_texts
+
+        for text in generate_texts(*arguments, **options):
+            yield text
+            calls.append(text)
+            if len(calls) == 2:
+                raise OSError("pulled the plug")
+
+    monkeypatch.setattr("dualtrain.generate.command.generate_texts", interrupted)
+    with pytest.raises(OSError, match="pulled"):
+        generate("The", "--samples", 4, "--tokens", 3, "--out", out)
+    assert not out.exists()
+    assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 2
+
+
+def test_a_model_without_mask_token(generate, tokenizer, tmp_path):
+    network = random_model(tokenizer.get_vocab_size() + 2)
+    folder = tmp_path / "plain"
+    network.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_token_id"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    text = tokenizer.to_str().replace('"<mask>"', '"<other>"')
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="diffusion needs a mask token, and this model has none"):
+        generate("The <mask:2>", path=folder)
+    assert generate("The", "--tokens", 2, path=folder)[0].startswith("The")

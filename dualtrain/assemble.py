@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from dualtrain.engine import (
     prepare_process,
     whole_parameters,
 )
+from dualtrain.evaluate.in_training import TaskItems, TaskScoring, read_tasks
+from dualtrain.evaluate.scoring import Scorer
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
@@ -48,6 +50,7 @@ from dualtrain.recipe.schema import Recipe
 from dualtrain.run import Run
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.signals import StepVote
+from dualtrain.trained import parse_tokenizer
 
 
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
@@ -68,6 +71,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     compute_dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     backend = resolve_backend(recipe.model.attention, device, compute_dtype)
     algorithms = build_algorithms(recipe)
+    tasks = read_tasks(recipe.eval)
     lock = None
     if world.rank == 0:
         prepare_run_directory(recipe)
@@ -124,6 +128,9 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         _restore(state, dispatcher, meter, origin, world)
     data = training_data(recipe, dataset, derived, mixture)
     dataset.prepare_all(data.documents)
+    progress = Progress.open(
+        origin.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
+    )
     return Run(
         recipe=recipe,
         text=origin.text,
@@ -139,6 +146,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
             append_eos=recipe.data.append_eos,
             sequences=recipe.eval.sequences,
         ),
+        tasks=_task_scoring(tasks, state, dataset, backend, compute_dtype, progress.message),
         state=state,
         dispatcher=dispatcher,
         backend=backend,
@@ -152,14 +160,13 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         slots_per_rank=slots_per_rank,
         gradients=gradients,
         meter=meter,
-        progress=Progress.open(
-            origin.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
-        ),
+        progress=progress,
         losses=LossWatch(slots_per_rank, device, skipped=origin.facts.get("skipped_steps", 0)),
         vote=StepVote(timeout_s=recipe.engine.timeout_s),
         first_step=state.step,
         elapsed_before_s=origin.facts.get("elapsed_s", 0.0),
         last_eval=origin.facts.get("last_eval"),
+        last_scores=origin.facts.get("last_scores", []),
         lock=lock,
         last_saved=origin.resume.path if origin.resume.kind == "full" else None,
         notes=origin.resume.notes,
@@ -232,6 +239,43 @@ def _restore(
     dispatcher.load_state_dict(origin.mine["algorithms"])
     meter.load_state_dict(origin.mine["meter"])
     state.step = origin.facts["step"]
+
+
+def _task_scoring(
+    tasks: TaskItems,
+    state: State,
+    dataset: TokenDataset,
+    backend: str,
+    dtype: torch.dtype,
+    on_note: Callable[[str], None],
+) -> TaskScoring | None:
+    """How the recipe's tasks are scored with the engine, if it has any."""
+    recipe = state.recipe
+    if not tasks:
+        return None
+    assert state.engine is not None
+    slot_tokens = recipe.micro_batch * recipe.sequence_length
+    scorer = Scorer(
+        state.engine,
+        vocab=state.vocabulary,
+        context=recipe.sequence_length,
+        target=recipe.objective.target,
+        device=state.device,
+        backend=backend,
+        dtype=dtype,
+        # On a GPU as much as training has room for.
+        tokens_per_batch=None if state.device.type == "cpu" else slot_tokens,
+        rank=state.rank,
+        world_size=state.world_size,
+        on_note=on_note,
+    )
+    return TaskScoring(
+        tasks,
+        recipe.eval.modes,
+        scorer=scorer,
+        tokenizer=parse_tokenizer(dataset.tokenizer_path),
+        bos_id=dataset.info.bos_id,
+    )
 
 
 def _slots(mixture: Mixture, step: int, world: World) -> Iterator[Slot]:

@@ -103,6 +103,10 @@ def run(
             from dualtrain.algorithms import build_algorithms
 
             build_algorithms(loaded.recipe)
+        if loaded.recipe.eval.tasks:
+            from dualtrain.evaluate.in_training import read_tasks
+
+            read_tasks(loaded.recipe.eval)
         print_dry_run(loaded, derived)
         return
     from dualtrain.start import start

@@ -53,7 +53,7 @@ class Event(Enum):
             # STEP_END        weights are updated, unless the step was left out
             step += 1
             if due: evaluate
-                # EVAL_END        held-out losses are in metrics
+                # EVAL_END        held-out losses, and scores on tasks, are in metrics
             if due: save a checkpoint
                 # CHECKPOINT_SAVED
         # FIT_END             also after a signal, never after a failure
@@ -123,7 +123,8 @@ class State:
         example: What the model is given, on the CPU.
         output: What the model returned.
         loss: Scalar on the device; backward starts there.
-        metrics: Held-out losses and other numbers of the last evaluation, by name.
+        metrics: Held-out losses of the last evaluation by name, and scores on tasks, if it had
+            any, as `MODE/TASK`.
     """
 
     recipe: Recipe

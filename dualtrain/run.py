@@ -16,13 +16,15 @@ from dualtrain.events import Dispatcher, Event, State
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World
 from dualtrain.non_finite import LossWatch
-from dualtrain.progress import EvalRecord, Meter, Progress
+from dualtrain.progress import EvalRecord, Meter, Progress, TasksRecord
 from dualtrain.recipe.derive import Derived
 from dualtrain.recipe.schema import Recipe
 from dualtrain.signals import StepVote
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from dualtrain.evaluate.in_training import TaskScoring
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Run:
         run_dir: Checkpoints, metrics, logs.
         dataset: The training split.
         validation: The held-out sequences.
+        tasks: The tasks to be scored, if there are any.
         state: What algorithms see, the engine among it.
         dispatcher: The algorithms.
         backend: Attention backend.
@@ -52,7 +55,8 @@ class Run:
         vote: The ranks' agreement on signals and bad losses.
         first_step: Updates done before this process started.
         elapsed_before_s: Wall time the run took before this process started.
-        last_eval: The newest evaluation.
+        last_eval: The newest held-out losses.
+        last_scores: The newest scores on tasks, of each mode.
         last_saved: The newest checkpoint.
         notes: What is to be said of where the run starts.
         lock: Rank 0's claim to the run directory.
@@ -67,6 +71,7 @@ class Run:
     run_dir: Path
     dataset: TokenDataset
     validation: ValidationData
+    tasks: TaskScoring | None
     state: State
     dispatcher: Dispatcher
     backend: str
@@ -81,6 +86,7 @@ class Run:
     first_step: int
     elapsed_before_s: float
     last_eval: EvalRecord | None
+    last_scores: list[TasksRecord]
     last_saved: Path | None
     notes: tuple[str, ...]
     lock: TextIO | None

@@ -51,6 +51,10 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
     else:
         machines = read_hostfile(hostfile, ranks=ranks)
         check_world_size(loaded.recipe, sum(ranks or machine.slots for machine in machines))
+    if loaded.recipe.eval.tasks:
+        from dualtrain.evaluate.in_training import read_tasks
+
+        read_tasks(loaded.recipe.eval)  # a mistake there need not wait for the dataset
     _build_dataset(loaded.recipe)
     if ranks == 1 and hostfile is None:
         single_world()

@@ -77,6 +77,7 @@ def summarise(run: Run, *, stopped: bool) -> Summary:
         tokens=run.state.step * run.derived.tokens_per_step,
         elapsed_s=run.elapsed_s(),
         held_out=run.last_eval,
+        scores=run.last_scores,
         samples=[] if stopped else make_samples(run),
         written=written,
         next_commands=_next_commands(run, stopped=stopped),

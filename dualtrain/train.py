@@ -21,7 +21,7 @@ from dualtrain.build_model import CONFIG
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
 from dualtrain.engine import leave_distributed, set_learning_rate
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL, UserError
-from dualtrain.evaluate import held_out_losses
+from dualtrain.evaluate.in_training import evaluate
 from dualtrain.events import Dispatcher, Event, State
 from dualtrain.model import DualOutput, plan_attention, select_positions, to_device
 from dualtrain.non_finite import (
@@ -75,7 +75,7 @@ def fit(run: Run) -> int:
     state = run.state
     run.progress.start(run_facts(run))
     report_groups(run)
-    for warning in run.derived.warnings:
+    for warning in [*run.derived.warnings, *(run.tasks.warnings if run.tasks else ())]:
         run.progress.message(f"warning: {warning}")
     for note in run.notes:
         run.progress.event("resume", note, step=state.step)
@@ -243,8 +243,11 @@ def finish_step(run: Run, *, stop: bool) -> None:
     run.progress.tick(step)
     if is_last or is_due(step, recipe.progress.interval_steps):
         record(run)
-    if is_last or is_due(step, recipe.eval.interval_steps):
-        evaluate(run)
+    with_tasks = run.tasks is not None and (
+        is_last or is_due(step, recipe.eval.task_interval_steps)
+    )
+    if with_tasks or is_last or is_due(step, recipe.eval.interval_steps):
+        evaluate(run, with_tasks=with_tasks)
     if is_last or stop or is_due(step, recipe.checkpoint.interval_steps):
         save(run, is_final=is_last or stop)
 
@@ -293,28 +296,6 @@ def unseen(run: Run, what: str) -> str:
         f"{what} were not finite by step {run.state.step}, though every loss was. No checkpoint is "
         f"made of these weights: {saved}"
     )
-
-
-def evaluate(run: Run) -> None:
-    """Held-out losses of both objectives, on all ranks."""
-    with run.progress.busy("evaluating"), run.meter.paused():
-        losses = held_out_losses(
-            run.engine,
-            run.validation,
-            micro_batch=run.recipe.micro_batch,
-            mask_id=run.state.vocabulary.mask_id,
-            special_ids=run.state.vocabulary.special_ids,
-            target=run.recipe.objective.target,
-            rank=run.world.rank,
-            world_size=run.world.world_size,
-            backend=run.backend,
-            device=run.state.device,
-            dtype=run.compute_dtype,
-        )
-    run.last_eval = losses.record(run.state.step, run.elapsed_s())
-    run.progress.record(run.last_eval)
-    run.state.metrics = losses.metrics()
-    run.dispatch(Event.EVAL_END)
 
 
 def save(run: Run, *, is_final: bool) -> None:
@@ -371,6 +352,7 @@ def write_checkpoint(run: Run) -> Path:
             "fingerprint": run.fingerprint,
             "elapsed_s": run.elapsed_s(),
             "last_eval": run.last_eval,
+            "last_scores": run.last_scores,
             "skipped_steps": run.losses.skipped,
         },
         rank_state={

@@ -60,6 +60,13 @@ def difference(value: float | None, error: float | None) -> str:
     return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
+def score(value: float, low: float | None = None, high: float | None = None) -> str:
+    """Format a task's score, with its interval if that is given."""
+    if low is None or high is None:
+        return f"{value:.1f}"
+    return f"{value:.1f} ({low:.1f}, {high:.1f})"
+
+
 def number(value: float | None) -> str:
     """Format any number with four digits."""
     return MISSING if value is None else f"{value:.4g}"

@@ -19,6 +19,7 @@ from dualtrain.progress.metrics import (
     EvalRecord,
     EventRecord,
     Record,
+    TasksRecord,
     TrainRecord,
     prefix_difference,
 )
@@ -41,6 +42,7 @@ class RunState:
     train: TrainRecord | None = None
     held_out: EvalRecord | None = None
     best: dict[str, EvalRecord] = field(default_factory=dict)
+    scores: dict[str, TasksRecord] = field(default_factory=dict)
     checkpoint: EventRecord | None = None
     curves: dict[str, curves.Series] = field(default_factory=dict)
     remaining: RemainingTime = field(default_factory=RemainingTime)
@@ -57,6 +59,9 @@ class RunState:
             return
         if record["kind"] == "eval":
             self._add_eval(record)
+            return
+        if record["kind"] == "tasks":
+            self.scores = {**self.scores, record["mode"]: record}
             return
         self.train = record
         self.step = max(self.step, record["step"])
@@ -107,8 +112,12 @@ def frame(state: RunState, width: int, height: int) -> list[Text]:
     halves = _flow(_second_halves(state), width)
     foot = _flow(_footer(state), width)
 
-    upper = [*head, *position, *blank, *table, *halves, *blank]
-    curve_lines = _curves(state, width, rows - len(upper) - len(foot) - 1)
+    upper, curve_lines = [], []
+    for scores in (_scores(state, width), _averages(state, width)):
+        upper = [*head, *position, *blank, *table, *halves, *scores, *blank]
+        curve_lines = _curves(state, width, rows - len(upper) - len(foot) - 1)
+        if curve_lines:
+            break
     for lines in (
         [*upper, *curve_lines, *blank, *foot] if curve_lines else [*upper, *foot],
         [*head, *position, *table, *halves, *foot],
@@ -260,6 +269,29 @@ def _second_halves(state: RunState) -> list[tuple[str, str]]:
         ("prefix", formatting.loss(state.held_out.get("prefix_nll"))),
         ("", formatting.difference(change, error)),
     ]
+
+
+def _scores(state: RunState, width: int) -> list[Text]:
+    """The newest score on every task, a line or more for each mode."""
+    lines: list[Text] = []
+    for mode, record in state.scores.items():
+        named = {name: task["score"] for name, task in record["tasks"].items()}
+        if len(named) > 1:
+            named["average"] = record["average"]
+        fields = [(f"{mode} scores at step", str(record["step"]))]
+        lines += _flow([*fields, *((n, formatting.score(s)) for n, s in named.items())], width)
+    return lines
+
+
+def _averages(state: RunState, width: int) -> list[Text]:
+    """The same where there is little room."""
+    return _flow(
+        [
+            (f"{mode} score", formatting.score(record["average"]))
+            for mode, record in state.scores.items()
+        ],
+        width,
+    )
 
 
 def _nll(record: EvalRecord, objective: str) -> float:

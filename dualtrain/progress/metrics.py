@@ -88,14 +88,38 @@ class EventRecord(TypedDict):
     message: str
 
 
+class TaskScore(TypedDict):
+    """How well the model does on a task."""
+
+    accuracy: float  # a tie counts its share
+    accuracy_norm: float  # by log-likelihood per character of the answer
+    score: float  # normalised, of the task's own metric: 0 is chance, 100 perfect
+    score_low: float  # 95 % interval over items
+    score_high: float
+    items: int
+
+
+class TasksRecord(TypedDict):
+    """Scores on all tasks in one mode, from the same items at every evaluation."""
+
+    kind: Literal["tasks"]
+    step: int
+    mode: str  # ar, prefix, pll, chain or elbo
+    average: float  # mean of the tasks' scores
+    average_low: float
+    average_high: float
+    tasks: dict[str, TaskScore]
+    elapsed_s: float
+
+
 def prefix_difference(record: EvalRecord) -> float | None:
     """Return prefix loss minus AR loss of the same tokens, if the record has them."""
     prefix, same = record.get("prefix_nll"), record.get("ar_nll_same_tokens")
     return None if prefix is None or same is None else prefix - same
 
 
-Record = TrainRecord | EvalRecord | EventRecord
-KINDS = ("train", "eval", "event")
+Record = TrainRecord | EvalRecord | TasksRecord | EventRecord
+KINDS = ("train", "eval", "tasks", "event")
 
 
 def finite(record: Record) -> Record:
@@ -191,7 +215,7 @@ class MetricsFile:
             raise self._unwritable(error) from None
 
     def truncate_after(self, step: int) -> int:
-        """Drop the train and eval records of steps after ``step``; events stay, as history.
+        """Drop the records of steps after ``step``; events stay, as history.
 
         The new file is complete on disk before it takes the old one's name, so a crash leaves one
         or the other whole.

@@ -13,12 +13,14 @@ from dualtrain.progress.formatting import (
     loss,
     number,
     percent,
+    score,
     size,
 )
 from dualtrain.progress.metrics import (
     EvalRecord,
     EventRecord,
     Record,
+    TasksRecord,
     TrainRecord,
     prefix_difference,
 )
@@ -48,6 +50,8 @@ class PlainView(View):
             self._write(train_line(record, self._remaining.seconds()))
         elif record["kind"] == "eval":
             self._write(eval_line(record))
+        elif record["kind"] == "tasks":
+            self._write(tasks_line(record))
         else:
             self._write(event_line(record))
 
@@ -103,6 +107,16 @@ def eval_line(record: EvalRecord) -> str:
             f"{difference(change, record.get('prefix_minus_ar_error'))} to ar on the same tokens"
         )
     return " | ".join([*fields, f"{record['tokens']:,} tokens"])
+
+
+def tasks_line(record: TasksRecord) -> str:
+    """Return the line of the scores on all tasks in one mode."""
+    scores = [f"{name} {score(task['score'])}" for name, task in record["tasks"].items()]
+    mean = score(record["average"], record["average_low"], record["average_high"])
+    average = [f"average {mean}"]
+    items = sum(task["items"] for task in record["tasks"].values())
+    head = f"tasks at step {record['step']}, {record['mode']} scores"
+    return " | ".join([head, *scores, *average, f"{items:,} items"])
 
 
 def event_line(record: EventRecord) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from dualtrain.progress import formatting
-from dualtrain.progress.metrics import EvalRecord, Record, prefix_difference
+from dualtrain.progress.metrics import EvalRecord, Record, TasksRecord, prefix_difference
 
 AR_STYLE = "cyan"
 DIFFUSION_STYLE = "magenta"
@@ -83,6 +83,7 @@ class Summary:
 
     Args:
         held_out: The last evaluation.
+        scores: The last scores on tasks, of each mode.
         samples: Generated texts.
         written: What was written, label to path, in the order shown.
         next_commands: (command, what it does), in the order shown.
@@ -96,6 +97,7 @@ class Summary:
     tokens: int
     elapsed_s: float
     held_out: EvalRecord | None = None
+    scores: Sequence[TasksRecord] = ()
     samples: Sequence[Sample] = ()
     written: dict[str, str] = field(default_factory=dict)
     next_commands: Sequence[tuple[str, str]] = ()
@@ -138,6 +140,8 @@ def summary_lines(summary: Summary, width: int) -> Iterator[Text]:
     )
     if summary.held_out is not None:
         yield from _held_out(summary.held_out)
+    if summary.scores:
+        yield from _scores(summary.scores)
     for sample in summary.samples:
         yield from _sample(sample, width)
     if summary.written:
@@ -173,9 +177,34 @@ def _held_out(record: EvalRecord) -> Iterator[Text]:
         error = record.get("prefix_minus_ar_error")
         yield Text.assemble(
             ("  prefix     ", PREFIX_STYLE),
-            f"{formatting.loss(record.get('prefix_nll'))} nats/token, second halves of documents",
+            f"{formatting.loss(record.get('prefix_nll'))} nats/token   "
+            f"{formatting.loss(record.get('prefix_bits_per_byte'))} bits/byte   second halves",
         )
         yield Text(f"             {formatting.difference(change, error)} to AR on the same tokens")
+
+
+def _scores(records: Sequence[TasksRecord]) -> Iterator[Text]:
+    """A table of tasks by modes."""
+    step = max(record["step"] for record in records)
+    # An evaluation may have been cut short before all of its modes had their turn.
+    records = [record for record in records if record["step"] == step]
+    tasks = list(records[0]["tasks"])
+    found = {name: [record["tasks"][name] for record in records] for name in tasks}
+    cells = {
+        name: [(task["score"], task["score_low"], task["score_high"]) for task in row]
+        for name, row in found.items()
+    }
+    if len(tasks) > 1:
+        cells["average"] = [(r["average"], r["average_low"], r["average_high"]) for r in records]
+    yield from _heading(
+        f"scores on tasks at step {step} (0 is chance, 100 perfect; 95 % intervals)"
+    )
+    width = max(map(len, cells))
+    header = "".join(f"{record['mode']:>22}" for record in records)
+    yield Text(f"  {'':<{width}}{header}", style="dim")
+    for name, row in cells.items():
+        shown = "".join(f"{formatting.score(*cell):>22}" for cell in row)
+        yield Text(f"  {name:<{width}}{shown}")
 
 
 def _sample(sample: Sample, width: int) -> Iterator[Text]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualtrain.errors import UserError
-from dualtrain.progress.metrics import Record
+from dualtrain.progress.metrics import Record, TasksRecord
 from dualtrain.progress.report import RunFacts, View
 
 # Where a record stands on the axis, or what it is, is no curve.
@@ -51,12 +51,22 @@ class TensorBoardView(View):
     def record(self, record: Record) -> None:
         if self._writer is None or record["kind"] == "event":
             return
+        if record["kind"] == "tasks":
+            self._add_scores(record)
+            return
         values = {key: value for key, value in record.items() if key not in _NOT_CURVES}
         if record["kind"] == "train":
             values.update({f"logged/{name}": value for name, value in record["logged"].items()})
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        self._writer.flush()
+
+    def _add_scores(self, record: TasksRecord) -> None:
+        assert self._writer is not None
+        scores = {name: task["score"] for name, task in record["tasks"].items()}
+        for name, value in {**scores, "average": record["average"]}.items():
+            self._writer.add_scalar(f"tasks/{record['mode']}/{name}", value, record["step"])
         self._writer.flush()
 
     def close(self) -> None:

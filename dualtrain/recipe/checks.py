@@ -230,6 +230,23 @@ def check_sample(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def check_eval(recipe: Recipe) -> Iterator[Conflict]:
+    section = recipe.eval
+    for key in ("tasks", "modes"):
+        names: list[str] = getattr(section, key)
+        twice = [name for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            what = f"{twice[0]} is listed twice"
+            yield Conflict(("eval", key), (), what, "each once")
+    if section.task_interval_steps and not section.tasks:
+        yield Conflict(
+            ("eval", "task_interval_steps"),
+            (("eval", "tasks"),),
+            f"{section.task_interval_steps} has no effect without tasks",
+            "tasks in eval.tasks, or 0",
+        )
+
+
 def check_resume(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.checkpoint.resume in ("", "weights:"):
         yield Conflict(
@@ -277,6 +294,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_model,
     check_schedule,
     check_sample,
+    check_eval,
     check_resume,
     check_data,
 )

@@ -383,7 +383,7 @@ class EngineSection(Section):
 
 
 class EvalSection(Section):
-    """Held-out losses of both objectives."""
+    """Held-out losses in all three modes, and tasks."""
 
     interval_steps: int = Field(
         default=0, ge=0, description="Steps between evaluations; 0: only at the end."
@@ -392,6 +392,28 @@ class EvalSection(Section):
         default=256,
         ge=1,
         description="Held-out sequences scored, at most; text and masks never change.",
+    )
+    tasks: list[str] = Field(
+        default=[], description="Zero-shot tasks scored during the run, by name, such as `blimp`."
+    )
+    tasks_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory with the data of tasks, and task files of your own; null: data is "
+        "fetched from the hub.",
+    )
+    modes: list[Literal["ar", "prefix", "pll", "chain", "elbo"]] = Field(
+        default=["ar"], min_length=1, description="How the answers of tasks are scored."
+    )
+    limit: int | None = Field(
+        default=200,
+        ge=1,
+        description="Items scored of each task, spread over its data; null: all.",
+    )
+    task_interval_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps between evaluations that score the tasks, too; 0: only at the end.",
     )
 
 
@@ -486,7 +508,7 @@ class Recipe(Section):
         default_factory=list, description="Extra algorithms, in order."
     )
     engine: EngineSection = Field(default=EngineSection(), description="DeepSpeed and precision.")
-    eval: EvalSection = Field(default=EvalSection(), description="Held-out losses.")
+    eval: EvalSection = Field(default=EvalSection(), description="Held-out losses and tasks.")
     checkpoint: CheckpointSection = Field(
         default=CheckpointSection(), description="Saving and resuming."
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dualtrain.errors import UserError
-from dualtrain.progress.metrics import MetricsFile, Record, read_metrics
+from dualtrain.progress.metrics import MetricsFile, Record, finite, read_metrics
 
 
 def train(step: int, **changes: object) -> Record:
@@ -22,6 +22,10 @@ def train(step: int, **changes: object) -> Record:
 
 def held_out(step: int) -> Record:
     return {"kind": "eval", "step": step, "ar_nll": 1.0}  # type: ignore[return-value,typeddict-item]
+
+
+def scores(step: int) -> Record:
+    return {"kind": "tasks", "step": step, "tasks": {"a": {"score": math.nan}}}  # type: ignore[return-value,typeddict-item]
 
 
 def event(step: int) -> Record:
@@ -98,11 +102,12 @@ def test_truncation_drops_later_losses_and_keeps_events(tmp_path: Path):
         for step in (10, 20, 30):
             metrics.append(train(step))
             metrics.append(held_out(step))
+            metrics.append(scores(step))
             metrics.append(event(step))
-        assert metrics.truncate_after(20) == 2
+        assert metrics.truncate_after(20) == 3
         assert metrics.truncate_after(20) == 0
         metrics.append(train(30))
-    expected = [r(s) for s in (10, 20) for r in (train, held_out, event)]
+    expected = [finite(r(s)) for s in (10, 20) for r in (train, held_out, scores, event)]
     assert read_metrics(path) == [*expected, event(30), train(30)]
     assert os.listdir(tmp_path) == ["m"]
 

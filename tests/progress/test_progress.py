@@ -16,6 +16,8 @@ from dualtrain.progress import (
     Record,
     RunFacts,
     Summary,
+    TaskScore,
+    TasksRecord,
     View,
     read_metrics,
 )
@@ -36,6 +38,22 @@ def evaluation(step: int, ar: float = 1.0) -> EvalRecord:
         diffusion_nll=2.0,
         diffusion_bits_per_byte=3.0,
         tokens=10,
+        elapsed_s=1.0,
+    )
+
+
+def scores(step: int) -> TasksRecord:
+    task = TaskScore(
+        accuracy=0.6, accuracy_norm=0.5, score=12.5, score_low=1.0, score_high=2.0, items=9
+    )
+    return TasksRecord(
+        kind="tasks",
+        step=step,
+        mode="pll",
+        average=12.5,
+        average_low=1.0,
+        average_high=2.0,
+        tasks={"blimp": task},
         elapsed_s=1.0,
     )
 
@@ -204,12 +222,15 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path):
         for step in (10, 20, 30):
             progress.record(evaluation(step, ar=float(step)))
         progress.event("checkpoint", "x", step=30)
+        progress.record(scores(20))
     with Progress.open(tmp_path, view="none", tensorboard=True) as progress:
         progress.start(facts(tmp_path, first_step=20))
         progress.record(evaluation(30, ar=31.0))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
+        "tasks/pll/blimp",
+        "tasks/pll/average",
         "eval/ar_nll",
         "eval/ar_bits_per_byte",
         "eval/diffusion_nll",
@@ -219,6 +240,8 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path):
     }
     found = [(e.step, e.value) for e in events.Scalars("eval/ar_nll")]
     assert found == [(10, 10.0), (20, 20.0), (30, 31.0)]
+    found = [(e.step, e.value) for e in events.Scalars("tasks/pll/blimp")]
+    assert found == [(20, 12.5)]
 
 
 def test_a_missing_tensorboard_is_named_with_its_cure(tmp_path: Path, monkeypatch):

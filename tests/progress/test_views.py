@@ -15,7 +15,13 @@ from rich.console import Console
 from dualtrain.progress import curves, formatting
 from dualtrain.progress.frame import RunState, frame
 from dualtrain.progress.live import LiveView
-from dualtrain.progress.metrics import EvalRecord, EventRecord, TrainRecord
+from dualtrain.progress.metrics import (
+    EvalRecord,
+    EventRecord,
+    TaskScore,
+    TasksRecord,
+    TrainRecord,
+)
 from dualtrain.progress.plain import PlainView
 from dualtrain.progress.remaining import RemainingTime
 from dualtrain.progress.report import RunFacts, Sample, Summary, summary_lines
@@ -76,6 +82,23 @@ def three_modes(step: int) -> EvalRecord:
         ar_nll_same_tokens=4.625,
         prefix_minus_ar_error=0.0042,
         prefix_tokens=32_000,
+    )
+
+
+def scores(step: int, mode: str = "ar", tasks: int = 2) -> TasksRecord:
+    names = ("blimp", "arc_easy", *(f"task_number_{n}" for n in range(2, tasks)))[:tasks]
+    task = TaskScore(
+        accuracy=0.6, accuracy_norm=0.5, score=20.0, score_low=10.0, score_high=30.0, items=200
+    )
+    return TasksRecord(
+        kind="tasks",
+        step=step,
+        mode=mode,
+        average=16.25,
+        average_low=9.0,
+        average_high=23.5,
+        tasks={name: {**task, "score": 20.0 - number} for number, name in enumerate(names)},
+        elapsed_s=1.0,
     )
 
 
@@ -151,8 +174,34 @@ def test_prefix_is_shown_beside_ar_on_the_same_tokens():
     assert "second halves" not in text(state, 80, 24)
 
 
+def test_scores_on_tasks_are_shown_where_there_is_room():
+    state = busy_state()
+    for mode in ("ar", "prefix"):
+        state.add(scores(120, mode))
+    state.add(scores(180))
+    shown = text(state, 80, 24)
+    assert "ar scores at step 180   blimp 20.0   arc_easy 19.0   average 16.2" in shown
+    assert "prefix scores at step 120   blimp 20.0" in shown
+    assert "•" in shown
+    for mode in ("ar", "prefix", "pll"):
+        state.add(scores(180, mode, tasks=9))
+    shown = text(state, 80, 24)
+    assert "ar score 16.2   prefix score 16.2   pll score 16.2" in shown
+    assert "blimp" not in shown and "•" in shown
+    assert text(state, 80, 50).count("task_number_8 12.0") == 3
+
+
+def test_the_plain_line_of_scores():
+    output = io.StringIO()
+    PlainView(output).record(scores(180, "pll"))
+    assert output.getvalue() == (
+        "tasks at step 180, pll scores | blimp 20.0 | arc_easy 19.0 | average 16.2 (9.0, 23.5) | "
+        "400 items\n"
+    )
+
+
 @settings(max_examples=60, deadline=None)
-@given(width=st.integers(1, 200), height=st.integers(1, 60), stage=st.integers(0, 4))
+@given(width=st.integers(1, 200), height=st.integers(1, 60), stage=st.integers(0, 5))
 def test_every_size_fits(width: int, height: int, stage: int):
     state = RunState(FACTS)
     if stage == 1:
@@ -161,8 +210,10 @@ def test_every_size_fits(width: int, height: int, stage: int):
         state.add(held_out(0))
     if stage >= 3:
         state = busy_state()
-    if stage == 4:
+    if stage >= 4:
         state.add(three_modes(180))
+    if stage == 5:
+        state.add(scores(180, "pll", tasks=9))
     lines = frame(state, width, height)
     assert 1 <= len(lines) <= max(1, height - 1)
     assert all(line.cell_len <= width and "\n" not in line.plain for line in lines)
@@ -270,6 +321,7 @@ def test_summary_names_everything():
         tokens=2_457_600,
         elapsed_s=199.0,
         held_out={**three_modes(300), **held_out(300, ar=4.0, diffusion=5.5)},
+        scores=[scores(200, "prefix"), scores(300, "ar"), scores(300, "pll")],
         samples=[
             Sample("AR sample", (("Once ", False), ("upon\x1b[2J a time " * 12, True))),
             Sample("infilled", (("The ", False), ("cat", True), (" sat", False))),
@@ -284,8 +336,12 @@ def test_summary_names_everything():
         "held-out loss, 65,536 tokens",
         "4.0000 nats/token   2.0000 bits/byte",
         "5.5000 nats/token   2.7500 bits/byte",
-        "4.5000 nats/token, second halves of documents",
+        "4.5000 nats/token   2.2500 bits/byte   second halves",
         "-0.1250 ± 0.0042 to AR on the same tokens",
+        "scores on tasks at step 300",
+        "                              ar                   pll\n",
+        "  arc_easy     19.0 (10.0, 30.0)     19.0 (10.0, 30.0)\n",
+        "  average       16.2 (9.0, 23.5)      16.2 (9.0, 23.5)\n",
         "The [cat] sat",
         "x" * 200,
         "dualtrain run quickstart alpha=1",
@@ -293,7 +349,9 @@ def test_summary_names_everything():
     ):
         assert expected in shown
     assert "\x1b" not in shown
-    assert all(len(line) <= 60 for line in lines if "x" * 200 not in line)
+    assert "prefix  " not in shown.partition("scores on tasks")[2]  # of an earlier step
+    longest = [line for line in lines if "x" * 200 not in line and "scores on tasks" not in line]
+    assert all(len(line) <= 60 for line in longest)
 
 
 def test_remaining_time_is_the_median_rate_and_pauses_on_top():

@@ -178,7 +178,8 @@ class TaskResult(Scores):
         seed: int = 0,
     ) -> None:
         super().__init__(items, metric, seed=seed, purpose=f"{task}, {mode}")
-        self.task, self.mode = task, mode
+        self.task = task
+        self.mode: Mode = mode
         self.left_out, self.seconds = left_out, seconds
         self._seed = seed
 
@@ -200,6 +201,13 @@ class TaskResult(Scores):
             )
             for name in sorted(found)
         }
+
+    def sentence(self) -> str:
+        """In a line, for those who wait."""
+        return (
+            f"{self.task}, {self.mode}: {len(self.items):,} items, score {self.score.value:.1f}, "
+            f"{self.seconds:.1f} s"
+        )
 
     def json(self) -> dict[str, Any]:
         """For a JSON file."""

@@ -183,7 +183,7 @@ def score_task(
     room = scorer.longest(mode) - 1  # the context keeps <s> at least
     fitting: list[tuple[Item, list[Request]]] = []
     for item in items:
-        requests = [encode(item.prompt, choice) for choice in item.choices]
+        requests = _encode(task, item, encode)
         if all(len(request.continuation) <= room for request in requests):
             fitting.append((item, requests))
     if not fitting:
@@ -202,6 +202,14 @@ def score_task(
         seconds=time.monotonic() - begin,
         seed=seed,
     )
+
+
+def _encode(task: Task, item: Item, encode: Callable[[str, str], Request]) -> list[Request]:
+    try:
+        return [encode(item.prompt, choice) for choice in item.choices]
+    except UserError as error:
+        where = f"{task.name}, line {item.line}"
+        raise UserError(f"{where}: {error.where}", error.what, error.expected) from None
 
 
 def _item_result(task: Task, item: Item, scores: Sequence[Score]) -> ItemResult:

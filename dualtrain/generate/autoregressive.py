@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dualtrain.errors import UserError
 from dualtrain.generate.choose import Sampling, choose, penalise
-from dualtrain.generate.text_model import TextModel, fill_up, is_in_lockstep
+from dualtrain.generate.text_model import TextModel, fill_up
 from dualtrain.model import KeyValueCache
 
-Stop = Literal["end", "tokens", "context", "filled"]
-"""Why a text ended: a token that ends texts, as many tokens as asked for, no room, no gap left."""
+Stop = Literal["end", "asked", "tokens", "context", "filled"]
+"""Why a text ended: a token that ends texts, a caller that has enough, as many tokens as were asked
+for, no room, no gap left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ def continue_prompts(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     kind: Literal["causal", "full"] = "causal",
     on_token: Callable[[int, int | None], None] | None = None,
+    is_enough: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> list[Continuation]:
     """Continue prompts.
 
@@ -60,6 +62,7 @@ def continue_prompts(
         sampling: How tokens are chosen.
         kind: How a prompt sees itself; ``full`` is prefix mode.
         on_token: Told the row and each new token as it is there, and None once its text has ended.
+        is_enough: Asked after each token, with the row and its new tokens, whether the text ends.
 
     Returns:
         One for each prompt, in order.
@@ -72,7 +75,8 @@ def continue_prompts(
         for number, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
     ]
     _check(model, rows, tokens)
-    lockstep, tell = is_in_lockstep(), on_token or (lambda row, token: None)
+    tell = on_token or (lambda row, token: None)
+    is_enough = is_enough or (lambda row, ids: False)
     going = rows
     with model.inference():
         limits = [row.limit(tokens, model.context) for row in rows]
@@ -82,11 +86,11 @@ def continue_prompts(
         while going:
             drawn = _next_tokens(logits, seen, sampling, going)
             for row, token in zip(going, drawn.tolist(), strict=True):
-                row.take(token, model, tokens, tell)
+                row.take(token, model, tokens, tell, is_enough)
             kept = [
                 index
                 for index, row in enumerate(going)
-                if row.passes < limits[row.number] and (lockstep or row.stop is None)
+                if row.passes < limits[row.number] and (model.lockstep or row.stop is None)
             ]
             if len(kept) < len(going):
                 going, drawn = [going[index] for index in kept], drawn[kept]
@@ -115,7 +119,12 @@ class _Row:
         return min(tokens, context - self.prompt + 1)
 
     def take(
-        self, token: int, model: TextModel, tokens: int, tell: Callable[[int, int | None], None]
+        self,
+        token: int,
+        model: TextModel,
+        tokens: int,
+        tell: Callable[[int, int | None], None],
+        is_enough: Callable[[int, Sequence[int]], bool],
     ) -> None:
         """Add a token, unless the text has ended and is only kept in step with other ranks."""
         self.passes += 1
@@ -126,7 +135,9 @@ class _Row:
         else:
             self.ids.append(token)
             tell(self.number, token)
-            if len(self.ids) >= self.limit(tokens, model.context):
+            if is_enough(self.number, self.ids):
+                self.stop = "asked"
+            elif len(self.ids) >= self.limit(tokens, model.context):
                 self.stop = "tokens" if len(self.ids) >= tokens else "context"
         if self.stop is not None:
             tell(self.number, None)

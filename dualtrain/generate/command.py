@@ -108,7 +108,8 @@ def generate(request: Request, wishes: Wishes) -> None:
                 write_record(stream, record(text, settings, trained.tokenizer, model=path))
             view.show(text)
             done.append(text)
-    _tell(_summary(done, trained, settings, time.monotonic() - began))
+    took_s = time.monotonic() - began - view.paused_s
+    _tell(_summary(done, trained, settings, took_s))
     if request.out:
         _tell(f"written to {request.out}")
 

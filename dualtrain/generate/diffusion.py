@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -95,12 +94,11 @@ def fill_masks(
     going = [text for text in texts if text.passes]
     with model.inference():
         while going:
-            tokens, confidence = _predict(model, going, sampling, generators)
-            ends = list(accumulate(len(text.open()) for text in going))
+            asked = [_candidates(text, order, generators[text.number]) for text in going]
+            predicted = _predict(model, going, asked, sampling, generators)
             done = []
-            for text, begin, end in zip(going, [0, *ends], ends):  # noqa: B905 (one more begins)
-                priority = _priority(order, confidence[begin:end], generators[text.number])
-                fresh = text.fill(tokens[begin:end].tolist(), priority)
+            for text, positions, (tokens, confidence) in zip(going, asked, predicted, strict=True):
+                fresh = text.fill(positions, tokens, confidence)
                 done.append(Filled(text.number, list(text.ids), fresh))
             if on_step is not None:
                 on_step(done)
@@ -171,18 +169,17 @@ class _Row:
         return cls(number, list(row), masked, mask_id, [])
 
     def open(self) -> list[int]:
-        """Positions that the next pass predicts."""
+        """Positions of the block that are yet to be filled."""
         reach = self.masked[: self.passes[0].reach]
         return [position for position in reach if self.ids[position] == self.mask_id]
 
-    def fill(self, tokens: list[int], priority: Tensor) -> list[int]:
-        """Keep the predictions of the highest priority; return their positions."""
-        positions = self.open()
+    def fill(self, positions: list[int], tokens: Tensor, confidence: Tensor) -> list[int]:
+        """Make a pass: keep the surest predictions; return their positions."""
         # Stable, so that of equals the leftmost comes first on every machine.
-        best = priority.argsort(descending=True, stable=True)[: self.passes.pop(0).fills]
-        for index in best.tolist():
-            self.ids[positions[index]] = tokens[index]
-        return sorted(positions[index] for index in best.tolist())
+        surest = confidence.argsort(descending=True, stable=True)[: self.passes.pop(0).fills]
+        for index in surest.tolist():
+            self.ids[positions[index]] = int(tokens[index])
+        return sorted(positions[index] for index in surest.tolist())
 
 
 def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
@@ -200,39 +197,46 @@ def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
             )
 
 
+def _candidates(text: _Row, order: Order, generator: np.random.Generator) -> list[int]:
+    """The positions that a pass predicts; more than it fills if they have to be compared."""
+    positions, fills = text.open(), text.passes[0].fills
+    if order == "confidence":
+        return positions
+    if order == "left_to_right":
+        return positions[:fills]
+    return [positions[index] for index in sorted(generator.permutation(len(positions))[:fills])]
+
+
 def _predict(
     model: TextModel,
     texts: Sequence[_Row],
+    asked: Sequence[list[int]],
     sampling: Sampling,
     generators: Sequence[np.random.Generator],
-) -> tuple[Tensor, Tensor]:
-    """Predict all open masks of all rows, one row behind the other.
+) -> list[tuple[Tensor, Tensor]]:
+    """Predict some positions of each row.
 
     Returns:
-        (N,) int64 tokens, and (N,) float32 probabilities that the model gives them; on the CPU.
+        For each row (N,) int64 tokens, and (N,) float32 probabilities that the model gives them; on
+        the CPU.
     """
     ids, documents = fill_up([text.ids for text in texts])
     plan = plan_attention("full", documents, backend="sdpa", device=model.device, dtype=model.dtype)
     shift = 1 if model.target == "next" else 0
     readers = [
         row * ids.shape[1] + position - shift
-        for row, text in enumerate(texts)
-        for position in text.open()
+        for row, positions in enumerate(asked)
+        for position in positions
     ]
     logits = model.logits(ids, plan, torch.tensor(readers), may_stop=False)
     numbers = None
     if sampling.temperature > 0:
-        drawn = [generators[text.number].random(len(text.open())) for text in texts]
+        drawn = [
+            generators[text.number].random(len(positions))
+            for text, positions in zip(texts, asked, strict=True)
+        ]
         numbers = torch.from_numpy(np.concatenate(drawn))
     tokens = choose(logits, sampling, numbers)
     confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return tokens.cpu(), confidence.cpu()
-
-
-def _priority(order: Order, confidence: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return (N,) numbers, the greatest where a prediction is kept first."""
-    if order == "left_to_right":
-        return -torch.arange(len(confidence), dtype=torch.float32)
-    if order == "random":
-        return torch.from_numpy(generator.random(len(confidence)))
-    return confidence
+    counts = [len(positions) for positions in asked]
+    return list(zip(tokens.cpu().split(counts), confidence.cpu().split(counts), strict=True))

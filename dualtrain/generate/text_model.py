@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from dualtrain.trained import TrainedModel
 
 Target = Literal["next", "in_place"]
+
+
+def is_in_lockstep() -> bool:
+    """Whether other ranks make the same passes: under ZeRO 3 they gather the parameters together.
+
+    Then the number of passes must not depend on what is drawn: one rank that stopped early would
+    leave the others waiting.
+    """
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class TextModel:
         target: What its diffusion objective predicts at i: token i+1, or i.
         device: Where it is.
         dtype: Compute type of the attention.
+        lockstep: Whether other ranks make the same passes; false of a model that each has whole.
     """
 
     forward: Callable[..., DualOutput]
@@ -48,6 +58,7 @@ class TextModel:
     target: Target = "next"
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    lockstep: bool = field(default_factory=is_in_lockstep)
 
     @classmethod
     def of(cls, trained: TrainedModel) -> TextModel:
@@ -64,6 +75,7 @@ class TextModel:
             target=trained.target,
             device=trained.device,
             dtype=trained.dtype,
+            lockstep=False,
         )
 
     @contextmanager
@@ -117,12 +129,3 @@ def fill_up(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(width)[None, :] >= lengths[:, None]).int()
-
-
-def is_in_lockstep() -> bool:
-    """Whether other ranks make the same passes: under ZeRO 3 they gather the parameters together.
-
-    Then the number of passes must not depend on what is drawn: one rank that stopped early would
-    leave the others waiting.
-    """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -45,11 +45,15 @@ class View(Watcher):
         console: Where to.
         tokenizer: Decodes.
         with_headings: Whether several texts are made, so that each is headed by what it is.
+
+    Attributes:
+        paused_s: Time spent for the eyes only.
     """
 
     def __init__(self, console: Console, tokenizer: Tokenizer, *, with_headings: bool) -> None:
         self.console, self.tokenizer = console, tokenizer
         self.with_headings = with_headings
+        self.paused_s = 0.0
 
     def show(self, text: Text) -> None:
         """Show a text that is done."""
@@ -212,7 +216,9 @@ class UnmaskView(View):
 
     def _draw(self) -> None:
         assert self._live is not None  # begin has made it
-        time.sleep(max(0.0, self._drawn + FRAME_S - time.monotonic()))
+        pause = max(0.0, self._drawn + FRAME_S - time.monotonic())
+        time.sleep(pause)
+        self.paused_s += pause
         size = self.console.size
         lines = frame(
             self._rows,

@@ -223,9 +223,7 @@ def test_no_token_beyond_the_vocabulary(endless):
     assert set(found[0].ids) == {5, 6, 7}
 
 
-def test_every_rank_makes_all_passes(model, monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+def test_every_rank_makes_all_passes(model):
     passes = []
 
     def eager(input_ids, *, attention, selection, positions=None):
@@ -236,7 +234,7 @@ def test_every_rank_makes_all_passes(model, monkeypatch):
         logits[:, 7 + len(passes)] = 5.0
         return SimpleNamespace(logits=logits)
 
-    ended = replace(model, forward=eager, stop_ids=(9,))
+    ended = replace(model, forward=eager, stop_ids=(9,), lockstep=True)
     (found,) = continue_prompts(ended, [[1]], tokens=5, sampling=GREEDY, generators=generators(1))
     assert (found.ids, found.stop) == ((8,), "end")
     assert len(passes) == 5
@@ -276,3 +274,21 @@ def test_a_compiled_model_is_not_compiled_for_each_length(network, endless, monk
             mine(torch.tensor([[1, 7]]))
         assert compiled
     assert found == run(network)
+
+
+def test_a_caller_may_have_enough(endless):
+    """Told each row's tokens so far; the others go on."""
+    asked = []
+
+    def is_enough(row, ids):
+        asked.append((row, len(ids)))
+        return row == 2 and len(ids) == 3
+
+    options = {"tokens": 6, "sampling": GREEDY}
+    whole = continue_prompts(endless, PROMPTS, generators=generators(5), **options)
+    found = continue_prompts(
+        endless, PROMPTS, generators=generators(5), is_enough=is_enough, **options
+    )
+    assert (found[2].ids, found[2].stop) == (whole[2].ids[:3], "asked")
+    assert found[:2] + found[3:] == whole[:2] + whole[3:]
+    assert asked[:5] == [(row, 1) for row in range(5)]

@@ -37,15 +37,14 @@ from dualtrain.evaluate.scoring import Scorer
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
-from dualtrain.mixing import Mixture, Objective, Slot
-from dualtrain.model import flops_per_token, muon_parameter_names, resolve_backend
+from dualtrain.mixing import Mixture, Slot
+from dualtrain.model import muon_parameter_names, resolve_backend
 from dualtrain.non_finite import LossWatch
 from dualtrain.optimizer_state import load_masters
 from dualtrain.origin import Origin
 from dualtrain.parameter_groups import group_parameters
 from dualtrain.progress import Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.derive import Derived, build_mixture, derive
-from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.schema import Recipe
 from dualtrain.run import Run
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
@@ -87,6 +86,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     corpus = read_corpus(recipe)
     assert corpus is not None  # the dataset is open
     derived = derive(recipe, corpus=corpus, world_size=world.world_size)
+    assert derived.cost is not None  # the vocabulary is known
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
     origin = Origin.of(
@@ -94,7 +94,8 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     )
     if world.rank == 0:
         (origin.run_dir / checkpoint.RECIPE).write_text(origin.text)
-    model = build_model(recipe, dataset.info, origin.config)
+    is_fresh = origin.resume.kind == "fresh"
+    model = build_model(recipe, dataset.info, origin.config, pretrained=is_fresh)
     if origin.resume.kind == "weights":
         checkpoint.load_weights(origin.path, model)
     state = State(
@@ -112,7 +113,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     meter = Meter(
         device,
         ar_weight=recipe.objective.ar_weight,
-        flops_per_token=_flops_per_token(recipe, model.config.vocab_size),
+        flops_per_token=derived.cost.flops_per_token,
         peak_flops=peak_flops(torch.cuda.get_device_name(device))
         if device.type == "cuda"
         else None,
@@ -282,11 +283,3 @@ def _slots(mixture: Mixture, step: int, world: World) -> Iterator[Slot]:
     """This rank's slots from a step to the end of the run, in the order of the loop."""
     for number in range(step, mixture.steps):
         yield from mixture.for_rank(number, world.rank, world.world_size)
-
-
-def _flops_per_token(recipe: Recipe, vocab_size: int) -> dict[Objective, float]:
-    sizes, length = model_sizes(recipe.model, vocab_size), recipe.sequence_length
-    return {
-        "ar": flops_per_token(sizes, length, "causal"),
-        "diffusion": flops_per_token(sizes, length, "full"),
-    }

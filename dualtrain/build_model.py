@@ -9,12 +9,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
+from dualtrain.import_model import build_imported
 from dualtrain.model import DualConfig, DualLM
+from dualtrain.model.imported import ImportedLM
+from dualtrain.model.imported_config import parse_config
 from dualtrain.model.initialize import initialize_parameter
+from dualtrain.pretrained import load_pretrained
 from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.schema import Recipe
 
@@ -23,17 +28,35 @@ CONFIG = "config.json"
 
 
 def build_model(
-    recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None = None
-) -> DualLM:
-    """The recipe's model for a dataset's vocabulary, initialised from the recipe's seed.
+    recipe: Recipe,
+    info: DatasetInfo,
+    ds_config: Mapping[str, object] | None = None,
+    *,
+    pretrained: bool = True,
+) -> DualLM | ImportedLM:
+    """The recipe's model for a dataset's vocabulary, with its initial values.
 
     Args:
         recipe: The resolved recipe.
         info: Of the dataset.
         ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
             the same values, and every rank must call. None makes it whole.
+        pretrained: Whether an imported model gets its initial values, which may have to be fetched;
+            False where those of a checkpoint follow.
     """
     section = recipe.model
+    if section.hf is not None:
+        model = build_imported(recipe, info, ds_config, pretrained=pretrained)
+    else:
+        model = _build_own(recipe, info, ds_config)
+    model.activation_checkpointing = section.activation_checkpointing
+    if section.compile:
+        model.compile_blocks()
+    return model
+
+
+def _build_own(recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None) -> DualLM:
+    """``DualLM``, initialised from the recipe's seed."""
     config = model_config(recipe, info)
     with nullcontext() if ds_config is None else partitioned_build(ds_config):
         model = DualLM(config, seed=recipe.seed)
@@ -43,9 +66,6 @@ def build_model(
         # DualLM could not fill it. One at a time, so that never more than one is whole.
         with whole_parameters([parameter]):
             initialize_parameter(name, parameter, config, recipe.seed)
-    model.activation_checkpointing = section.activation_checkpointing
-    if section.compile:
-        model.compile_blocks()
     return model
 
 
@@ -89,12 +109,15 @@ def read_exported(directory: Path) -> nn.Module:
         UserError: Its files are missing, or do not fit one another.
     """
     model = _on_meta(read_config(directory / CONFIG)).to_empty(device="cpu")
-    load_safetensors(directory, model)
+    if isinstance(model, ImportedLM):
+        load_pretrained(directory, model)
+    else:
+        load_safetensors(directory, model)
     return model
 
 
-def read_config(file: Path) -> DualConfig:
-    """Read a model's configuration.
+def read_config(file: Path) -> DualConfig | PretrainedConfig:
+    """Read a model's configuration: ours, or that of a family that can be imported.
 
     Raises:
         UserError: It cannot be read, or is of another kind of model.
@@ -103,14 +126,14 @@ def read_config(file: Path) -> DualConfig:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(str(file), f"cannot be read: {error}", "a model's configuration") from None
-    if values.get("model_type") != DualConfig.model_type:
-        raise UserError(str(file), f"model_type {values.get('model_type')!r}", "'dualtrain'")
-    return DualConfig.from_dict(values)
+    if values.get("model_type") == DualConfig.model_type:
+        return DualConfig.from_dict(values)
+    return parse_config(values, where=str(file))
 
 
-def _on_meta(config: DualConfig) -> nn.Module:
+def _on_meta(config: PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
-        return DualLM(config)
+        return DualLM(config) if isinstance(config, DualConfig) else ImportedLM(config)
 
 
 def load_safetensors(directory: Path, model: nn.Module) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dualtrain.data.batches import Batch
     from dualtrain.mixing import Mixture, Slot
-    from dualtrain.model import DualLM, DualOutput
+    from dualtrain.model import DualLM, DualOutput, ImportedLM
     from dualtrain.objectives import Example
     from dualtrain.parameter_groups import ParameterGroup
     from dualtrain.recipe.schema import Recipe
@@ -134,7 +134,7 @@ class State:
     device: torch.device
     vocabulary: Vocabulary
     mixture: Mixture
-    model: DualLM
+    model: DualLM | ImportedLM
     step: int = 0
     engine: DeepSpeedEngine | None = None
     optimizer_groups: Sequence[ParameterGroup] = ()

@@ -226,7 +226,7 @@ class _Rerun:
             device=self.device,
             vocabulary=Vocabulary(info.vocab_size, info.mask_id, info.special_ids),
             mixture=mixture,
-            model=build_model(recipe, info),
+            model=build_model(recipe, info, pretrained=False),
             step=facts["step"],
         )
         self.dispatcher = Dispatcher(build_algorithms(recipe), logger=_Silence())

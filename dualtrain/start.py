@@ -42,6 +42,10 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
         if world.rank == 0:
             record_outcome(loaded.recipe.directory / OUTCOME, code)
         return code
+    if loaded.recipe.model.hf is not None:
+        from dualtrain.import_model import read_hf_config
+
+        read_hf_config(loaded.recipe)  # before hours are spent on a dataset
     run_dir = prepare_run_directory(loaded.recipe)
     # Looked at before anything heavy is imported; rank 0 takes it for good.
     lock_run_directory(loaded.recipe).close()

@@ -26,6 +26,7 @@ from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
 from dualtrain.model import DualOutput, resolve_backend
+from dualtrain.model.imported import ImportedLM
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
 
@@ -337,6 +338,8 @@ def context_of(source: Source, model: nn.Module) -> int:
     """Longest row in tokens."""
     if source.recipe is not None:
         return source.recipe.sequence_length
+    if isinstance(model, ImportedLM):
+        return model.longest_row
     config: Any = model.config
     return getattr(config, "max_position_embeddings", None) or config.n_positions
 

@@ -37,3 +37,14 @@ def tiny(tiny_dataset, tmp_path):
     from run_support import tiny_loader
 
     return tiny_loader(tiny_dataset, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Directory and stock model of a small GPT-2, and the embedded corpus in its own tokens."""
+    from imported_support import convert, documents, publish
+
+    folder = tmp_path_factory.mktemp("published")
+    texts = documents()
+    stock = publish(folder / "gpt2", "gpt2", texts)
+    return folder / "gpt2", stock, convert(folder / "text", texts, folder / "gpt2")

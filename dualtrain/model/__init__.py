@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dualtrain.model.arithmetic import (
+        ImportedSizes,
         ModelSizes,
         ParameterCount,
         count_parameters,
@@ -24,17 +25,25 @@ if TYPE_CHECKING:
     from dualtrain.model.branches import Layout, plan_branches
     from dualtrain.model.cache import KeyValueCache
     from dualtrain.model.config import DualConfig
+    from dualtrain.model.imported import ImportedLM
     from dualtrain.model.llama import from_llama, from_llama_config, to_llama, to_llama_config
     from dualtrain.model.loss import OutputLayer, select_positions
     from dualtrain.model.output import DualOutput
     from dualtrain.model.transformer import DualLM, muon_parameter_names
 
 _HOMES = {
-    "arithmetic": ("ModelSizes", "ParameterCount", "count_parameters", "flops_per_token"),
+    "arithmetic": (
+        "ImportedSizes",
+        "ModelSizes",
+        "ParameterCount",
+        "count_parameters",
+        "flops_per_token",
+    ),
     "attention": ("AttentionPlan", "plan_attention", "resolve_backend", "to_device"),
     "branches": ("Layout", "plan_branches"),
     "cache": ("KeyValueCache",),
     "config": ("DualConfig",),
+    "imported": ("ImportedLM",),
     "llama": ("from_llama", "from_llama_config", "to_llama", "to_llama_config"),
     "loss": ("OutputLayer", "select_positions"),
     "output": ("DualOutput",),
@@ -47,6 +56,8 @@ __all__ = [
     "DualConfig",
     "DualLM",
     "DualOutput",
+    "ImportedLM",
+    "ImportedSizes",
     "KeyValueCache",
     "Layout",
     "ModelSizes",

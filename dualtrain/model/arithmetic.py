@@ -6,7 +6,9 @@ model or importing torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, Protocol
 
 HeadKind = Literal["paper", "linear"]
@@ -29,6 +31,31 @@ class ModelSizes(Protocol):
 
 
 @dataclass(frozen=True)
+class ImportedSizes:
+    """The same of an imported model, whose parameters are no function of a few sizes.
+
+    Attributes:
+        vocab_size: Rows of the embedding and of the output matrix.
+        width: Of the residual stream.
+        layers: Transformer blocks.
+        mlp_width: Hidden width of the MLP.
+        attention_width: Of all queries of a position together.
+        shapes: Of each parameter by name, in the model's order; of tied ones once.
+        vocabulary: Names of the embedding and of the output matrix; one name if they are tied.
+        matrices: Names of the body's matrices, which are those that Muon updates.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    mlp_width: int
+    attention_width: int
+    shapes: Mapping[str, tuple[int, ...]]
+    vocabulary: tuple[str, ...]
+    matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ParameterCount:
     """Number of parameters.
 
@@ -41,21 +68,28 @@ class ParameterCount:
     without_vocabulary: int
 
 
-def count_parameters(sizes: ModelSizes) -> ParameterCount:
-    """Count the parameters of a ``DualLM``.
+def count_parameters(sizes: ModelSizes | ImportedSizes) -> ParameterCount:
+    """Count the parameters of a model.
 
-    A block has four square attention matrices, three of the SwiGLU MLP and the gains of two norms:
-    ``4 W^2 + 3 W M + 2 W``. Beside the blocks: the head's norm (W), in the paper's head also its
-    projection (W^2) and the bias (V), and the two vocabulary matrices (2 V W, untied).
+    A block of a ``DualLM`` has four square attention matrices, three of the SwiGLU MLP and the
+    gains of two norms: ``4 W^2 + 3 W M + 2 W``. Beside the blocks: the head's norm (W), in the
+    paper's head also its projection (W^2) and the bias (V), and the two vocabulary matrices
+    (2 V W, untied).
     """
+    if isinstance(sizes, ImportedSizes):
+        total = sum(prod(shape) for shape in sizes.shapes.values())
+        vocabulary = sum(prod(sizes.shapes[name]) for name in sizes.vocabulary)
+        return ParameterCount(total=total, without_vocabulary=total - vocabulary)
     body = sizes.layers * (_block_matrix_elements(sizes) + 2 * sizes.width) + sizes.width
     if sizes.head == "paper":
         body += sizes.width**2 + sizes.vocab_size
     return ParameterCount(total=body + 2 * sizes.vocab_size * sizes.width, without_vocabulary=body)
 
 
-def parameter_shapes(sizes: ModelSizes) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a ``DualLM`` by name, in the model's order."""
+def parameter_shapes(sizes: ModelSizes | ImportedSizes) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a model by name, in the model's order."""
+    if isinstance(sizes, ImportedSizes):
+        return dict(sizes.shapes)
     width, mlp, rows = sizes.width, sizes.mlp_width, sizes.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
     for layer in range(sizes.layers):
@@ -76,8 +110,17 @@ def parameter_shapes(sizes: ModelSizes) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def matrix_names(sizes: ModelSizes | ImportedSizes) -> tuple[str, ...]:
+    """Names of the matrices that Muon updates: the body's, and the paper's head's projection."""
+    if isinstance(sizes, ImportedSizes):
+        return sizes.matrices
+    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
+    shapes = parameter_shapes(sizes).items()
+    return tuple(name for name, shape in shapes if len(shape) == 2 and name not in vocabulary)
+
+
 def flops_per_token(
-    sizes: ModelSizes,
+    sizes: ModelSizes | ImportedSizes,
     sequence_length: int,
     attention: AttentionKind,
     supervised_share: float | None = None,
@@ -93,6 +136,8 @@ def flops_per_token(
     paper's head, else 0. s is the share of positions that are supervised: the head runs for no
     others. Norms, rotary embeddings and the softmax are left out, as is usual; document boundaries
     are not subtracted from K, so packed short documents make a utilisation look better than it is.
+    Of an imported model the sum of its blocks' matrices stands for ``L * (4 W^2 + 3 W M)``, and the
+    width of its attention for the W beside K.
 
     Args:
         sizes: The model.
@@ -106,10 +151,16 @@ def flops_per_token(
     if supervised_share is None:
         supervised_share = 1.0 if attention == "causal" else 0.5
     keys = sequence_length / 2 if attention == "causal" else sequence_length
-    projection = sizes.width**2 if sizes.head == "paper" else 0
-    block = 2 * _block_matrix_elements(sizes) + 4 * sizes.width * keys
+    projection, attention_width = 0, sizes.width
+    if isinstance(sizes, ImportedSizes):
+        elements = sum(prod(sizes.shapes[name]) for name in sizes.matrices)
+        attention_width = sizes.attention_width
+    else:
+        elements = sizes.layers * _block_matrix_elements(sizes)
+        projection = sizes.width**2 if sizes.head == "paper" else 0
+    body = 2 * elements + sizes.layers * 4 * attention_width * keys
     head = 2 * (projection + sizes.vocab_size * sizes.width)
-    return 3 * (sizes.layers * block + supervised_share * head)
+    return 3 * (body + supervised_share * head)
 
 
 def _block_matrix_elements(sizes: ModelSizes) -> int:

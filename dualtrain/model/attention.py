@@ -230,6 +230,12 @@ def plan_attention(
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
+def plan_rows(input_ids: Tensor) -> AttentionPlan:
+    """Plan causal attention for (B, T) input ids of which each row is one document."""
+    one_document = torch.zeros(input_ids.shape, dtype=torch.int32, device="cpu")
+    return plan_attention("causal", one_document, backend="sdpa", device=input_ids.device)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a small CPU tensor to the device without waiting for the device."""
     if device.type == "cuda":

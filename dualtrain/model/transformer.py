@@ -9,7 +9,8 @@ T positions, W width; H heads of size D.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dualtrain.model.attention import AttentionPlan, plan_attention
+from dualtrain.model.attention import AttentionPlan, plan_rows
 from dualtrain.model.config import DualConfig
 from dualtrain.model.initialize import initialize_parameter
 from dualtrain.model.loss import OutputLayer
 from dualtrain.model.output import DualOutput, head_output
 
 Rotary = tuple[Tensor, Tensor]
+
+
+class HasVocabulary(Protocol):
+    """A model of which the output matrix is known."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def get_output_embeddings(self) -> nn.Module: ...
 
 
 class Linear(nn.Linear):
@@ -203,10 +214,7 @@ class DualLM(PreTrainedModel):
             ``z_loss``.
         """
         if attention is None:
-            one_document = torch.zeros(input_ids.shape, dtype=torch.int32, device="cpu")
-            attention = plan_attention(
-                "causal", one_document, backend="sdpa", device=input_ids.device
-            )
+            attention = plan_rows(input_ids)
         hidden = self.model(input_ids, plan=attention, positions=positions)
         return head_output(
             self.lm_head,
@@ -269,12 +277,17 @@ class DualLM(PreTrainedModel):
         return self.lm_head
 
 
-def muon_parameter_names(model: DualLM) -> list[str]:
-    """Name the matrices that Muon updates: the body's and the head's projection, in model order.
+def muon_parameter_names(model: HasVocabulary) -> list[str]:
+    """Name the matrices that Muon updates, in model order: all but embeddings and output matrix.
 
+    Matrices that a Hugging Face model has fused, such as GPT-2's queries, keys and values, are one.
     Works for parameters that ZeRO-3 has partitioned, too.
+
+    Args:
+        model: ``DualLM`` or an imported one.
     """
-    vocabulary = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    tables = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
+    vocabulary = {id(weight) for weight in (*tables, model.get_output_embeddings().weight)}
     return [
         name
         for name, parameter in model.named_parameters()

@@ -13,8 +13,26 @@ from fractions import Fraction
 from math import isqrt
 
 from dualtrain.errors import UserError
-from dualtrain.recipe.schema import AlphaSchedule, Recipe, ScheduleSection, SpanCorruption
+from dualtrain.recipe.schema import (
+    AlphaSchedule,
+    ModelSection,
+    Recipe,
+    ScheduleSection,
+    SpanCorruption,
+)
 from dualtrain.recipe.yaml_source import Path
+
+OWN_SIZES = (
+    "layers",
+    "width",
+    "heads",
+    "mlp_width",
+    "vocab_size",
+    "rope_theta",
+    "norm_eps",
+    "head",
+)
+"""Fields of ``model`` that describe our transformer, and no imported one."""
 
 GAP = re.compile(r"<mask(:[1-9]\d*)?>")
 """A gap in ``sample.infill``, as ``generate`` reads it."""
@@ -198,6 +216,35 @@ def check_model(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def check_import(recipe: Recipe) -> Iterator[Conflict]:
+    model, path = recipe.model, ("model", "hf")
+    if model.hf is None:
+        if model.hf_init != "weights":
+            what = f"{model.hf_init} has no effect without an imported model"
+            yield Conflict(("model", "hf_init"), (path,), what, "model.hf", "leave it out")
+        return
+    default = ModelSection()
+    for name in OWN_SIZES:
+        value = getattr(model, name)
+        if value != getattr(default, name):
+            yield Conflict(
+                ("model", name),
+                (path,),
+                f"{value} has no effect on an imported model, which has sizes of its own",
+                "model.hf or sizes",
+                f"leave {name} out",
+            )
+    build = recipe.data.build
+    if build and build.tokenizer is None and model.hf_init == "weights":
+        yield Conflict(
+            ("data", "build", "tokenizer"),
+            (path,),
+            "null trains another tokenizer than that of the weights",
+            f"the model's: {model.hf}, if it is a directory",
+            "or model.hf_init: scratch",
+        )
+
+
 def check_schedule(recipe: Recipe) -> Iterator[Conflict]:
     schedule, path = recipe.optim.schedule, ("optim", "schedule")
     default = ScheduleSection()
@@ -292,6 +339,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_rotation,
     check_corruption,
     check_model,
+    check_import,
     check_schedule,
     check_sample,
     check_eval,

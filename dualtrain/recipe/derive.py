@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from dualtrain.recipe.reasons import (
 )
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 from dualtrain.schedules import learning_rate_factor, nearest_whole
+
+if TYPE_CHECKING:
+    from dualtrain.model.arithmetic import ImportedSizes
+    from dualtrain.recipe.estimates import Sizes
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Derived:
             chance decides.
         zero_stage: Of the ds_config.
         world_size: Ranks that the memory is for.
+        imported: Family of an imported model, and what becomes of it; None for our own.
         cost: Of the model; None while the vocabulary is not known.
         milestones: The pieces of the learning rate's schedule.
         reasons: For each of these names, how it came about.
@@ -113,6 +119,7 @@ class Derived:
     ar_passes_range: tuple[int, int] | None
     zero_stage: int
     world_size: int
+    imported: tuple[str, str] | None
     cost: ModelCost | None
     milestones: tuple[Milestone, ...]
     reasons: dict[str, str]
@@ -131,7 +138,8 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
     Raises:
         UserError: The corpus has fewer unique tokens than asked for, or more vocabulary than the
             model; ``all`` is asked for without a corpus; the ranks cannot share a step; the
-            ds_config is wrong.
+            ds_config is wrong; an imported model is not there, not supported, or of another
+            tokenizer.
     """
     if world_size is not None:
         check_world_size(recipe, world_size)
@@ -145,12 +153,12 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
     diffusion_slots = mixture.diffusion_slots_before(length.steps)
     alpha = mixture.rotation_alpha
     ds_config = read_ds_config(recipe.engine.deepspeed)
-    vocabulary = known_vocabulary(recipe, corpus)
+    sizes, imported, notes = _look_at_model(recipe, known_vocabulary(recipe, corpus))
     cost = None
-    if vocabulary is not None:
+    if sizes is not None:
         cost = model_cost(
             recipe,
-            model_sizes(recipe.model, vocabulary),
+            sizes,
             ds_config,
             world_size=world_size or 1,
             ar_tokens=ar_slots * slot_tokens,
@@ -174,12 +182,14 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         ar_passes_range=passes,
         zero_stage=ds_config.stage,
         world_size=world_size or 1,
+        imported=imported,
         cost=cost,
         milestones=learning_rate_milestones(recipe, length.steps),
         reasons=give_reasons(recipe, length, mixture, passes, available),
         warnings=(
             *find_warnings(recipe, length, mixture, passes),
             *(find_cache_warnings(recipe, length, corpus.token_bytes) if corpus else ()),
+            *notes,
         ),
     )
 
@@ -257,6 +267,21 @@ def known_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> int | None:
         return recipe.model.vocab_size
     build = recipe.data.build
     return build.vocab_size if build is not None and build.tokenizer is None else None
+
+
+def _look_at_model(
+    recipe: Recipe, vocab_size: int | None
+) -> tuple[Sizes | ImportedSizes | None, tuple[str, str] | None, list[str]]:
+    """The model's sizes, as far as they are known; of an imported one also what is to be said."""
+    if recipe.model.hf is None:
+        sizes = None if vocab_size is None else model_sizes(recipe.model, vocab_size)
+        return sizes, None, []
+    # Here, because it takes seconds to import, and our own model does without.
+    from dualtrain import import_model
+
+    notes = import_model.check_tokenizer(recipe)
+    described = import_model.describe_import(recipe, vocab_size)
+    return import_model.hf_sizes(recipe, vocab_size), described, notes
 
 
 def check_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> None:

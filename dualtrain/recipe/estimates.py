@@ -6,11 +6,19 @@ DeepSpeed keeps weights, gradients and states at each ZeRO stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from dualtrain.model.arithmetic import count_parameters, flops_per_token, parameter_shapes
+from dualtrain.mixing import Objective
+from dualtrain.model.arithmetic import (
+    ImportedSizes,
+    count_parameters,
+    flops_per_token,
+    matrix_names,
+    parameter_shapes,
+)
 from dualtrain.parameter_groups import ParameterGroup, group_parameters
 from dualtrain.recipe.merge import BFloat16, DsConfig, bfloat16_mode
 from dualtrain.recipe.schema import ModelSection, Recipe
@@ -44,6 +52,7 @@ class ModelCost:
         without_vocabulary: Without embedding and output matrix.
         muon_parameters: Those that Muon updates, if it is used.
         groups: How the optimizer divides them, unless an algorithm changes the model.
+        flops_per_token: Operations of training on an input token, by objective.
         training_flops: Operations of the whole run, forward and backward.
         checkpoint_bytes: Estimate, of one checkpoint.
         memory: Estimate, of one rank.
@@ -53,6 +62,7 @@ class ModelCost:
     without_vocabulary: int
     muon_parameters: int
     groups: tuple[ParameterGroup, ...]
+    flops_per_token: Mapping[Objective, float]
     training_flops: float
     checkpoint_bytes: int
     memory: Memory
@@ -96,7 +106,7 @@ def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
 
 def model_cost(
     recipe: Recipe,
-    sizes: Sizes,
+    sizes: Sizes | ImportedSizes,
     ds_config: DsConfig,
     *,
     world_size: int,
@@ -117,8 +127,10 @@ def model_cost(
     groups = optimizer_groups(recipe, sizes)
     muon = sum(group.elements for group in groups if group.uses_muon)
     length = recipe.sequence_length
-    flops = ar_tokens * flops_per_token(sizes, length, "causal")
-    flops += diffusion_tokens * flops_per_token(sizes, length, "full")
+    flops: dict[Objective, float] = {
+        "ar": flops_per_token(sizes, length, "causal"),
+        "diffusion": flops_per_token(sizes, length, "full"),
+    }
     mode = bfloat16_mode(recipe.engine.precision, ds_config.stage)
     # AdamW keeps two moments, Muon one momentum.
     states = FP32 * (2 * count.total - muon)
@@ -127,18 +139,17 @@ def model_cost(
         without_vocabulary=count.without_vocabulary,
         muon_parameters=muon,
         groups=groups,
-        training_flops=flops,
+        flops_per_token=flops,
+        training_flops=ar_tokens * flops["ar"] + diffusion_tokens * flops["diffusion"],
         checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
         memory=_memory(recipe, sizes, count.total, states, ds_config, mode, world_size),
     )
 
 
-def optimizer_groups(recipe: Recipe, sizes: Sizes) -> tuple[ParameterGroup, ...]:
-    """The groups that the engine will have; Muon has the body's matrices and the projection."""
-    shapes = parameter_shapes(sizes)
-    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
-    muon = [name for name, shape in shapes.items() if len(shape) == 2 and name not in vocabulary]
-    return tuple(group_parameters(shapes, muon if recipe.optim.name == "muon" else ()))
+def optimizer_groups(recipe: Recipe, sizes: Sizes | ImportedSizes) -> tuple[ParameterGroup, ...]:
+    """The groups that the engine will have."""
+    muon = matrix_names(sizes) if recipe.optim.name == "muon" else ()
+    return tuple(group_parameters(parameter_shapes(sizes), muon))
 
 
 def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) -> int:
@@ -151,7 +162,7 @@ def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) 
 
 def _memory(
     recipe: Recipe,
-    sizes: Sizes,
+    sizes: Sizes | ImportedSizes,
     parameters: int,
     states: int,
     ds_config: DsConfig,
@@ -181,7 +192,7 @@ def _memory(
     )
 
 
-def _activations(recipe: Recipe, sizes: Sizes) -> int:
+def _activations(recipe: Recipe, sizes: Sizes | ImportedSizes) -> int:
     """Bytes that a micro-batch leaves for its backward pass.
 
     A block saves about ten vectors of the width (two residuals, two normalised inputs, queries,

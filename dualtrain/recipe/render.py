@@ -106,6 +106,8 @@ def group_rows(groups: Sequence[ParameterGroup], optim: OptimSection) -> Iterato
 
 def _cost_rows(derived: Derived) -> Iterator[Row]:
     cost = derived.cost
+    if derived.imported is not None:
+        yield "imported model", *derived.imported
     if cost is None:
         yield "parameters", "unknown", "the vocabulary is the dataset's, which is not there yet"
         return

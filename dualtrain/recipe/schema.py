@@ -218,6 +218,17 @@ class DataSection(Section):
 class ModelSection(Section):
     """The transformer."""
 
+    hf: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A Hugging Face decoder in place of ours, with its own sizes: a directory, or "
+        "a name on the hub, `NAME@REVISION` too; llama, qwen2, qwen3, mistral, gpt2 or gpt_neox.",
+    )
+    hf_init: Literal["weights", "scratch"] = Field(
+        default="weights",
+        description="weights: go on from those of `hf`; scratch: only its configuration, with its "
+        "family's own initial values.",
+    )
     layers: int = Field(default=24, ge=1, description="Transformer blocks.")
     width: int = Field(default=1024, ge=8, description="Width of the residual stream.")
     heads: int = Field(

@@ -14,7 +14,8 @@ from typing import Any, get_args
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.errors import UserError
-from dualtrain.evaluate.heldout import held_out_losses
+from dualtrain.evaluate.heldout import HeldOut, held_out_losses
+from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.report import Evaluation, as_json, print_report
 from dualtrain.evaluate.result_files import ResultDirectory
 from dualtrain.evaluate.scoring import MASKING_MODES, MODES, Mode, Scorer, encode_pair
@@ -300,31 +301,51 @@ def _held_out(
     view: View,
 ) -> None:
     view.begin("held-out losses")
-    assert trained.vocab.mask_id is not None  # or the dataset would not have been opened
     recipe, tokens = trained.source.recipe, options.tokens_per_batch
     sequences = options.sequences
     if sequences is None:
         sequences = DEFAULT_SEQUENCES if recipe is None else recipe.eval.sequences
+    validation = ValidationData(
+        dataset,
+        sequence_length=trained.context,
+        append_eos=recipe is not None and recipe.data.append_eos,
+        sequences=sequences,
+    )
     micro_batch = max(1, (tokens or DEFAULT_TOKENS) // trained.context)
     if recipe is not None and tokens is None:
         micro_batch = recipe.micro_batch
-    evaluation.held_out = held_out_losses(
+    while evaluation.held_out is None:
+        try:
+            evaluation.held_out = _losses(trained, validation, micro_batch, options.seed)
+        except (RuntimeError, MemoryError) as error:
+            if micro_batch == 1 or not is_out_of_memory(error):
+                raise
+            micro_batch //= 2
+            sequences_now = "1 sequence" if micro_batch == 1 else f"{micro_batch} sequences"
+            _note(evaluation, view, f"memory ran out: held-out losses with {sequences_now} at once")
+
+
+def _losses(
+    trained: TrainedModel, validation: ValidationData, micro_batch: int, seed: int
+) -> HeldOut:
+    assert trained.vocab.mask_id is not None  # or the dataset would not have been opened
+    return held_out_losses(
         trained,
-        ValidationData(
-            dataset,
-            sequence_length=trained.context,
-            append_eos=recipe is not None and recipe.data.append_eos,
-            sequences=sequences,
-        ),
+        validation,
         micro_batch=micro_batch,
         mask_id=trained.vocab.mask_id,
         special_ids=trained.vocab.special_ids,
         target=trained.target,
-        seed=options.seed,
+        seed=seed,
         backend=trained.backend,
         device=trained.device,
         dtype=trained.dtype,
     )
+
+
+def _note(evaluation: Evaluation, view: View, text: str) -> None:
+    evaluation.notes.append(text)
+    view.say(f"note: {text}")
 
 
 def _score_tasks(
@@ -340,14 +361,15 @@ def _score_tasks(
         tokens_per_batch=options.tokens_per_batch,
         elbo_samples=options.elbo_samples,
         seed=options.seed,
-        on_note=evaluation.notes.append,
+        on_note=partial(_note, evaluation, view),
     )
     evaluation.settings["tokens_per_batch"] = scorer.tokens_per_batch
+    count = len(evaluation.tasks) * len(modes)
     for task in evaluation.tasks:
         # Every mode asks for the same requests.
         encode = cache(partial(encode_pair, trained.tokenizer, bos_id=trained.vocab.bos_id))
         for mode in modes:
-            view.begin(f"{task.name}, {mode}")
+            view.begin(f"{len(evaluation.results) + 1}/{count} {task.name}, {mode}")
             result = score_task(
                 task,
                 evaluation.items[task.name].items,

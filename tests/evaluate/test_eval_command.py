@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 from run_support import records, tiny_loader, train_on
 from task_support import question, write_lines, write_task
 from typer.testing import CliRunner
@@ -281,6 +282,26 @@ def test_an_exported_model_is_evaluated_with_a_dataset_of_its_tokenizer(
     for one, other in zip(exported.results, of_run.results, strict=True):
         assert one.score == other.score
     assert exported.held_out is not None and of_run.held_out is not None
+
+
+def test_held_out_losses_take_smaller_batches_when_memory_runs_out(
+    run_dir, out, monkeypatch, capsys
+):
+    options = Options(path=str(run_dir), sequences=4, tokens_per_batch=128, out=out)
+    expected = evaluate(replace(options, out=out.with_name("before"))).held_out
+    losses = command.held_out_losses
+
+    def small_machine(*arguments, micro_batch, **others):
+        if micro_batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(*arguments, micro_batch=micro_batch, **others)
+
+    monkeypatch.setattr(command, "held_out_losses", small_machine)
+    found = evaluate(options).held_out
+    assert found is not None and expected is not None
+    assert found.diffusion_nll == pytest.approx(expected.diffusion_nll, rel=1e-5)
+    assert "memory ran out: held-out losses with 1 sequence at once" in capsys.readouterr().err
+    assert len([note for note in results(out)["notes"] if "memory" in note]) == 2
 
 
 def test_one_process_evaluates(run_dir, monkeypatch):

@@ -16,6 +16,7 @@ from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
 from dualtrain.import_model import build_imported
 from dualtrain.model import DualConfig, DualLM
+from dualtrain.model.exported import is_exported, read_exported_config
 from dualtrain.model.imported import ImportedLM
 from dualtrain.model.imported_config import parse_config
 from dualtrain.model.initialize import initialize_parameter
@@ -126,6 +127,8 @@ def read_config(file: Path) -> DualConfig | PretrainedConfig:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(str(file), f"cannot be read: {error}", "a model's configuration") from None
+    if is_exported(values):
+        return read_exported_config(values, where=str(file))
     if values.get("model_type") == DualConfig.model_type:
         return DualConfig.from_dict(values)
     return parse_config(values, where=str(file))

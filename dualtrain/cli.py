@@ -133,6 +133,34 @@ def replay(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or one of its checkpoints.")],
+    to: Annotated[Path, typer.Option("--to", help="A new or empty directory.")],
+    step: Annotated[
+        int | None, typer.Option(help="Of a run, the checkpoint of this step; default: the newest.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="Precision of the exported weights.")
+    ] = "fp32",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 500MB.")
+    ] = "5GB",
+) -> None:
+    """Write a model as a directory for transformers: weights, tokenizer and model card."""
+    from dualtrain.export import export_checkpoint
+
+    exported = export_checkpoint(
+        path,
+        to=to,
+        step=step,
+        precision=dtype,
+        max_shard_size=max_shard_size,
+        on_note=lambda note: typer.echo(f"note: {note}", err=True),
+    )
+    typer.echo("\n".join(exported.lines()))
+
+
+@app.command()
 def generate(
     path: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, a checkpoint, or an export.")

@@ -26,6 +26,7 @@ from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
 from dualtrain.model import DualOutput, resolve_backend
+from dualtrain.model.exported import exported_target
 from dualtrain.model.imported import ImportedLM
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
@@ -229,7 +230,7 @@ def open_trained(
         tokenizer=load_tokenizer(source),
         vocab=read_vocab(source),
         context=context_of(source, model),
-        target="next" if source.recipe is None else source.recipe.objective.target,
+        target=_target_of(source),
         device=chosen,
         precision=precision,
         backend=backend,
@@ -342,6 +343,13 @@ def context_of(source: Source, model: nn.Module) -> int:
         return model.longest_row
     config: Any = model.config
     return getattr(config, "max_position_embeddings", None) or config.n_positions
+
+
+def _target_of(source: Source) -> Literal["next", "in_place"]:
+    """What the diffusion objective predicts at a position."""
+    if source.recipe is not None:
+        return source.recipe.objective.target
+    return exported_target(json.loads((source.path / CONFIG).read_text()))
 
 
 def _newest(run_dir: Path) -> Source:

@@ -1,0 +1,64 @@
+"""The weights of an export: from the safetensors of a checkpoint, file by file.
+
+No model is built. What is held at a time is one file of the export, and as much of the checkpoint,
+mapped from the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dualtrain.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shard_size: str) -> int:
+    """Copy weights, converted, into as many files as their size asks for.
+
+    Args:
+        source: A safetensors file; the names stay.
+        directory: Where ``model.safetensors`` is written, or several and their index.
+        dtype: Of the copy.
+        max_shard_size: Of a file, such as ``5GB``; a larger tensor has a file of its own.
+
+    Returns:
+        How many parameters there are.
+
+    Raises:
+        UserError: The size is none.
+        OSError: The disk is full, or the like.
+    """
+    with safe_open(source, framework="pt") as weights:
+        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    # Tensors without memory: the library looks at their sizes only.
+    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    try:
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except ValueError:
+        raise UserError("--max-shard-size", repr(max_shard_size), "such as 5GB or 500MB") from None
+    for name, tensors in split.filename_to_tensors.items():
+        _copy(source, directory / name, tensors, dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    return sum(tensor.numel() for tensor in sizes.values())
+
+
+def _copy(source: Path, file: Path, names: list[str], dtype: torch.dtype) -> None:
+    # Opened anew for each file: what is mapped of the checkpoint goes with it.
+    with safe_open(source, framework="pt") as weights:
+        tensors = {name: weights.get_tensor(name).to(dtype) for name in names}
+    try:
+        # transformers asks what wrote a file, and takes no other answer.
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(file)) from None
+    # The library lets nobody else read it, whatever the umask says.
+    file.chmod(file.parent.stat().st_mode & 0o666)

@@ -1,0 +1,128 @@
+"""The ``config.json`` of an exported model, in the names that transformers and others look for.
+
+The linear head is described as a Llama, for whoever serves one; the code beside the weights reads
+the same file when transformers is asked to trust it, and adds the modes that Llama has not. The
+paper's head exists in that code only. An imported model remains what it was.
+
+Whichever version of transformers writes a file, 4 and 5 read it alike: 4 would otherwise take its
+own defaults for rotary settings that 5 has renamed, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dualtrain.errors import UserError
+from dualtrain.model.config import DualConfig
+
+Target = Literal["next", "in_place"]
+
+CODE = "modeling_dualtrain"
+"""The file of Python code in an exported model."""
+
+_TARGET = "diffusion_target"
+_HEAD = "head"
+# The old name: transformers before 4.56 knows no other, and newer ones know both.
+_DTYPE = "torch_dtype"
+# In an export, and in a DualConfig.
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "sequence_length",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+    "mask_token_id": "mask_token_id",
+}
+
+
+def exported_config(config: DualConfig, *, target: Target, dtype: str) -> dict[str, Any]:
+    """Describe a model for transformers 4 and 5 alike.
+
+    Args:
+        config: Of the model.
+        target: What its diffusion objective predicts at i: token i+1, or i.
+        dtype: Of the exported weights, such as ``float32``.
+    """
+    values = {name: getattr(config, ours) for name, ours in _NAMES.items()}
+    values |= {_HEAD: config.head, _TARGET: target, _DTYPE: dtype}
+    values |= {"tie_word_embeddings": False, "use_cache": True}
+    auto_map = {
+        "AutoConfig": f"{CODE}.DualTrainConfig",
+        "AutoModelForCausalLM": f"{CODE}.DualTrainForCausalLM",
+    }
+    if config.head == "paper":
+        return {
+            "architectures": ["DualTrainForCausalLM"],
+            "model_type": DualConfig.model_type,
+            "auto_map": auto_map,
+            **values,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "auto_map": auto_map,
+        "num_key_value_heads": config.heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **values,
+    }
+
+
+def exported_import(values: Mapping[str, Any], *, target: Target, dtype: str) -> dict[str, Any]:
+    """Describe a model that was imported from Hugging Face and trained.
+
+    Args:
+        values: Its ``config.json`` in a checkpoint.
+        target: As in :func:`exported_config`.
+        dtype: Likewise.
+    """
+    exported = {**values, _TARGET: target, _DTYPE: dtype}
+    exported.pop("dtype", None)
+    rope = dict(values.get("rope_parameters") or {})
+    is_neox = values["model_type"] == "gpt_neox"
+    if (theta := rope.pop("rope_theta", None)) is not None:
+        exported["rotary_emb_base" if is_neox else "rope_theta"] = theta
+    if (share := rope.pop("partial_rotary_factor", None)) is not None and is_neox:
+        exported["rotary_pct"] = share
+    if rope.get("rope_type", "default") != "default":
+        exported["rope_scaling"] = rope
+    return exported
+
+
+def is_exported(values: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is from an export of a ``DualLM``, also when saved again."""
+    return _TARGET in values and _HEAD in values
+
+
+def read_exported_config(values: Mapping[str, Any], *, where: str) -> DualConfig:
+    """The configuration of the model that an export's ``config.json`` describes.
+
+    Args:
+        values: As :func:`exported_config` gave them, perhaps saved again by transformers.
+        where: The file, for messages.
+
+    Raises:
+        UserError: A value is missing.
+    """
+    # transformers 5 keeps the base here only.
+    values = {**values, **(values.get("rope_parameters") or {})}
+    missing = [name for name in _NAMES if name not in values]
+    if missing:
+        raise UserError(where, f"lacks {', '.join(missing)}", hint="export the model again")
+    own = {ours: values[name] for name, ours in _NAMES.items()}
+    return DualConfig(**own, head=values[_HEAD])
+
+
+def exported_target(values: Mapping[str, Any]) -> Target:
+    """What the diffusion objective of an exported model predicts at i."""
+    return values.get(_TARGET, "next")

@@ -1,0 +1,75 @@
+"""Two very small trained models, one of each head, and their exports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from run_support import tiny_loader, train_on
+
+from dualtrain.export import Exported, export_checkpoint
+from dualtrain.model import plan_attention
+from dualtrain.trained import TrainedModel, open_trained
+
+SHORT = ("steps=3", "optim.lr=0.02", "eval.sequences=4", "sample.tokens=0", "sample.infill=''")
+
+
+@dataclass
+class Case:
+    """A run and its export."""
+
+    run_dir: Path
+    exported: Exported
+    trained: TrainedModel
+    """From the checkpoint."""
+
+    @property
+    def directory(self) -> Path:
+        return self.exported.directory
+
+    def logits(self, ids: torch.Tensor, kind: str = "causal", prefix: int | None = None):
+        """What the trained model itself computes for rows without padding."""
+        lengths = None if prefix is None else torch.full((len(ids),), prefix)
+        plan = plan_attention(
+            kind,
+            torch.zeros(ids.shape, dtype=torch.int32),
+            backend="sdpa",
+            device="cpu",
+            prefix_lengths=lengths,
+        )
+        with torch.no_grad():
+            return self.trained.model(ids, attention=plan).logits
+
+
+@pytest.fixture(scope="session")
+def cases(tiny_dataset, tmp_path_factory) -> dict[str, Case]:
+    """By head. The linear one was trained by ZeRO 3 to predict masked tokens in place."""
+    folder = tmp_path_factory.mktemp("export")
+    load = tiny_loader(tiny_dataset, folder)
+    recipes = {
+        "paper": load(*SHORT, "checkpoint.interval_steps=2", name="paper-run"),
+        "linear": load(
+            *SHORT,
+            "model.head=linear",
+            "objective.target=in_place",
+            "engine.deepspeed=zero3",
+            name="linear-run",
+        ),
+    }
+    assert train_on(1, folder, *recipes.values()) == [0, 0]
+    cases = {}
+    for head, recipe in recipes.items():
+        run_dir = recipe.recipe.directory
+        exported = export_checkpoint(run_dir, to=folder / f"{head}-export")
+        cases[head] = Case(run_dir, exported, open_trained(run_dir, device="cpu"))
+    return cases
+
+
+@pytest.fixture(params=["paper", "linear"])
+def case(request, cases) -> Case:
+    return cases[request.param]
+
+
+@pytest.fixture
+def paper(cases) -> Case:
+    return cases["paper"]

@@ -182,7 +182,8 @@ def _print_tasks(evaluation: Evaluation, console: Console) -> None:
             *map(Text, [*_row(evaluation, result, is_first=result.task != last), *numbers])
         )
         last = result.task
-    for mode, estimate in evaluation.averages().items():
+    averages = evaluation.averages() if len(evaluation.tasks) > 1 else {}
+    for mode, estimate in averages.items():
         name = f"average of {len(evaluation.tasks)}" if mode == results[0].mode else ""
         table.add_row(Text(name), Text(mode), *[""] * 4, Text(_shown(estimate), style="bold"))
     console.print(table)

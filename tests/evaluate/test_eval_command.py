@@ -128,6 +128,7 @@ def test_items_are_written_and_add_up(run_dir, tasks_dir, out):
 def test_results_are_the_same_again_and_never_written_over(run_dir, tasks_dir, capsys):
     options = Options(path=str(run_dir), step=4, tasks="quiz", tasks_dir=tasks_dir, sequences=0)
     evaluate(options)
+    assert "average" not in capsys.readouterr().out  # of a single task
     evaluate(options)
     first, second = (run_dir / "eval" / name for name in ("step-00000004", "step-00000004-2"))
     one, other = results(first), results(second)

@@ -246,7 +246,9 @@ def generate(
 
 @app.command("eval")
 def evaluate(
-    path: Annotated[str, typer.Argument(help="A run, a checkpoint, or an exported model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an exported model.")
+    ],
     tasks: Annotated[
         str | None,
         typer.Option(help="Names with commas, `all`, or `none`; default: those with data."),

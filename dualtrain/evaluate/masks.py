@@ -8,14 +8,13 @@ pll      L documents, c_i masked in the i-th: Σ_i log p(c_i | all others). No l
 chain    L documents, c_i ... c_L masked in the i-th: Σ_i log p(c_i | context, c_1 ... c_{i-1}),
          the likelihood of c given its length.
 elbo     documents with random sets M masked. With k uniform on 1 ... L and M uniform among the
-         sets of k tokens,
+         sets of k tokens, the bound is
 
-             E_M [ (L / k) Σ_{i in M} log p(c_i | all that is not in M) ]
+             E_M [ (L / k) Σ_{i in M} log p(c_i | all that is not in M) ].
 
-         is a lower bound of a log-likelihood: the mean over all orders of c of the chain rule, of
-         which (L / k) Σ is the k-th last factor, in expectation, L times. For every order the
-         product of its factors is a probability distribution over c; their geometric mean is less
-         than their mean.
+         It is the mean, over all orders in which c can be uncovered, of the log-likelihood of
+         uncovering it in that order, one token after the other; so it is no larger than the
+         logarithm of the mean likelihood (Jensen's inequality).
 
 The estimate of that expectation is the mean over S samples, of which sample s (from 0) has
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-CPU_TOKENS = 4096
+CPU_TOKENS = 2048
 """From here on larger batches are no faster on a CPU."""
 MOST_GPU_TOKENS = 65536
 _SHARE_OF_FREE_MEMORY = 0.5

@@ -108,8 +108,8 @@ class Batch:
         """(N,) int64, numbers of what is read, in the order of :meth:`inputs`."""
         return np.concatenate([row.reads for row in self.rows])
 
-    def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Make the model's inputs, on the device: ids, positions, selection and targets."""
+    def inputs(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Make the model's inputs, on the device: ids; positions, selection and targets."""
         width = self.width
         ids, positions = np.zeros((2, len(self.rows), width), np.int64)
         for number, row in enumerate(self.rows):
@@ -117,12 +117,12 @@ class Batch:
             positions[number, : len(row)] = row.positions
         at = [number * width + row.at for number, row in enumerate(self.rows)]
         arrays = {
-            "input_ids": ids,
             "positions": positions,
             "selection": np.concatenate(at),
             "targets": np.concatenate([row.targets for row in self.rows]),
         }
-        return {name: to_device(torch.from_numpy(a), device) for name, a in arrays.items()}
+        options = {name: to_device(torch.from_numpy(a), device) for name, a in arrays.items()}
+        return to_device(torch.from_numpy(ids), device), options
 
     def plan(self, backend: str, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
         """Prepare the attention."""

@@ -255,7 +255,8 @@ class Scorer:
         """
         try:
             plan = batch.plan(self.backend, self.device, self.dtype)
-            output = self.forward(attention=plan, **batch.inputs(self.device))
+            ids, options = batch.inputs(self.device)
+            output = self.forward(ids, attention=plan, **options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

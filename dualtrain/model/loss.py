@@ -220,7 +220,9 @@ def _token_losses(
             logits = F.linear(hidden[chunk].to(compute), matrix, offset)
             losses[chunk] = F.cross_entropy(logits.to(exact), targets[chunk], reduction="none")
             if with_top:
-                is_top[chunk] = logits.argmax(-1) == targets[chunk]
+                # Equality with the maximum: argmax is ten times slower on a CPU.
+                of_target = logits.gather(1, targets[chunk, None])[:, 0]
+                is_top[chunk] = of_target == logits.amax(-1)
     return losses, is_top
 
 

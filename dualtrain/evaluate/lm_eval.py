@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.models.dualtrain")
 """Below the harness's logger, whose settings it follows."""
 
+DEFAULT_DEVICE = "cuda:0"
 OPTIONS = (
     "path",
     "mode",
@@ -357,9 +358,15 @@ def join_ranks() -> tuple[int, int]:
 
 
 def _own_device(device: str | None) -> str | None:
-    """Give each rank of a machine a GPU of its own, unless a device was asked for."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device is None and rank and torch.cuda.is_available() else device
+    """Choose a device where none was asked for: each rank of a machine has a GPU of its own.
+
+    The harness's command says ``cuda:0`` where the user says nothing, GPU or not.
+    """
+    if device not in (None, DEFAULT_DEVICE):
+        return device
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else device
 
 
 def _warn_of_unknown_greediness(requests: Sequence[Instance], mode: Mode) -> None:

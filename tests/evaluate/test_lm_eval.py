@@ -246,7 +246,7 @@ def test_the_command_knows_the_model(model, tasks_dir, monkeypatch, capsys):
     def command(mode):
         options = [
             *("--model", "dualtrain", "--model_args", f"path={model},mode={mode}"),
-            *("--device", "cpu", "--tasks", "questions"),
+            *("--tasks", "questions"),
             *("--include_path", str(tasks_dir / "harness")),
         ]
         monkeypatch.setattr(sys, "argv", ["lm-eval", "run", *options])

@@ -1,10 +1,11 @@
-"""Two very small trained models, one of each head, and their exports."""
+"""Very small trained models, one of each head and an imported one, and their exports."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from imported_support import loader
 from run_support import tiny_loader, train_on
 
 from dualtrain.export import Exported, export_checkpoint
@@ -42,8 +43,8 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def cases(tiny_dataset, tmp_path_factory) -> dict[str, Case]:
-    """By head. The linear one was trained by ZeRO 3 to predict masked tokens in place."""
+def cases(tiny_dataset, published, tmp_path_factory) -> dict[str, Case]:
+    """By head, and an imported GPT-2. The linear one was trained by ZeRO 3, to predict in place."""
     folder = tmp_path_factory.mktemp("export")
     load = tiny_loader(tiny_dataset, folder)
     recipes = {
@@ -56,7 +57,10 @@ def cases(tiny_dataset, tmp_path_factory) -> dict[str, Case]:
             name="linear-run",
         ),
     }
-    assert train_on(1, folder, *recipes.values()) == [0, 0]
+    gpt2, _, text = published
+    load_import = loader(folder, gpt2, text)
+    recipes["imported"] = load_import(*SHORT, "steps=2", name="imported-run")
+    assert train_on(1, folder, *recipes.values()) == [0, 0, 0]
     cases = {}
     for head, recipe in recipes.items():
         run_dir = recipe.recipe.directory

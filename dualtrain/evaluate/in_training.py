@@ -129,11 +129,11 @@ class TaskScoring:
             for task, items in self._tasks:
                 found = score_task(task, items, stand_in, self._encode, mode)
                 for count, what in (
-                    (found.cut, "have a prompt longer than the context, which loses its beginning"),
-                    (found.left_out, "have an answer longer than the context, and are left out"),
+                    (found.cut, "prompt is longer than the context, and loses its beginning"),
+                    (found.left_out, "answer is longer than the context: left out"),
                 ):
                     if count:
-                        warnings.append(f"{task.name}: {count} of {len(items)} items {what}")
+                        warnings.append(f"{task.name}: of {len(items)} items {count} whose {what}")
         return warnings
 
 

@@ -354,6 +354,13 @@ def test_summary_names_everything():
     assert all(len(line) <= 60 for line in longest)
 
 
+def test_a_summary_of_an_older_version_has_two_losses():
+    summary = Summary(step=300, tokens=1, elapsed_s=1.0, held_out=held_out(300))
+    shown = "\n".join(line.plain for line in summary_lines(summary, 80))
+    assert "6.0000 nats/token" in shown
+    assert "prefix" not in shown and "tasks" not in shown
+
+
 def test_remaining_time_is_the_median_rate_and_pauses_on_top():
     remaining = RemainingTime()
     elapsed, seconds = 30.0, 1.0  # the first interval compiles

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from dualtrain import checkpoint
 from dualtrain.data.dataset import DatasetInfo
+from dualtrain.export.card_results import held_out, task_scores
 from dualtrain.progress.formatting import count
 from dualtrain.recipe.derive import CorpusFacts, run_length
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
@@ -101,7 +102,8 @@ def write_model_card(
         "## Training",
         _table(_training_rows(recipe, info, source.facts)),
         "## Held-out losses",
-        _losses(source.facts),
+        held_out(source.facts),
+        *task_scores(source.facts),
         "## Data",
         _table(_data_rows(info)),
         "## Use",
@@ -155,20 +157,6 @@ def _alpha(recipe: Recipe) -> str:
     if isinstance(recipe.alpha, AlphaSchedule):
         return f"a schedule, {recipe.alpha.name}; see the recipe"
     return str(recipe.alpha)
-
-
-def _losses(facts: Mapping[str, Any]) -> str:
-    last = facts.get("last_eval")
-    if not last:
-        return "The run had none by then."
-    rows = [
-        f"| {name} | {last[f'{key}_nll']:.4f} | {last[f'{key}_bits_per_byte']:.4f} |"
-        for name, key in (("autoregressive", "ar"), ("diffusion, upper bound", "diffusion"))
-        if last.get(f"{key}_nll") is not None
-    ]
-    head = ["| | nats per token | bits per byte |", "|---|---|---|"]
-    note = f"At step {last['step']:,}, on {last['tokens']:,} held-out tokens."
-    return "\n".join([*head, *rows, "", note])
 
 
 def _data_rows(info: DatasetInfo) -> Iterator[tuple[str, str]]:

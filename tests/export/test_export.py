@@ -17,6 +17,7 @@ from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_
 from dualtrain.cli import app
 from dualtrain.errors import UserError
 from dualtrain.export import export_checkpoint
+from dualtrain.export.card_results import held_out, task_scores
 from dualtrain.model import DualConfig, DualLM
 from dualtrain.trained import open_trained
 
@@ -67,11 +68,13 @@ def test_the_model_card_says_what_was_trained(case):
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     facts = case.trained.source.facts
-    loss = facts["last_eval"]["ar_nll"]
+    losses = facts["last_eval"]
     for part in (
         "# tiny at step 3",
         "| AR share of the objective (alpha) | 3/8 |",
-        f"| autoregressive | {loss:.4f} |",
+        f"| autoregressive | {losses['ar_nll']:.4f} | {losses['ar_error']:.4f} |",
+        f"| diffusion, upper bound | {losses['diffusion_nll']:.4f} |",
+        f"whose autoregressive loss is {losses['ar_nll_same_tokens']:.4f}.",
         case.trained.source.info.fingerprint,
         case.trained.source.info.tokenizer_sha256,
         f"{case.exported.parameters:,}",
@@ -80,6 +83,32 @@ def test_the_model_card_says_what_was_trained(case):
         assert part in text
     recipe = text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe)["optim"]["lr"] == 0.02
+
+
+def test_losses_of_older_versions_and_scores_on_tasks():
+    assert held_out({"last_eval": None}) == "The run had none by then."
+    old = {"step": 3, "tokens": 900, "ar_nll": 2.5, "ar_bits_per_byte": 1.25}
+    table = held_out({"last_eval": old}).splitlines()
+    assert table[2:] == [
+        "| autoregressive | 2.5000 | - | 1.2500 |",
+        "",
+        "At step 3, on 900 held-out tokens.",
+    ]
+    assert list(task_scores({})) == []
+    score = {"score": 12.34, "score_low": 10.0, "score_high": 15.0}
+    records = [
+        {"mode": "ar", "step": 3, "average": 12.34, "tasks": {"blimp": score}},
+        {"mode": "pll", "step": 3, "average": -1.0, "tasks": {"piqa": score}},
+    ]
+    title, table = task_scores({"last_scores": records})
+    assert title == "## Tasks"
+    assert table.splitlines()[:5] == [
+        "| | ar | pll |",
+        "|---|---|---|",
+        "| blimp | 12.3 (10.0 to 15.0) | - |",
+        "| piqa | - | 12.3 (10.0 to 15.0) |",
+        "| **average** | **12.3** | **-1.0** |",
+    ]
 
 
 def test_an_earlier_step_in_bf16_in_several_files(cases, tmp_path):

@@ -173,18 +173,20 @@ def generate(
     ] = None,
     mode: Annotated[
         str | None,
-        typer.Option(help="ar, prefix or diffusion; default: diffusion for gaps, else ar."),
+        typer.Option(
+            metavar="ar|prefix|diffusion", help="Default: diffusion if there are gaps, else ar."
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a text, at most; 64.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of a text, at most; default: 64.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token; 0.8.")
+        float | None, typer.Option(help="0 takes the likeliest token; default: 0.8.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw from the likeliest that together have probability p.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Makes tokens less likely that are there; ar, prefix; 1.")
+        float | None, typer.Option(help="Of tokens the text has already; ar and prefix; 1: none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same text.")] = 0,
     samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
@@ -193,7 +195,10 @@ def generate(
     ] = None,
     order: Annotated[
         str | None,
-        typer.Option(help="Diffusion: confidence, random or left_to_right; confidence."),
+        typer.Option(
+            metavar="confidence|random|left_to_right",
+            help="Diffusion: which masks are filled first; default: confidence.",
+        ),
     ] = None,
     block: Annotated[
         int | None,
@@ -206,13 +211,14 @@ def generate(
         Path | None, typer.Option(help="Write the texts to this file, as JSON lines.")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="The checkpoint of this step; default: the newest.")
+        int | None, typer.Option(help="Of a run, the checkpoint of this step; default: the newest.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")
+        str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16; default: fp32 on a CPU, else the run's.")
+        str | None,
+        typer.Option(metavar="fp32|bf16", help="Default: fp32 on a CPU, else the run's."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Texts at once, at most.")] = 16,
     plain: Annotated[

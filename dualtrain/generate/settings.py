@@ -115,6 +115,7 @@ def read_settings(wishes: Wishes, *, gaps: Sequence[str], prompts: int) -> Setti
     wrong: list[UserError] = []
     mode = _word("--mode", wishes.mode or ("diffusion" if gaps else "ar"), MODES, wrong)
     order = _word("--order", wishes.order or "confidence", ORDERS, wrong)
+    raise_all(wrong)
     if mode == "diffusion":
         if wishes.repetition_penalty is not None:
             wrong.append(_out_of_place("repetition_penalty", mode, "ar or prefix"))

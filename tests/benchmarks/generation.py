@@ -1,0 +1,166 @@
+"""Tokens per second of CPU time: with the cache, in batches, and beside transformers.
+
+    python tests/benchmarks/generation.py RUN [--rounds 5] [--tokens 128] [--texts 16]
+
+RUN is a trained run or checkpoint. Each comparison is made in turns, one of each a round, on one
+thread: greedy text with the cache against a pass over the whole row for every token; texts at once
+against one by one, autoregressive and diffusion; and, on a Llama of the same sizes with random
+weights, against transformers' own ``generate``, single and in a batch. Prints the medians and the
+median of the rounds' ratios. That both sides write the same text is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from dualtrain import randomness
+from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt, fill_masks
+from dualtrain.model import DualConfig, DualLM, plan_attention
+from dualtrain.model.llama import to_llama
+from dualtrain.trained import open_trained
+
+GREEDY = Sampling(temperature=0)
+PROMPT = "It was a dark night, and the rain fell in torrents; she looked out of the window"
+
+Texts = list[list[int]]
+
+
+def whole_rows(model: TextModel, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy text by a pass over the row so far for every token."""
+    ids = list(prompt)
+    with model.inference():
+        for _ in range(tokens):
+            row = torch.tensor([ids])
+            plan = plan_attention("causal", torch.zeros_like(row), backend="sdpa", device="cpu")
+            last = torch.tensor([len(ids) - 1])
+            ids.append(int(model.logits(row, plan, last, may_stop=False).argmax()))
+    return ids[len(prompt) :]
+
+
+def cached(model: TextModel, prompts: Texts, tokens: int) -> Texts:
+    generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
+    found = continue_prompts(model, prompts, tokens=tokens, sampling=GREEDY, generators=generators)
+    return [list(one.ids) for one in found]
+
+
+def diffused(model: TextModel, prompts: Texts, tokens: int) -> Texts:
+    generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
+    assert model.mask_id is not None
+    rows = [[*prompt, *[model.mask_id] * tokens] for prompt in prompts]
+    return fill_masks(
+        model, rows, steps=tokens // 2, sampling=GREEDY, generators=generators, block=32
+    )
+
+
+def compare(
+    name: str,
+    tokens: int,
+    rounds: int,
+    mine: Callable[[], Texts],
+    other: Callable[[], Texts],
+) -> None:
+    """Time two ways to the same text in turns, and print tokens per second and their ratio."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        texts = []
+        for times, make in zip(seconds, (mine, other), strict=True):
+            began = time.process_time()
+            texts.append(make())
+            times.append(time.process_time() - began)
+        same = sum(a == b for a, b in zip(*texts, strict=True)) / len(texts[0])
+    # The first round warms up.
+    rates = [statistics.median(tokens / s for s in times[1:]) for times in seconds]
+    ratios = [b / a for a, b in zip(seconds[0][1:], seconds[1][1:], strict=True)]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(
+        f"{name:46} {rates[0]:8.0f} {rates[1]:8.0f} {statistics.median(ratios):6.2f}  {spread:14}"
+        f" {same:6.0%}"
+    )
+
+
+def llama_like(model: TextModel, network: DualLM) -> tuple[TextModel, torch.nn.Module]:
+    """A model of the same sizes with the linear head and random weights, and its Llama."""
+    sizes = network.config.to_dict() | {"head": "linear"}
+    plain = DualLM(DualConfig.from_dict(sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return TextModel(plain, model.context, sizes["vocab_size"], begin_id=1), to_llama(plain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=16)
+    options = parser.parse_args()
+    tokens, texts, rounds = options.tokens, options.texts, options.rounds
+    trained = open_trained(options.run, device="cpu")
+    model = TextModel.of(trained)
+    endless = TextModel(
+        trained, model.context, model.vocab_size, 1, model.special_ids, (), model.mask_id
+    )
+    prompt = encode_prompt(PROMPT, trained.tokenizer, bos_id=model.begin_id)
+    several = [prompt[: 4 + row % (len(prompt) - 3)] for row in range(texts)]
+    print(f"{trained.source.name}: prompt of {len(prompt)} tokens, {tokens} new, {texts} texts")
+    print(f"{'':46} {'tokens/s':>8} {'against':>8} {'ratio':>6}  {'':14} {'equal':>6}")
+    compare(
+        "cache / whole rows",
+        tokens,
+        rounds,
+        lambda: cached(endless, [prompt], tokens),
+        lambda: [whole_rows(endless, prompt, tokens)],
+    )
+    compare(
+        f"{texts} texts at once / one by one",
+        tokens * texts,
+        rounds,
+        lambda: cached(endless, several, tokens),
+        lambda: [cached(endless, [one], tokens)[0] for one in several],
+    )
+    compare(
+        f"diffusion, {texts} texts at once / one by one",
+        tokens * texts,
+        max(1, rounds // 2),
+        lambda: diffused(endless, several, tokens),
+        lambda: [diffused(endless, [one], tokens)[0] for one in several],
+    )
+    assert isinstance(trained.model, DualLM)
+    random, llama = llama_like(model, trained.model)
+
+    def transformers(prompts: Texts) -> Texts:
+        ids = torch.tensor(prompts)
+        found = llama.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return found[:, ids.shape[1] :].tolist()
+
+    alike = [[*prompt[:-1], 100 + row] for row in range(texts)]
+    for count in (1, texts):
+        compare(
+            f"{count} at once / transformers' generate",
+            tokens * count,
+            rounds,
+            lambda count=count: cached(random, alike[:count], tokens),
+            lambda count=count: transformers(alike[:count]),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -40,12 +40,14 @@ class Timed:
     Attributes:
         items_per_s: Of the whole evaluation, without loading the model.
         requests_s: Time inside the model type: encoding and scoring.
+        processor_s: Of that, time of this process on any core; others on the machine do not count.
         answers: Log-likelihoods of all answers, by task and item.
         correct: What acc is, by task and item.
     """
 
     items_per_s: float
     requests_s: float
+    processor_s: float
     answers: list[float]
     correct: list[float]
 
@@ -178,20 +180,21 @@ def evaluate(lm: object, tasks: list[str], folder: Path) -> Timed:
     samples = [sample for task in tasks for sample in results["samples"][task]]
     return Timed(
         len(samples) / seconds,
-        inside[0],
+        *inside,
         [answer[0] for sample in samples for answer in sample["filtered_resps"]],
         [sample["acc"] for sample in samples],
     )
 
 
 def watch(lm: object) -> list[float]:
-    """Add up the time that a model type takes for requests."""
-    seconds, inner = [0.0], lm.loglikelihood
+    """Add up the time that a model type takes for requests: by the clock, and of the process."""
+    seconds, inner = [0.0, 0.0], lm.loglikelihood
 
     def timed(requests: list, **options: object) -> list:
-        begin = time.perf_counter()
+        begin, processor = time.perf_counter(), time.process_time()
         answers = inner(requests, **options)
         seconds[0] += time.perf_counter() - begin
+        seconds[1] += time.process_time() - processor
         return answers
 
     lm.loglikelihood = timed
@@ -204,12 +207,15 @@ def report(options: argparse.Namespace, shape: str, best: dict[str, Timed]) -> N
     fastest = max(best.values(), key=lambda timed: timed.items_per_s)
     count = len(ours.correct)
     print(f"\n{shape}, {options.tasks}, {count} items, {options.threads} thread(s)")
-    print(f"{'':24}{'items/s':>9}{'in the model type, s':>22}")
+    print(f"{'':24}{'items/s':>9}{'in the model type, s':>22}{'processor, s':>14}")
     for name, timed in {**best, "dualtrain": ours}.items():
-        print(f"{name:24}{timed.items_per_s:9.2f}{timed.requests_s:22.1f}")
+        figures = f"{timed.items_per_s:9.2f}{timed.requests_s:22.1f}{timed.processor_s:14.1f}"
+        print(f"{name:24}{figures}")
+    processor = min(timed.processor_s for timed in best.values())
     print(
         f"ratio to the fastest of hf: {ours.items_per_s / fastest.items_per_s:.2f}"
-        f" whole evaluation, {fastest.requests_s / ours.requests_s:.2f} in the model type"
+        f" whole evaluation, {fastest.requests_s / ours.requests_s:.2f} in the model type,"
+        f" {processor / ours.processor_s:.2f} of the processor's time there"
     )
     differences = (
         abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours.answers, fastest.answers, strict=True)

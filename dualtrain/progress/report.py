@@ -178,9 +178,10 @@ def _held_out(record: EvalRecord) -> Iterator[Text]:
         yield Text.assemble(
             ("  prefix     ", PREFIX_STYLE),
             f"{formatting.loss(record.get('prefix_nll'))} nats/token   "
-            f"{formatting.loss(record.get('prefix_bits_per_byte'))} bits/byte   second halves",
+            f"{formatting.loss(record.get('prefix_bits_per_byte'))} bits/byte",
         )
-        yield Text(f"             {formatting.difference(change, error)} to AR on the same tokens")
+        shown = formatting.difference(change, error)
+        yield Text(f"    second halves of documents: {shown} to AR there")
 
 
 def _scores(records: Sequence[TasksRecord]) -> Iterator[Text]:

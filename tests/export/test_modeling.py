@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from dualtrain.export.modeling_dualtrain import DualTrainForCausalLM
-from dualtrain.generate import Sampling, TextModel, fill_masks
+from dualtrain.generate import Sampling, TextModel, continue_prompts, fill_masks
 from dualtrain.trained import open_trained
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -92,6 +92,25 @@ def test_greedy_texts_are_the_whole_rows_likeliest_tokens(case, model, mode):
                 break
         begin = ids.shape[1] - len(row)
         assert torch.equal(text[begin : begin + len(expected)], expected)
+
+
+def test_greedy_texts_are_dualtrains_own(case, model):
+    rows = [IDS[0, :5], IDS[1, :9]]
+    ids, mask = padded(rows)
+    for mode, kind in {"generate": "causal", "generate_prefix": "full"}.items():
+        texts = getattr(model, mode)(ids, attention_mask=mask, max_new_tokens=12)
+        own = continue_prompts(
+            TextModel.of(case.trained),
+            [row.tolist() for row in rows],
+            tokens=12,
+            generators=[np.random.default_rng(0)] * 2,
+            sampling=Sampling(temperature=0),
+            kind=kind,
+        )
+        for text, continuation in zip(texts[:, 9:].tolist(), own, strict=True):
+            assert text[: len(continuation.ids)] == list(continuation.ids)
+            ended = text[len(continuation.ids) :][:1]
+            assert ended == [] if continuation.stop == "tokens" else ended[0] in (1, 2)
 
 
 def test_pieces_of_a_row_through_the_cache(model):

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from run_support import records, results, rewind, tiny_loader, train_on
 
+from dualtrain.data.dataset import DatasetInfo
 from dualtrain.errors import UserError
+from dualtrain.evaluate.in_training import TaskScoring, read_tasks
 from dualtrain.evaluate.request import MODES
+from dualtrain.evaluate.scoring import Scorer
+from dualtrain.model import DualConfig, DualLM
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import EvalSection
 from dualtrain.start import start
+from dualtrain.trained import parse_tokenizer
 
 PAIRS = """
 name: pairs
@@ -171,6 +177,29 @@ def test_after_a_stop_signal_tasks_are_left_out_and_losses_are_not(pair):
     assert [record["step"] for record in records(recipe, "eval")] == [2]
     events = [(r["event"], r["step"]) for r in records(recipe, "event")]
     assert ("tasks_left_out", 2) in events and events[-1] == ("checkpoint", 3)
+
+
+def test_a_signal_ends_a_task_between_two_batches(tiny_dataset, tasks_dir):
+    """And leaves the model as it was."""
+    config = DualConfig(512, width=16, layers=1, heads=2, mlp_width=24)
+    model = DualLM(config).train()
+    model.initialize(0)
+    vocab = DatasetInfo.load(tiny_dataset)
+    scorer = Scorer(model, vocab=vocab, context=32, tokens_per_batch=64)
+    tasks = read_tasks(EvalSection(tasks=["pairs", "choices"], tasks_dir=str(tasks_dir)))
+    tokenizer = parse_tokenizer(tiny_dataset / "tokenizer.json")
+    scoring = TaskScoring(tasks, ["pll"], scorer=scorer, tokenizer=tokenizer, bos_id=vocab.bos_id)
+    assert scoring.warnings == [
+        "choices: of 10 items 1 whose prompt is longer than the context, and loses its beginning"
+    ]
+    shown: list[str] = []
+    found = scoring.score("pll", on_status=shown.append, is_stopping=lambda: len(shown) == 4)
+    assert found is None
+    assert len(shown) == 4 and shown[0] == "scoring pairs, pll: 0/10"
+    assert all(re.fullmatch(r"scoring pairs, pll: \d+/20", line) for line in shown[1:])
+    assert model.training and torch.is_grad_enabled()
+    found = scoring.score("pll", on_status=shown.append, is_stopping=lambda: False)
+    assert found is not None and [result.task for result in found] == ["pairs", "choices"]
 
 
 def test_what_cannot_be_scored_is_refused_before_the_first_step(alone):

@@ -103,24 +103,28 @@ class TaskScoring:
         Args:
             mode: One of :attr:`modes`.
             on_status: Told what is being scored.
-            is_stopping: Asked before each task whether to leave out the rest; all ranks must get
-                the same answer.
+            is_stopping: Asked before each batch whether to leave out the rest; all ranks ask
+                together, and must get the same answer.
 
         Returns:
             A result for each task; None when they were not all scored.
         """
-        results = []
-        for task, items in self._tasks:
+        results, name = [], ""
+
+        def report(done: int, count: int) -> None:
             if is_stopping():
-                return None
+                raise _Stopped
+            on_status(f"scoring {name}, {mode}: {done}/{count}")
 
-            def report(done: int, count: int, name: str = task.name) -> None:
-                on_status(f"scoring {name}, {mode}: {done}/{count}")
-
-            on_status(f"scoring {task.name}, {mode}")
-            results.append(
-                score_task(task, items, self._scorer, self._encode, mode, on_progress=report)
-            )
+        try:
+            for task, items in self._tasks:
+                name = task.name
+                report(0, len(items))
+                results.append(
+                    score_task(task, items, self._scorer, self._encode, mode, on_progress=report)
+                )
+        except _Stopped:
+            return None
         return results
 
     def _rehearse(self) -> list[str]:
@@ -135,6 +139,10 @@ class TaskScoring:
                     if count:
                         warnings.append(f"{task.name}: of {len(items)} items {count} whose {what}")
         return warnings
+
+
+class _Stopped(Exception):
+    """Ends the scoring of a task."""
 
 
 class _NoModel:

@@ -149,8 +149,8 @@ class Scorer:
             requests: Any number, in any order; equal ones are scored once. Of a context that is
                 too long the oldest tokens behind ``<s>`` are dropped.
             mode: One of :data:`MODES`.
-            on_progress: Told from time to time how many of the requests are done so far, by the
-                share of the work that is done.
+            on_progress: Told after each batch, on all ranks, how many of the requests are done so
+                far, by the share of the work that is done. May raise to end it.
 
         Returns:
             The scores, in the order of the requests.

@@ -1,6 +1,7 @@
 """What does not change a score: batches, memory, ranks; and what becomes of unfit requests."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from support import on_ranks
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dualtrain.errors import UserError
+from dualtrain.evaluate.masks import Masking
 from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.packing import Row, make_batches
+from dualtrain.evaluate.request import Passage
 from dualtrain.evaluate.scoring import MODES, Request, Scorer, encode_pair
 from dualtrain.model import DualOutput
 
@@ -107,6 +110,11 @@ def test_batches_are_of_similar_lengths():
     assert shapes(40, 10, 10, 9, 1, 1) == [[10, 9], [1, 1]]
     assert shapes(40, 20, 10, 9, 1, 1) == [[10, 9, 1, 1]]
     assert shapes(8, 0, 20, 3) == [[20], [3]]
+    # Rows that need a mask are not with those that need none.
+    rows = rows_of(5, 5, 5)
+    rows[1] = replace(rows[1], parts=2)
+    batches = make_batches(rows, 100, overhead_tokens=100)
+    assert [[row.parts for row in batch.rows] for batch in batches] == [[2], [1, 1]]
 
 
 def test_old_tokens_of_long_contexts_are_dropped(model):
@@ -187,6 +195,12 @@ def test_masks_belong_to_the_request_and_the_seed(model):
     together = score(requests)
     torch.testing.assert_close(score(requests[1:]), together[1:], rtol=1e-6, atol=0)
     assert (score(requests, seed=1) - together).abs().min() > 1e-3
+    masking = Masking("elbo", 4, frozenset(), samples=8)
+    places = []
+    for request in requests:
+        documents, _ = masking.documents(Passage(request.context + request.continuation, 3))
+        places.append([tuple((document.tokens == 4).nonzero()[0]) for document in documents])
+    assert places[0] != places[1]
 
 
 OUT_OF_MEMORY = [
@@ -227,6 +241,11 @@ def test_a_single_row_without_memory_is_the_end(model, mode):
 
     scorer = scorer_of(Recorder(model, fail=fail))
     assert len(scorer.score([Request((1, 7), (6, 8, a)) for a in range(5, 20)], mode)) == 15
+    notes = []
+    with pytest.raises(UserError, match="memory: ran out in a row of (9|10) tokens by itself"):
+        alone = [Request((1, *(6,) * 8), (7,))]
+        scorer_of(scorer.forward, on_note=notes.append).score(alone, mode)
+    assert notes == []  # it is not tried again
     with pytest.raises(UserError, match="memory: ran out in a row of (8|9) tokens by itself"):
         scorer.score([Request((1, 7), (6, 8, a, 9, 10, 11, 12)) for a in range(5, 20)], mode)
 
@@ -313,6 +332,8 @@ def test_pairs_of_tokenizers_that_change_the_text():
     prefixed = make_tokenizer(("Ġ", "a"), add_prefix_space=True)
     assert encode(prefixed, "a", " a") == (["Ġa"], ["Ġa"])
     assert encode(prefixed, "", "a") == ([], ["Ġa"])
+    prefixed.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode(prefixed, "", "b") == ([], ["Ġ", "b"])
     shorter = make_tokenizer(("a", "b"))
     shorter.normalizer = normalizers.Replace("--", "")
     assert encode(shorter, "--a--", "b") == ([], ["ab"])

@@ -1,8 +1,8 @@
 """lm-evaluation-harness on our models: the model type ``dualtrain`` for its registry and command.
 
 ``python -m dualtrain.evaluate.lm_eval run --model dualtrain --model_args path=RUN,mode=prefix …``
-is the harness's own command, which then knows ours. Its versions after 0.4.13 find the type by
-themselves, through an entry point of this package. Needs the extra ``dualtrain[eval]``.
+is the harness's own command, which then knows ours. Version 0.4.13 finds nothing of other packages
+by itself; later ones look for the entry point that this package has. Needs ``dualtrain[eval]``.
 """
 
 from __future__ import annotations

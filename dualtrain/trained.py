@@ -276,6 +276,8 @@ def parse_tokenizer(file: Path) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # It would add special tokens, which is done here, and cut spaces off the offsets of tokens.
+    tokenizer.post_processor = None
     return tokenizer
 
 

@@ -30,6 +30,8 @@ from dualtrain.recipe.schema import ModelSection, Recipe
 
 CONFIG = "config.json"
 
+# By these a model that we have exported would be known as ours again.
+_OF_EXPORTS = ("auto_map", "head", "diffusion_target")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _DESCRIPTION = (CONFIG, TOKENIZER_FILE)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -260,6 +262,9 @@ def fit_to_dataset(config: PretrainedConfig, info: DatasetInfo, rows: int) -> No
         info: Of the dataset; its documents begin with its ``<s>``, whatever the model's own was.
         rows: Of the embedding and the output matrix.
     """
+    for name in _OF_EXPORTS:
+        if hasattr(config, name):
+            delattr(config, name)
     config.vocab_size = rows
     config.bos_token_id = info.bos_id
     config.eos_token_id = info.eos_id

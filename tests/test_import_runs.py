@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from imported_support import loader
+from imported_support import config_of, loader
 from run_support import records, results, rewind, train_on
 from safetensors.torch import load_file
 
@@ -17,7 +17,10 @@ def runs(tmp_path_factory, published):
     folder = tmp_path_factory.mktemp("runs")
     load = loader(folder, published[0], published[2])
     whole = load("engine.deepspeed=zero3", "checkpoint.interval_steps=3", name="whole")
-    scratch = "model.hf_init=scratch", "model.activation_checkpointing=true"
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text(config_of("llama").to_json_string())
+    llama = f"model.hf={folder / 'llama'}", "model.hf_init=scratch"
+    scratch = *llama, "model.activation_checkpointing=true"
     first = train_on(2, folder, whole, load("engine.deepspeed=zero3", *scratch, name="scratch-3"))
     before = results(whole)
     weights = load_file(whole.recipe.directory / "step-00000006/weights.safetensors")

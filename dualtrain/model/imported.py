@@ -50,7 +50,11 @@ class ImportedLM(nn.Module):
         remove_dropout(config)
         config._attn_implementation = ATTENTION
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        # An embedding that knows of padding gives that row no gradient, and some models' is their
+        # `</s>`; and transformers would set the row to 0 where ZeRO-3 keeps none of them.
+        padding, config.pad_token_id = config.pad_token_id, None
         model = model_class(config)
+        config.pad_token_id = padding
         config.architectures = [model_class.__name__]
         self.config = config
         self._body_name: str = model.base_model_prefix
@@ -59,8 +63,6 @@ class ImportedLM(nn.Module):
         head = model.get_output_embeddings()
         head.__class__ = OutputLayer  # the same matrix, with the loss inside
         self.add_module(self._head_name, head)
-        # The row of a padding token would have no gradient, and some models' is their `</s>`.
-        self.get_input_embeddings().padding_idx = None
 
     def forward(
         self,

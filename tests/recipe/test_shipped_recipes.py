@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ABLATIONS = {
     "ablations/in-place": {"name", "objective.target"},
     "ablations/alpha-curriculum": {"name", "alpha"},
 }
+IMPORTED = {"imported/pythia-160m": {"model_type": "gpt_neox", "max_position_embeddings": 2048}}
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, object]:
@@ -49,15 +51,23 @@ def differences(one: str, other: str) -> set[str]:
 
 
 def test_the_recipes_of_the_issue_are_there():
-    assert set(NAMES) == {"quickstart", *PAPER, *ABLATIONS}
+    assert set(NAMES) == {"quickstart", *PAPER, *ABLATIONS, *IMPORTED}
     assert NAMES[0] == "quickstart"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_derives_without_warnings(name):
-    derived = derive(load_recipe(name).recipe, corpus=None)
+def test_every_recipe_derives_without_warnings(name, tmp_path):
+    overrides = []
+    if name in IMPORTED:
+        sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
+        config = {**IMPORTED[name], **sizes, "intermediate_size": 3072, "vocab_size": 50304}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        overrides = [f"model.hf={tmp_path}"]
+    derived = derive(load_recipe(name, overrides).recipe, corpus=None)
     assert derived.warnings == ()
     assert derived.cost is not None
+    if name == "imported/pythia-160m":
+        assert derived.cost.parameters == 162_322_944  # as its makers say
 
 
 @pytest.mark.parametrize("name", NAMES)

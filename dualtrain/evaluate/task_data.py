@@ -116,15 +116,17 @@ def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str
     by_hand = f"or put {data} into a directory and name that with --tasks-dir"
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         what = f"{missing}, and the library `datasets`, which would fetch {hub.path}, neither"
         raise UserError(where, what, hint=f"pip install datasets, {by_hand}") from None
     rows: list[dict[str, Any]] = []
     for name in hub.names or [None]:
         try:
-            rows += datasets.load_dataset(hub.path, name, split=hub.split)
+            loaded: Any = datasets.load_dataset(hub.path, name, split=hub.split)
+            rows += loaded
         # The library passes on the errors of its file systems, of the network and of its parsers.
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             called = hub.path if name is None else f"{hub.path}, {name},"
             what = f"{missing}, and {called} cannot be fetched: {reason}"

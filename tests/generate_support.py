@@ -32,7 +32,7 @@ def logits_of(model: DualLM, ids: list[int], kind: str = "causal", prefix: int =
         torch.zeros(1, len(ids), dtype=torch.int32),
         backend="sdpa",
         device="cpu",
-        prefix_lengths=torch.tensor([prefix]) if kind == "prefix" else None,
+        in_prefix=torch.arange(len(ids))[None] < prefix if kind == "prefix" else None,
     )
     with torch.no_grad():
         return model(torch.tensor([ids]), attention=plan).logits[0]

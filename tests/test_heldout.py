@@ -36,9 +36,10 @@ def prefix_losses(model: DualLM, sequences: Sequences, number: int) -> list[list
         positions = (batch.document_ids[0] == document).nonzero().T
         ids = batch.tokens[:, positions[0]]
         prompt = (ids.shape[1] + 1) // 2
-        alone, length = torch.zeros(ids.shape, dtype=torch.int32), torch.tensor([prompt])
+        alone = torch.zeros(ids.shape, dtype=torch.int32)
+        first = torch.arange(ids.shape[1])[None] < prompt
         for kind, losses in (("prefix", found[0]), ("causal", found[1])):
-            options = {"prefix_lengths": length} if kind == "prefix" else {}
+            options = {"in_prefix": first} if kind == "prefix" else {}
             plan = plan_attention(kind, alone, backend="sdpa", device="cpu", **options)
             with torch.no_grad():
                 logits = model(ids, attention=plan, positions=positions).logits[0, prompt - 1 : -1]

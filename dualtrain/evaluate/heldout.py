@@ -31,9 +31,7 @@ from dualtrain.evaluate.mode import inference
 from dualtrain.model import (
     AttentionPlan,
     DualOutput,
-    Layout,
     plan_attention,
-    plan_branches,
     select_positions,
     to_device,
 )
@@ -303,14 +301,14 @@ def _plan(
     example: Example, backend: str, device: torch.device, dtype: torch.dtype
 ) -> AttentionPlan:
     documents = example.document_ids
-    if example.attention != "prefix":
-        return plan_attention(
-            example.attention, documents, backend=backend, device=device, dtype=dtype
-        )
-    # Positions run through the sequence, as they did in training, and do not begin anew.
-    positions = torch.arange(documents.shape[1]).expand(documents.shape)
-    layout = Layout(documents, second_halves(documents).int(), positions)
-    return plan_branches("prefix", layout, device=device, dtype=dtype)
+    return plan_attention(
+        example.attention,
+        documents,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        in_prefix=~second_halves(documents) if example.attention == "prefix" else None,
+    )
 
 
 def _sequence_losses(examples: Sequence[Example], nlls: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         resolve_backend,
         to_device,
     )
-    from dualtrain.model.branches import Layout, plan_branches
     from dualtrain.model.cache import KeyValueCache
     from dualtrain.model.config import DualConfig
     from dualtrain.model.imported import ImportedLM
@@ -40,7 +39,6 @@ _HOMES = {
         "flops_per_token",
     ),
     "attention": ("AttentionPlan", "plan_attention", "resolve_backend", "to_device"),
-    "branches": ("Layout", "plan_branches"),
     "cache": ("KeyValueCache",),
     "config": ("DualConfig",),
     "imported": ("ImportedLM",),
@@ -59,7 +57,6 @@ __all__ = [
     "ImportedLM",
     "ImportedSizes",
     "KeyValueCache",
-    "Layout",
     "ModelSizes",
     "OutputLayer",
     "ParameterCount",
@@ -69,7 +66,6 @@ __all__ = [
     "from_llama_config",
     "muon_parameter_names",
     "plan_attention",
-    "plan_branches",
     "resolve_backend",
     "select_positions",
     "to_device",

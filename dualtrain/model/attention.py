@@ -9,7 +9,7 @@ compiled block keeps one graph per kind.
 Query q sees key k of the same document if
     causal   k <= q
     full     always
-    prefix   k <= q or k < prefix length
+    prefix   k <= q, or k is in the prefix of the document
 
 Shapes: B rows, T positions, H heads of size D.
 """
@@ -187,7 +187,7 @@ def plan_attention(
     backend: str,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
-    prefix_lengths: Tensor | None = None,
+    in_prefix: Tensor | None = None,
 ) -> AttentionPlan:
     """Prepare attention for one micro-batch.
 
@@ -199,27 +199,27 @@ def plan_attention(
             in float32; such a plan uses sdpa instead.
         device: Where the model runs.
         dtype: Compute type of the attention (bfloat16 also under autocast).
-        prefix_lengths: (B,) integers on the CPU, tokens of each row that all see each other; for
-            the prefix kind only.
+        in_prefix: (B, T) bool on the CPU, tokens that all of their document see; for the prefix
+            kind only.
 
     Returns:
         The plan, its tensors on the device.
 
     Raises:
-        ValueError: Document ids that decrease or are not on the CPU; prefix lengths missing, or
+        ValueError: Document ids that decrease or are not on the CPU; ``in_prefix`` missing, or
             given for another kind; an unknown kind or backend.
     """
     if kind not in ("causal", "full", "prefix"):
         raise ValueError(f"unknown kind of attention {kind!r}")
     if document_ids.device.type != "cpu":
         raise ValueError("document_ids must be on the CPU: the plan is made without the device")
-    if (prefix_lengths is None) == (kind == "prefix"):
-        raise ValueError("prefix_lengths belong to prefix attention, and to no other kind")
+    if (in_prefix is None) == (kind == "prefix"):
+        raise ValueError("in_prefix belongs to prefix attention, and to no other kind")
     documents = document_ids.numpy()
     if (documents[:, 1:] < documents[:, :-1]).any():
         raise ValueError("document_ids decrease within a row")
     device = torch.device(device)
-    prefixes = None if prefix_lengths is None else prefix_lengths.numpy()
+    prefixes = None if in_prefix is None else in_prefix.numpy()
     if backend == "varlen" and kind != "prefix" and dtype in _HALF_TYPES:
         offsets = torch.from_numpy(_document_offsets(documents))
         return VarlenPlan(kind, "varlen", to_device(offsets, device))
@@ -278,8 +278,7 @@ def _dense_mask(
         position = torch.arange(documents.shape[1], device=device)
         allowed = position[None, None, :] <= position[None, :, None]
         if prefixes is not None:
-            lengths = to_device(torch.from_numpy(prefixes), device)
-            allowed = allowed | (position[None, None, :] < lengths[:, None, None])
+            allowed = allowed | to_device(torch.from_numpy(prefixes), device)[:, None, :]
         seen = seen & allowed
     # Additive and in the compute type, so that no layer has to convert it again.
     mask = torch.full(seen.shape, -torch.inf, device=device, dtype=dtype)
@@ -329,8 +328,7 @@ def _block_mask(
         to_device(torch.from_numpy(array), device) for array in lists
     )
     ids = to_device(torch.from_numpy(np.ascontiguousarray(documents)), device)
-    whole = np.zeros(len(documents), dtype=np.int64) if prefixes is None else prefixes
-    lengths = to_device(torch.from_numpy(whole), device)
+    prefix = None if prefixes is None else to_device(torch.from_numpy(prefixes), device)
 
     # Closures, because create_mask and the kernels reject bound methods.
     def full_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -340,7 +338,8 @@ def _block_mask(
         return (ids[b, q] == ids[b, k]) & (k <= q)
 
     def prefix_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (ids[b, q] == ids[b, k]) & ((k <= q) | (k < lengths[b]))
+        assert prefix is not None
+        return (ids[b, q] == ids[b, k]) & ((k <= q) | prefix[b, k])
 
     masks = {"full": full_mask, "causal": causal_mask, "prefix": prefix_mask}
     length = documents.shape[1]
@@ -374,8 +373,10 @@ def _visible_blocks(
     some = np.broadcast_to(index[None, None, :] <= index[None, :, None], visible.shape)
     all_ = np.broadcast_to(index[None, None, :] < index[None, :, None], visible.shape)
     if prefixes is not None:
-        some = some | (begin[None, None, :] < prefixes[:, None, None])
-        all_ = all_ | (end[None, None, :] <= prefixes[:, None, None])
+        # With an earlier block, a block can have only its first document in common.
+        of_first = prefixes & (documents == np.repeat(first, end - begin, axis=1))
+        some = some | np.logical_or.reduceat(of_first, begin, axis=1)[:, None, :]
+        all_ = all_ | np.logical_and.reduceat(prefixes, begin, axis=1)[:, None, :]
     return visible & some, full & all_
 
 

@@ -15,8 +15,8 @@ from dualtrain.model.arithmetic import HeadKind
 class DualConfig(PretrainedConfig):
     """Sizes and constants of a dual-objective language model.
 
-    The defaults are the paper's 470M model. transformers' own names (``hidden_size``, ...) are
-    understood as well.
+    The defaults are the paper's 470M model. Attributes can be read and set by transformers' own
+    names (``hidden_size``, ...), too; arguments and ``config.json`` have the names below.
 
     Args:
         vocab_size: Rows of the embedding and of the output matrix.

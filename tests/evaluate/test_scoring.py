@@ -41,7 +41,7 @@ def log_p(model, ids, kind, prefix=None):
         backend="sdpa",
         device="cpu",
         dtype=torch.float64,
-        prefix_lengths=None if prefix is None else torch.tensor([prefix]),
+        in_prefix=None if prefix is None else torch.arange(ids.shape[1])[None] < prefix,
     )
     return model(ids, attention=plan).logits[0].log_softmax(-1)
 

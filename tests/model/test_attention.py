@@ -12,7 +12,8 @@ from dualtrain.model import attention, plan_attention, resolve_backend
 
 KINDS = ("causal", "full", "prefix")
 LENGTH = 200  # two of flex's blocks, the second cut short
-PREFIXES = torch.tensor([0, 90, 150])
+PREFIXES = torch.zeros(3, LENGTH, dtype=torch.bool)
+PREFIXES[1, :90] = PREFIXES[2, :130] = PREFIXES[2, 140:150] = True
 BOUNDARIES = {
     "one document": ([], [], []),
     "some documents": ([40, 120], [128], []),
@@ -44,10 +45,9 @@ def visible(kind: str, ids: torch.Tensor, prefixes: torch.Tensor | None) -> torc
     rows, length = ids.shape
     seen = torch.zeros(rows, length, length, dtype=torch.bool)
     for b, row in enumerate(ids.tolist()):
-        prefix = 0 if prefixes is None else int(prefixes[b])
         for q in range(length):
             for k in range(length):
-                allowed = kind == "full" or k <= q or (kind == "prefix" and k < prefix)
+                allowed = kind == "full" or k <= q or (kind == "prefix" and prefixes[b, k])
                 seen[b, q, k] = allowed and row[q] == row[k]
     return seen
 
@@ -79,7 +79,7 @@ def test_backends_agree_with_the_definition(backend, device, dtype, kind, layout
     upstream = torch.randn(3, LENGTH, 2, 16, generator=generator)
     ids, prefixes = documents(layout), PREFIXES if kind == "prefix" else None
     plan = plan_attention(
-        kind, ids, backend=backend, device=device, dtype=dtype, prefix_lengths=prefixes
+        kind, ids, backend=backend, device=device, dtype=dtype, in_prefix=prefixes
     )
     differentiable = backend != "flex" or device == "cuda"
     given_ = [x.to(device).requires_grad_(differentiable) for x in inputs]
@@ -151,8 +151,11 @@ def packed_rows(draw):
     for row, boundaries in zip(ids, rows, strict=True):
         for boundary in set(boundaries):
             row[boundary:] += draw(st.integers(1, 3))
-    prefixes = [draw(st.integers(0, length)) for _ in rows]
-    return ids, torch.tensor(prefixes)
+    prefixes = torch.zeros(ids.shape, dtype=torch.bool)
+    for prefix in prefixes:
+        for begin, end in draw(st.lists(st.tuples(*[st.integers(0, length)] * 2), max_size=3)):
+            prefix[begin:end] = True
+    return ids, prefixes
 
 
 @given(packed_rows(), st.sampled_from(KINDS))
@@ -160,7 +163,7 @@ def packed_rows(draw):
 def test_flex_blocks_are_those_torch_finds_by_looking_at_every_pair(rows, kind):
     ids, prefixes = rows
     prefixes = prefixes if kind == "prefix" else None
-    mine = plan_attention(kind, ids, backend="flex", device="cpu", prefix_lengths=prefixes).blocks
+    mine = plan_attention(kind, ids, backend="flex", device="cpu", in_prefix=prefixes).blocks
     length = ids.shape[1]
     theirs = create_block_mask(
         mine.mask_mod, len(ids), None, length, length, device="cpu", BLOCK_SIZE=128
@@ -192,7 +195,7 @@ def test_no_mask_is_built_where_the_kernel_has_its_own():
 def test_varlen_hands_over_what_it_cannot_do():
     ids = documents("some documents")
     prefix = plan_attention(
-        "prefix", ids, backend="varlen", device="cpu", dtype=BF16, prefix_lengths=PREFIXES
+        "prefix", ids, backend="varlen", device="cpu", dtype=BF16, in_prefix=PREFIXES
     )
     single = plan_attention("causal", ids, backend="varlen", device="cpu", dtype=FP32)
     half = plan_attention("causal", ids, backend="varlen", device="cpu", dtype=BF16)
@@ -210,8 +213,8 @@ def test_wrong_arguments_are_refused():
         "unknown attention backend": lambda: plan(backend="auto"),
         "decrease": lambda: plan(ids=ids.flip(1)),
         "on the CPU": lambda: plan(ids=ids.to("meta")),
-        "prefix_lengths belong": lambda: plan("prefix"),
-        "and to no other kind": lambda: plan("full", prefix_lengths=PREFIXES),
+        "in_prefix belongs": lambda: plan("prefix"),
+        "and to no other kind": lambda: plan("full", in_prefix=PREFIXES),
     }.items():
         with pytest.raises(ValueError, match=message):
             attempt()

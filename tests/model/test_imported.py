@@ -10,10 +10,8 @@ from dualtrain.errors import UserError, UserErrors
 from dualtrain.model import (
     ImportedLM,
     KeyValueCache,
-    Layout,
     muon_parameter_names,
     plan_attention,
-    plan_branches,
 )
 from dualtrain.model.imported import imported_sizes, initial_values
 from dualtrain.model.imported_config import FAMILIES, check_length, longest_row, parse_config
@@ -109,36 +107,26 @@ def test_full_attention_sees_the_future_and_no_other_document(model):
 
 
 def test_a_prefix_sees_itself(model):
-    lengths = torch.tensor([5, 0])
+    first = torch.arange(24) < torch.tensor([[5], [0]])
     # Later positions depend on what the prefix's positions have made of each other.
     expected = (DOCUMENTS[0][:, None] == DOCUMENTS[0][None, :]).tril()
     expected[:5, :5] = True
-    assert torch.equal(dependence(model, "prefix", prefix_lengths=lengths), expected)
+    assert torch.equal(dependence(model, "prefix", in_prefix=first), expected)
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])
 def test_token_by_token_is_as_one_pass(model, kind):
     cache, prompt = KeyValueCache(2, 24), 7
-    first = cache.plan_prompts([prompt, prompt], kind, prompt)
-    got = [logits(model, IDS[:, :prompt], first)[:, -1]]
+    begun = cache.plan_prompts([prompt, prompt], kind, prompt)
+    got = [logits(model, IDS[:, :prompt], begun)[:, -1]]
     for step in range(prompt, 24):
         attention, positions = cache.plan_next()
         got.append(logits(model, IDS[:, step : step + 1], attention, positions=positions)[:, 0])
-    lengths = torch.tensor([prompt, prompt])
-    options = {} if kind == "causal" else {"prefix_lengths": lengths}
+    first = (torch.arange(24) < prompt).expand(2, -1)
+    options = {} if kind == "causal" else {"in_prefix": first}
     name = "causal" if kind == "causal" else "prefix"
     whole = logits(model, IDS, plan(name, torch.zeros_like(DOCUMENTS), **options))
     torch.testing.assert_close(torch.stack(got, 1), whole[:, prompt - 1 :], rtol=1e-4, atol=1e-5)
-
-
-def test_branches_are_as_in_rows_of_their_own(model):
-    layout = Layout.of([[(4, [3, 2])]], 9)
-    ids = IDS[:1, :9]
-    packed = logits(
-        model, ids, plan_branches("causal", layout, device="cpu"), positions=layout.positions
-    )
-    second = torch.cat([ids[:, :4], ids[:, 7:]], 1)
-    torch.testing.assert_close(packed[:, 7:], logits(model, second)[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_recomputing_blocks_changes_nothing(model):

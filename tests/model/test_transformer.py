@@ -27,10 +27,10 @@ HEADS = pytest.mark.parametrize("head", ["paper", "linear"])
 
 
 def plan(kind: str, ids: torch.Tensor = DOCUMENTS, dtype=torch.float32, prefix=None):
-    lengths = None if prefix is None else torch.tensor(prefix)
-    return plan_attention(
-        kind, ids, backend="sdpa", device="cpu", dtype=dtype, prefix_lengths=lengths
+    in_prefix = (
+        None if prefix is None else torch.arange(ids.shape[1]) < torch.tensor(prefix)[:, None]
     )
+    return plan_attention(kind, ids, backend="sdpa", device="cpu", dtype=dtype, in_prefix=in_prefix)
 
 
 def changed_rows(model: DualLM, position: int, **attention) -> torch.Tensor:

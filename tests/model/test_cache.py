@@ -1,9 +1,9 @@
-"""Prompts computed once: branches in one row, and the key-value cache, against separate rows."""
+"""The key-value cache against whole rows, and losses of several targets at a place."""
 
 import pytest
 import torch
 
-from dualtrain.model import DualConfig, DualLM, KeyValueCache, Layout, plan_attention, plan_branches
+from dualtrain.model import DualConfig, DualLM, KeyValueCache, plan_attention
 
 
 @pytest.fixture(scope="module")
@@ -21,39 +21,11 @@ def model():
 def alone(model, prompt, branch, kind):
     """Logits of the branch's tokens in a row of their own."""
     ids = torch.tensor([[*prompt, *branch]])
-    lengths = torch.tensor([len(prompt)]) if kind == "prefix" else None
+    first = torch.arange(ids.shape[1])[None] < len(prompt) if kind == "prefix" else None
     plan = plan_attention(
-        kind, torch.zeros_like(ids), backend="sdpa", device="cpu", prefix_lengths=lengths
+        kind, torch.zeros_like(ids), backend="sdpa", device="cpu", in_prefix=first
     )
     return model(ids, attention=plan).logits[0, len(prompt) - 1 :]
-
-
-@pytest.mark.parametrize("kind", ["causal", "prefix"])
-def test_branches_are_as_in_rows_of_their_own(model, kind):
-    documents = [([1, 5, 6, 7], [[8, 9], [10], [11, 12, 13]]), ([1, 20], [[21], [22, 23]])]
-    other = [([1, 30, 31], [[32, 33, 34, 35]])]
-    rows = [documents, other]
-    shapes = [[(len(p), [len(b) for b in parts]) for p, parts in row] for row in rows]
-    layout = Layout.of(shapes, 20)
-    flat = [[t for p, parts in row for part in [p, *parts] for t in part] for row in rows]
-    ids = torch.tensor([row + [0] * (20 - len(row)) for row in flat])
-    plan = plan_branches(kind, layout, device="cpu")
-    with torch.no_grad():
-        logits = model(ids, attention=plan, positions=layout.positions).logits
-        for row, content in enumerate(rows):
-            at = 0
-            for prompt, parts in content:
-                last, at = at + len(prompt) - 1, at + len(prompt)
-                for part in parts:
-                    expected = alone(model, prompt, part, kind)
-                    torch.testing.assert_close(logits[row, last], expected[0])
-                    torch.testing.assert_close(logits[row, at : at + len(part)], expected[1:])
-                    at += len(part)
-
-
-def test_a_row_too_long_for_its_length_is_refused():
-    with pytest.raises(ValueError, match="6 tokens does not fit into 5"):
-        Layout.of([[(4, [2])]], 5)
 
 
 @pytest.mark.parametrize("kind", ["causal", "full"])

@@ -19,7 +19,7 @@ from dualtrain.recipe.shipped import recipe_names
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 OTHERS = {
-    "recipes": "shipped recipes: quickstart, paper/, ablations/",
+    "recipes": "shipped recipes: quickstart, paper/, ablations/, imported/",
     "ds_configs": "DeepSpeed JSON: the ZeRO stages, with and without offload",
     "tests": "mirrors the packages; real DeepSpeed, shards and processes; benchmarks/",
 }
@@ -93,10 +93,10 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_example_algorithm_of_the_readme_works():
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert code
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = next(block for block in blocks if "class Scale(Algorithm)" in block)
     names: dict[str, type] = {}
-    exec(code[1], names)
+    exec(code, names)
     algorithm = names["Scale"](factor=0.5)
     assert not algorithm.match(Event.FIT_START, None)
 

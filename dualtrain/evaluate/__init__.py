@@ -1,4 +1,4 @@
-"""Evaluation: held-out losses of both objectives."""
+"""Evaluation: held-out losses and zero-shot tasks, in every mode of a dual model."""
 
 from dualtrain.evaluate.heldout import HeldOut, held_out_losses
 from dualtrain.evaluate.mode import inference

@@ -30,13 +30,15 @@ class Case:
 
     def logits(self, ids: torch.Tensor, kind: str = "causal", prefix: int | None = None):
         """What the trained model itself computes for rows without padding."""
-        lengths = None if prefix is None else torch.full((len(ids),), prefix)
+        in_prefix = None
+        if prefix is not None:
+            in_prefix = (torch.arange(ids.shape[1]) < prefix).expand(ids.shape)
         plan = plan_attention(
             kind,
             torch.zeros(ids.shape, dtype=torch.int32),
             backend="sdpa",
             device="cpu",
-            prefix_lengths=lengths,
+            in_prefix=in_prefix,
         )
         with torch.no_grad():
             return self.trained.model(ids, attention=plan).logits

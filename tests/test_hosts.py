@@ -30,6 +30,7 @@ def start_torchrun(recipe, hosts, folder):
     ]
 
 
+@pytest.mark.slow
 def test_lost_host_ends_the_other_which_says_so_and_the_run_continues(
     hosts, tiny_dataset, tmp_path
 ):
@@ -51,6 +52,7 @@ def test_lost_host_ends_the_other_which_says_so_and_the_run_continues(
     assert newest_checkpoint(tmp_path / "run") == 15
 
 
+@pytest.mark.slow
 def test_hostfile_saves_after_a_signal_continues_and_survives_a_host_that_hangs(
     hosts, tiny_dataset, tmp_path
 ):

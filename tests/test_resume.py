@@ -53,6 +53,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
         assert sorted(results(recipe)) != sorted(expected)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_buffers_and_steps_without_an_update_are_restored(tiny, tmp_path):
     """A run that takes weights from another, freezes some, and leaves its first steps out."""
     source = tiny("seed=7", "steps=2", name="source")

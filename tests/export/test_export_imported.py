@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
-from imported_support import imported_model, stock_model
-from safetensors.torch import save_file
+from imported_support import imported_model, loader, stock_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dualtrain.build_model import build_model
 from dualtrain.checkpoint import WEIGHTS
 from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.data.dataset import DatasetInfo
 from dualtrain.export import export_checkpoint
+from dualtrain.model import ImportedLM
 from dualtrain.model.exported import exported_import
 from dualtrain.model.imported_config import FAMILIES
 from dualtrain.trained import open_trained
@@ -91,3 +94,16 @@ def test_rotary_settings_are_written_for_both_versions():
     assert neox["rotary_emb_base"] == 5e5 and neox["rotary_pct"] == 0.5
     assert "rope_scaling" not in neox
     assert json.dumps(exported_import(old, target="next", dtype="float32"))
+
+
+def test_an_exported_llama_is_imported_like_any_other(cases, tiny_dataset, tmp_path):
+    directory = cases["linear"].directory
+    recipe = loader(tmp_path, directory, tiny_dataset)().recipe
+    model = build_model(recipe, DatasetInfo.load(tiny_dataset))
+    assert isinstance(model, ImportedLM)
+    # By these its checkpoints would be opened as models of our own.
+    ours = {"auto_map", "head"}
+    assert ours <= set(json.loads((directory / "config.json").read_text()))
+    assert not ours & set(model.config.to_dict())
+    stock = load_file(directory / "model.safetensors")
+    assert all(torch.equal(stock[name], p) for name, p in model.named_parameters())

@@ -114,6 +114,14 @@ def test_a_prefix_sees_itself(model):
     assert torch.equal(dependence(model, "prefix", in_prefix=first), expected)
 
 
+def test_the_row_of_a_padding_token_is_trained(family):
+    """Some models pad with their `</s>`, which transformers' embedding then never learns."""
+    model = ImportedLM(config_of(family, pad_token_id=5, tie_word_embeddings=False))
+    assert model.config.pad_token_id == 5
+    model(torch.full((1, 4), 5), targets=torch.full((1, 4), 7)).loss.backward()
+    assert model.get_input_embeddings().weight.grad[5].any()
+
+
 @pytest.mark.parametrize("kind", ["causal", "full"])
 def test_token_by_token_is_as_one_pass(model, kind):
     cache, prompt = KeyValueCache(2, 24), 7

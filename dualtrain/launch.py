@@ -226,7 +226,7 @@ def _start_rank(
             stderr=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     finally:
         if output is not None:
@@ -238,7 +238,7 @@ def log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank-{rank:05d}.log"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this rank when the parent is killed, so that no process stays behind."""
     pr_set_pdeathsig = 1
     if sys.platform.startswith("linux"):

@@ -43,6 +43,55 @@ class LoadedRecipe:
     origins: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class RecipeTree:
+    """A recipe's values with their places, merged but not checked yet.
+
+    Attributes:
+        file: The recipe's file.
+        tree: Its values.
+        errors: What is wrong so far.
+    """
+
+    file: Path
+    tree: Located
+    errors: tuple[UserError, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The file, as the user may open it."""
+        return _shown_path(self.file)
+
+    def without(self, key: str) -> RecipeTree:
+        """The same without one of its top-level keys."""
+        if not isinstance(self.tree.value, dict):
+            return self
+        rest = {name: child for name, child in self.tree.value.items() if name != key}
+        return replace(self, tree=replace(self.tree, value=rest))
+
+    def changed(self, key: str, value: Located) -> RecipeTree:
+        """The same with a value at a dotted key.
+
+        Raises:
+            UserError: The key leads through a list to an item that is not there.
+        """
+        return replace(self, tree=_assign(self.tree, key.split("."), value, ()))
+
+    def load(self) -> LoadedRecipe:
+        """Check the values.
+
+        Raises:
+            UserError: Something is wrong with them, or was before; everything at once.
+        """
+        errors = list(self.errors)
+        recipe, problems = validate(self.tree)
+        errors += [problem.error() for problem in sorted(problems, key=lambda p: p.place)]
+        if errors or recipe is None:
+            raise errors[0] if len(errors) == 1 else UserErrors(errors)
+        origins = {dotted(path): str(place) for path, place in self.tree.leaves()}
+        return LoadedRecipe(recipe, self.source, dump_recipe(recipe), origins)
+
+
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, merge and check a recipe.
 
@@ -55,6 +104,15 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> LoadedRecip
         UserError: There is no such recipe, or something is wrong with it; all problems at once,
             each with the file and line where it stands.
     """
+    return read_recipe(path_or_name, overrides).load()
+
+
+def read_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> RecipeTree:
+    """Read and merge a recipe without checking its values: the first half of :func:`load_recipe`.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
     file = find_recipe(path_or_name)
     tree, errors = _read_chain(file, ())
     for override in overrides:
@@ -62,12 +120,7 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> LoadedRecip
             tree = _override(tree, override)
         except UserError as error:
             errors.append(error)
-    recipe, problems = validate(tree)
-    errors += [problem.error() for problem in sorted(problems, key=lambda p: p.place)]
-    if errors or recipe is None:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
-    origins = {dotted(path): str(place) for path, place in tree.leaves()}
-    return LoadedRecipe(recipe, _shown_path(file), dump_recipe(recipe), origins)
+    return RecipeTree(file, tree, tuple(errors))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -150,6 +150,9 @@ def _recipe_path(detail: ErrorDetails, values: Plain) -> Path:
 def _explain(path: Path, detail: ErrorDetails, values: Plain, tree: Located) -> Problem:
     place, kind, value = tree.locate(path), detail["type"], detail.get("input")
     expected = describe.expectation(path)
+    if path == ("sweep",):
+        what = "stands for many runs, and this is about one"
+        return Problem(place, path, what, "`dualtrain sweep` with this file")
     if kind == "extra_forbidden":
         siblings, hint = describe.keys(path[:-1]), describe.nearest_key(path)
         many = len(siblings) > MANY_KEYS and hint

@@ -1,0 +1,214 @@
+"""``dualtrain sweep``: every point of a sweep, each once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dualtrain.data.build import build_missing_dataset
+from dualtrain.data.corpus import read_corpus
+from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
+from dualtrain.evaluate.in_training import read_tasks
+from dualtrain.progress import formatting
+from dualtrain.recipe.checks import check_world_size
+from dualtrain.recipe.derive import derive
+from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
+from dualtrain.sweep.directory import OUTCOME, is_busy, prepare, read_outcome, write_text
+from dualtrain.sweep.estimate import estimate_seconds
+from dualtrain.sweep.results import read_sweep, setting, table_text
+from dualtrain.sweep.runner import Runner
+from dualtrain.sweep.view import View
+
+TABLE = "results.csv"
+WIDTH = 160
+"""Of tables: rich cuts columns that do not fit, a terminal wraps them and loses nothing."""
+TABLE_METRICS = ("ar_nll", "best.ar_nll", "diffusion_nll", "prefix_nll", "prefix_minus_ar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for.
+
+    Attributes:
+        file: A recipe with a ``sweep:`` section.
+        overrides: ``key=value``, for all points.
+        directory: Where the points go; None leaves it to the file.
+        parallel: Points at once.
+        ranks: Processes of a point; None leaves it to ``dualtrain run``.
+        index: Only this point.
+        shard: Only each N-th point from the I-th on, ``I/N``.
+        retry_failed: Try failed points again.
+        dry_run: Show the points and start nothing.
+        plain: Lines in place of the live table.
+    """
+
+    file: str
+    overrides: Sequence[str] = ()
+    directory: Path | None = None
+    parallel: int = 1
+    ranks: int | None = None
+    index: int | None = None
+    shard: str | None = None
+    retry_failed: bool = False
+    dry_run: bool = False
+    plain: bool = False
+
+
+def run_sweep(options: Options) -> int:
+    """Run what is left of a sweep, and show the results; returns the exit code.
+
+    Raises:
+        UserError: for all that can be refused before the first point starts.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("dualtrain sweep", "was started on several ranks", "one process")
+    sweep = load_sweep(options.file, options.overrides, directory=options.directory)
+    points = choose_points(sweep, index=options.index, shard=options.shard)
+    for point in points:
+        check_world_size(point.loaded.recipe, options.ranks or 1)
+    if options.dry_run:
+        print_plan(sweep, points, parallel=options.parallel)
+        return EXIT_DONE
+    read_tasks(points[0].loaded.recipe.eval)  # a mistake there need not wait for the dataset
+    prepare(sweep)
+    _build_datasets(points)
+    for point in points:
+        recipe = point.loaded.recipe
+        derive(recipe, corpus=read_corpus(recipe), world_size=options.ranks)
+    with View(sweep.keys, plain=options.plain) as view:
+        runner = Runner(
+            points,
+            parallel=options.parallel,
+            ranks=options.ranks,
+            devices=find_devices(),
+            retry_failed=options.retry_failed,
+            on_change=view.change,
+            on_poll=view.poll,
+        )
+        view.say(f"{sweep.source}: {len(points)} points in {sweep.directory}")
+        view.start(runner.jobs)
+        runner.run()
+    print_results(sweep.directory)
+    if runner.is_stopping:
+        print("stopped by a signal; the same command goes on")
+        return EXIT_SAVED_AFTER_SIGNAL
+    failed = [job.point for job in runner.jobs if job.state == "failed"]
+    if failed:
+        print(f"failed: {', '.join(point.label for point in failed)}")
+        print(f"each has the reason in its {OUTCOME}; --retry-failed tries them again")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def choose_points(sweep: Sweep, *, index: int | None, shard: str | None) -> list[Point]:
+    """The points that this process is to run.
+
+    Raises:
+        UserError: There is no such point or shard.
+    """
+    points = list(sweep.points)
+    if index is not None:
+        if shard is not None:
+            raise UserError("--index", "was given beside --shard", "one of them")
+        if not 0 <= index < len(points):
+            raise UserError("--index", f"{index}", f"0 to {len(points) - 1}, as --dry-run lists")
+        return [points[index]]
+    if shard is None:
+        return points
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError("--shard", f"{shard!r}", "I/N with I from 0 to N - 1, such as 0/4")
+    return points[int(match[1]) :: int(match[2])]
+
+
+def find_devices() -> list[str]:
+    """The CUDA devices of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is not None:
+        return [name.strip() for name in asked.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
+    """Show the points with their tokens and how long they will take."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right")
+    for key in sweep.keys:
+        table.add_column(key, justify="right")
+    for name in ("unique tokens", "tokens", "AR passes", "about", "state"):
+        table.add_column(name, justify="right")
+    estimate = estimate_seconds(sweep, points, parallel=parallel)
+    total = 0
+    left: float | None = 0.0
+    for point in points:
+        recipe = point.loaded.recipe
+        derived = derive(recipe, corpus=read_corpus(recipe))
+        outcome = read_outcome(point.directory)
+        total += derived.total_tokens
+        seconds = estimate.seconds(derived)
+        if outcome is None and left is not None:
+            left = None if seconds is None else left + seconds
+        table.add_row(
+            str(point.number),
+            *(cell(point.values[key]) if key in point.values else "" for key in sweep.keys),
+            f"{derived.unique_tokens:,}",
+            f"{derived.total_tokens:,}",
+            f"{derived.ar_passes:.6g}",
+            formatting.duration(seconds),
+            _state(point),
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    console.print(table)
+    print(f"\n{len(points)} points, {total:,} tokens, to {sweep.directory}")
+    at_once = f", {parallel} at once" if parallel > 1 else ""
+    if left is None:
+        print(estimate.basis)
+    else:
+        print(f"about {formatting.duration(left / parallel)} left{at_once}, {estimate.basis}")
+
+
+def _state(point: Point) -> str:
+    outcome = read_outcome(point.directory)
+    if outcome is not None:
+        return outcome.state
+    return "running" if is_busy(point.directory) else ""
+
+
+def print_results(directory: Path) -> None:
+    """Show the points that have ended, and write ``results.csv``."""
+    keys, runs = read_sweep(directory)
+    known = [m for m in TABLE_METRICS if any(run.metric(m) is not None for run in runs)]
+    write_text(directory / TABLE, table_text(keys, runs, known))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in [*keys, "state", *known]:
+        table.add_column(key, justify="right")
+    for run in runs:
+        numbers = [run.metric(metric) for metric in known]
+        table.add_row(
+            *(cell(setting(run, key)) for key in keys),
+            run.outcome.state if run.outcome else "unfinished",
+            *("-" if number is None else f"{number:.4f}" for number in numbers),
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    console.print()
+    console.print(table)
+    print(f"\nwritten: {directory / TABLE}")
+
+
+def _build_datasets(points: Sequence[Point]) -> None:
+    """Make what is missing once, before points that run at once would wait for it."""
+    seen: set[str] = set()
+    for point in points:
+        recipe = point.loaded.recipe
+        if recipe.data.path not in seen:
+            seen.add(recipe.data.path)
+            build_missing_dataset(recipe)

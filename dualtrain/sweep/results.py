@@ -1,0 +1,309 @@
+"""What runs came to: their settings, and any number of their metrics or evaluations.
+
+``fit``, ``compare`` and the table of a sweep read runs through here. A metric is named by its key:
+``ar_nll``, ``diffusion_nll``, ``prefix_nll`` and the other numbers of evaluation records; ``best.``
+before it takes the lowest over the run instead of the last; ``train.`` before it asks the training
+records (``train.ar_loss``); ``MODE.TASK`` and ``MODE.average`` are scores of tasks (``ar.blimp``),
+from the newest evaluation by ``dualtrain eval``, else from the run itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dualtrain.checkpoint import RECIPE
+from dualtrain.errors import UserError
+from dualtrain.evaluate.result_files import RESULTS
+from dualtrain.progress.metrics import FILE_NAME, Record, prefix_difference, read_metrics
+from dualtrain.recipe.describe import nearest
+from dualtrain.recipe.schema import Recipe
+from dualtrain.recipe.yaml_source import Plain, parse
+from dualtrain.sweep.definition import in_words, value_at
+from dualtrain.sweep.directory import POINT, SWEEP, Outcome, read_listing, read_outcome
+
+BEST, TRAIN = "best.", "train."
+PREFIX_MINUS_AR = "prefix_minus_ar"
+"""Prefix loss minus AR loss of the same tokens, which records hold as two numbers."""
+SCORES_RISE = ("ar.", "prefix.", "pll.", "chain.", "elbo.")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended, or not.
+
+    Attributes:
+        directory: Of the run.
+        recipe: Its recipe.
+        records: Its metrics.
+        outcome: How it ended, if it is a sweep's point that has.
+    """
+
+    directory: Path
+    recipe: Recipe
+    records: list[Record] = field(repr=False)
+    outcome: Outcome | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it."""
+        return self.directory.name
+
+    @cached_property
+    def evals(self) -> list[dict[str, Any]]:
+        """Its evaluation records, oldest first."""
+        found = [dict(r) for r in self.records if r["kind"] == "eval"]
+        for record in found:
+            difference = prefix_difference(record)  # type: ignore[arg-type]
+            if difference is not None:
+                record[PREFIX_MINUS_AR] = difference
+        return found
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """Its training records, oldest first."""
+        return [dict(r) for r in self.records if r["kind"] == "train"]
+
+    @cached_property
+    def is_finished(self) -> bool:
+        """Whether its last training step is done and evaluated."""
+        return bool(
+            self.steps
+            and self.evals
+            and self.steps[-1]["step"] == self.steps[-1]["steps"] == self.evals[-1]["step"]
+        )
+
+    @property
+    def repetitions(self) -> float:
+        """Passes over the unique subset at the end of the run, as asked for if that is known."""
+        if self.recipe.repetitions is not None:
+            return self.recipe.repetitions
+        return round(self.steps[-1]["epoch"] * self.steps[-1]["steps"] / self.steps[-1]["step"], 6)
+
+    def metric(self, name: str) -> float | None:
+        """A number of the run; None where it has none of that name, or it is not finite."""
+        return self.metrics.get(name)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Every finite number of the run by name, in the order in which they are offered."""
+        numbers: dict[str, object] = {}
+        if self.evals:
+            numbers |= self.evals[-1]
+        for key in numbers | {}:
+            values = [r[key] for r in self.evals if _is_number(r.get(key))]
+            if key.endswith("_nll") or key.endswith("_per_byte"):
+                numbers[BEST + key] = min(values, default=None)
+        if self.steps:
+            numbers |= {TRAIN + key: value for key, value in self.steps[-1].items()}
+        numbers |= self._scores()
+        return {key: float(value) for key, value in numbers.items() if _is_number(value)}  # type: ignore[arg-type]
+
+    def _scores(self) -> dict[str, object]:
+        scores: dict[str, object] = {}
+        for record in self.records:
+            if record["kind"] == "tasks":
+                mode = record["mode"]
+                scores |= {f"{mode}.{task}": s["score"] for task, s in record["tasks"].items()}
+                scores[f"{mode}.average"] = record["average"]
+        files = sorted(self.directory.glob(f"eval/*/{RESULTS}"), key=lambda f: f.stat().st_mtime)
+        for file in files:
+            found = _read_json(file)
+            for name, task in found.get("tasks", {}).items():
+                scores |= {f"{m}.{name}": r["score"]["value"] for m, r in task["modes"].items()}
+            for mode, average in found.get("average", {}).items():
+                scores[f"{mode}.average"] = average["value"]
+        return scores
+
+
+def read_run(directory: Path) -> RunResult:
+    """Read a run's recipe and metrics.
+
+    Raises:
+        UserError: It is no run, or they cannot be read.
+    """
+    path = directory / RECIPE
+    if not path.is_file():
+        path = directory / POINT
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        what = f"is no run: {path.name} cannot be read: {error.strerror}"
+        raise UserError(str(directory), what, "the directory of a run, such as runs/NAME") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(str(path), f"is no recipe: {str(error).splitlines()[0]}") from None
+    metrics = directory / FILE_NAME
+    records = read_metrics(metrics) if metrics.is_file() else []
+    return RunResult(directory, recipe, records, read_outcome(directory))
+
+
+def read_sweep(directory: Path) -> tuple[list[str], list[RunResult]]:
+    """Read all points of a sweep that were begun.
+
+    Returns:
+        The keys that its points set, and the points, in order.
+
+    Raises:
+        UserError: It is no sweep's directory, or has no points yet.
+    """
+    if not (directory / SWEEP).is_file():
+        what = "has no sweep.json" if directory.is_dir() else "does not exist"
+        raise UserError(
+            str(directory), what, "the directory of a sweep", "`dualtrain sweep` makes one"
+        )
+    listing = read_listing(directory)
+    folders = [directory / label for label in listing["points"]]
+    runs = [read_run(folder) for folder in folders if (folder / POINT).is_file()]
+    if not runs:
+        raise UserError(
+            str(directory), "none of its points has been begun", "points with results",
+            "give `dualtrain sweep` time, or look into its output",
+        )  # fmt: skip
+    return listing["keys"], runs
+
+
+def choose_metric(name: str, runs: Iterable[RunResult]) -> str:
+    """Check that runs have a metric.
+
+    Raises:
+        UserError: None of them has it; the nearest name is shown.
+    """
+    known = list(dict.fromkeys(key for run in runs for key in run.metrics))
+    if name in known:
+        return name
+    offered = [key for key in known if not key.startswith((TRAIN, BEST))]
+    raise UserError(
+        "--metric",
+        f"no run has {name!r}",
+        f"one of {', '.join(offered) or 'none: there are no results yet'}",
+        nearest(name, known),
+    )
+
+
+def rises(metric: str) -> bool:
+    """Whether more of a metric is better: scores of tasks; losses fall."""
+    return metric.startswith(SCORES_RISE)
+
+
+def unit(metric: str) -> str:
+    """A metric with its unit, for an axis."""
+    if metric.endswith("_nll"):
+        return f"{metric}, nats per token"
+    if metric.endswith("_per_byte"):
+        return f"{metric}, bits per byte"
+    return f"{metric}, normalised score" if rises(metric) else metric
+
+
+def setting(run: RunResult, key: str) -> Plain:
+    """A run's value of a recipe key; null where its recipe has no such key."""
+    try:
+        return value_at(run.recipe, key)
+    except KeyError:
+        return None
+
+
+def restrict(
+    runs: Sequence[RunResult], keys: Sequence[str], where: Sequence[str], *, option: str = "--where"
+) -> list[RunResult]:
+    """The runs that meet conditions.
+
+    Args:
+        runs: Of a sweep.
+        keys: That its points set.
+        where: ``KEY=VALUE``; of several with the same key one has to hold.
+        option: Where the conditions are from, for messages.
+
+    Raises:
+        UserError: A condition is none, is about another key, or holds for no run.
+    """
+    wanted: dict[str, list[object]] = {}
+    for condition in where:
+        key, equals, text = condition.partition("=")
+        if not equals or key not in keys:
+            raise UserError(
+                option,
+                f"{condition!r}" + (f": the sweep does not set {key!r}" if equals else ""),
+                f"KEY=VALUE with a key of {', '.join(keys)}",
+                nearest(key, list(keys)),
+            )
+        value = parse(text, option, line=0)[0].plain()
+        if not any(_is_same(setting(run, key), value) for run in runs):
+            there = dict.fromkeys(in_words(setting(run, key)) for run in runs)
+            raise UserError(option, f"no point has {condition}", f"a value of {', '.join(there)}")
+        wanted.setdefault(key, []).append(value)
+    found = [
+        run
+        for run in runs
+        if all(any(_is_same(setting(run, k), v) for v in values) for k, values in wanted.items())
+    ]
+    if not found:
+        raise UserError(option, f"no point has all of {', '.join(where)}")
+    return found
+
+
+def finished(runs: Sequence[RunResult], notes: list[str]) -> list[RunResult]:
+    """The runs that have come to their end.
+
+    Args:
+        runs: Any.
+        notes: Gets which others there are.
+
+    Raises:
+        UserError: None has.
+    """
+    failed = [run.label for run in runs if run.outcome and run.outcome.state == "failed"]
+    if failed:
+        notes.append(f"left out, because they failed: {', '.join(failed)}")
+    rest = [run for run in runs if run.label not in failed]
+    unfinished = [run.label for run in rest if not run.is_finished]
+    if unfinished:
+        notes.append(f"left out, because they are not finished: {', '.join(unfinished)}")
+    kept = [run for run in rest if run.is_finished]
+    if not kept:
+        raise UserError("sweep", "no point is finished", "finished points")
+    return kept
+
+
+def table_text(keys: Sequence[str], runs: Sequence[RunResult], metrics: Sequence[str]) -> str:
+    """The points with their settings, states and metrics as CSV, without anything of the clock."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*keys, "state", "step", *metrics])
+    for run in runs:
+        state = run.outcome.state if run.outcome else "unfinished"
+        step = run.steps[-1]["step"] if run.steps else 0
+        numbers = [run.metric(metric) for metric in metrics]
+        shown = ["" if number is None else repr(number) for number in numbers]
+        writer.writerow([*(in_words(setting(run, key)) for key in keys), state, step, *shown])
+    return out.getvalue()
+
+
+def _is_same(value: object, wanted: object) -> bool:
+    """Whether a setting has a value that a user wrote: 1/8 is 0.125."""
+    if value == wanted:
+        return True
+    try:
+        return Fraction(str(value)) == Fraction(str(wanted))
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read: {error}", "results of an evaluation") from None

@@ -1,0 +1,219 @@
+"""Running a sweep's points, one after another or several at once.
+
+Each point is a process of its own: the same ``dualtrain run`` that a user would type, so a point
+that fails, runs out of memory or is killed takes nothing else along, and one that was stopped goes
+on from its newest checkpoint. The kernel ends the points when this process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
+from dualtrain.launch import die_with_parent
+from dualtrain.sweep.definition import Point
+from dualtrain.sweep.directory import (
+    LOG,
+    Outcome,
+    is_busy,
+    read_outcome,
+    write_outcome,
+    write_recipe,
+)
+
+POLL_S = 0.1
+SAME_SIGNAL_S = 1.0
+"""A second signal within this time is the same one: what stops a job reaches all its processes."""
+REASON_LINES = 12
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass
+class Job:
+    """A point as the runner sees it.
+
+    Attributes:
+        point: The point.
+        state: waiting, running, finished, failed, stopped (saved after a signal) or elsewhere
+            (another process is running it).
+        reason: Why it failed.
+        began: When it was started here, ``time.monotonic()``.
+    """
+
+    point: Point
+    state: str = "waiting"
+    reason: str = ""
+    began: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+
+class Runner:
+    """Goes through the points that have no outcome yet.
+
+    Args:
+        points: In order.
+        parallel: How many at once.
+        ranks: Processes of a point; None leaves it to ``dualtrain run``.
+        devices: CUDA devices to divide among the points that run at once; none on a CPU.
+        retry_failed: Whether points that failed before are tried again.
+        on_change: Told whenever a job's state has changed.
+        on_poll: Called many times a second.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        *,
+        parallel: int = 1,
+        ranks: int | None = None,
+        devices: Sequence[str] = (),
+        retry_failed: bool = False,
+        on_change: Callable[[Job], None] = lambda job: None,
+        on_poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.jobs = [Job(point) for point in points]
+        self._parallel, self._ranks = parallel, ranks
+        self._devices = devices
+        self._retry_failed = retry_failed
+        self._on_change, self._on_poll = on_change, on_poll
+        self._signals, self._signalled_at = 0, 0.0
+        self._places: list[Job | None] = [None] * parallel
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return self._signals > 0
+
+    def run(self) -> None:
+        """Run the points; returns when all have ended, or have been stopped by a signal."""
+        watched = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in watched}
+        try:
+            self._run()
+        finally:
+            for job in self._places:
+                if job is not None and job.process is not None:
+                    _send(job.process, signal.SIGKILL)
+                    job.process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> None:
+        waiting = [job for job in self.jobs if self._is_to_run(job)][::-1]
+        while True:
+            for place, job in enumerate(self._places):
+                if job is not None and job.process is not None and job.process.poll() is not None:
+                    self._ended(job, job.process.returncode)
+                    self._places[place] = None
+                while self._places[place] is None and waiting and not self.is_stopping:
+                    self._places[place] = self._start(waiting.pop(), place)
+            self._on_poll()
+            if not any(self._places):
+                return
+            time.sleep(POLL_S)
+
+    def _is_to_run(self, job: Job) -> bool:
+        outcome = read_outcome(job.point.directory)
+        if outcome is None or (outcome.state == "failed" and self._retry_failed):
+            return True
+        self._change(job, outcome.state, outcome.reason)
+        return False
+
+    def _start(self, job: Job, place: int) -> Job | None:
+        """Start a point; None where another process has it, or has ended it meanwhile."""
+        if is_busy(job.point.directory):
+            self._change(job, "elsewhere")
+            return None
+        if not self._is_to_run(job):
+            return None
+        recipe = write_recipe(job.point)
+        command = [sys.executable, "-m", "dualtrain", "run", str(recipe), "--plain"]
+        if self._ranks is not None:
+            command += ["--ranks", str(self._ranks)]
+        with (job.point.directory / LOG).open("ab") as log:
+            job.process = subprocess.Popen(
+                command,
+                env=self._environment(place),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A group of its own: a terminal's Ctrl-C comes by way of this process, once.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        job.began = time.monotonic()
+        self._change(job, "running")
+        return job
+
+    def _environment(self, place: int) -> dict[str, str]:
+        env = dict(os.environ)
+        cores = len(os.sched_getaffinity(0))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._parallel)))
+        if self._devices and self._parallel > 1:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(
+                share_devices(self._devices, place, self._parallel)
+            )
+        return env
+
+    def _ended(self, job: Job, code: int) -> None:
+        job.process = None
+        code = code if code >= 0 else 128 - code
+        # A signal may have come before the run could answer to it; then it died of it.
+        is_stopped = code == EXIT_SAVED_AFTER_SIGNAL or (self.is_stopping and code > 128)
+        if code == EXIT_DONE:
+            outcome = Outcome("finished", code)
+        elif is_stopped:
+            self._change(job, "stopped")
+            return
+        else:
+            outcome = Outcome("failed", code, _reason(job.point, code))
+        write_outcome(job.point.directory, outcome)
+        self._change(job, outcome.state, outcome.reason)
+
+    def _change(self, job: Job, state: str, reason: str = "") -> None:
+        job.state, job.reason = state, reason
+        self._on_change(job)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self._signals and now - self._signalled_at < SAME_SIGNAL_S:
+            return
+        self._signals, self._signalled_at = self._signals + 1, now
+        for job in self._places:
+            if job is not None and job.process is not None:
+                _send(job.process, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+
+
+def share_devices(devices: Sequence[str], place: int, places: int) -> Sequence[str]:
+    """The devices of one of several points that run at once: a block, or one that is shared."""
+    if len(devices) < places:
+        return [devices[place % len(devices)]]
+    size = len(devices) // places
+    return devices[place * size : (place + 1) * size]
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _reason(point: Point, code: int) -> str:
+    """What a failed run said last."""
+    text = (point.directory / LOG).read_text(errors="replace").rstrip()
+    lines = text.splitlines()[-REASON_LINES:]
+    # The message of dualtrain itself, if there is one, says it in a line.
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    if said is not None:
+        return said
+    if code > 128:
+        return f"killed by signal {code - 128}"
+    if code == EXIT_NON_FINITE_LOSS:
+        return next((line for line in reversed(lines) if "not finite" in line), "not finite")
+    return "\n".join(lines)

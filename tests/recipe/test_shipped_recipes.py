@@ -10,8 +10,13 @@ import pytest
 import yaml
 
 from dualtrain.recipe import derive, load_recipe, shipped, shipped_recipes
+from dualtrain.sweep.definition import load_sweep
 
-NAMES = shipped.recipe_names()
+SWEEPS = {
+    "replication/cpu": (153, 524_288, 469_568),
+    "replication/gpu": (54, 8_388_608, 34_357_760),
+}
+NAMES = [name for name in shipped.recipe_names() if name not in SWEEPS]
 PAPER = {
     "paper/470m": (Fraction(63, 64), 1),
     "paper/470m-ar": (1, 1),
@@ -90,15 +95,32 @@ def test_a_run_has_the_name_of_its_recipe(name):
 
 def test_every_recipe_begins_with_a_summary():
     summaries = dict(shipped_recipes())
-    assert list(summaries) == NAMES
-    assert len(set(summaries.values())) == len(NAMES)
+    assert list(summaries) == shipped.recipe_names()
+    assert len(set(summaries.values())) == len(summaries)
     for summary in summaries.values():
         assert summary.endswith(".") and summary[0].isupper()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_of_a_sweep_has_the_same_budget(name):
+    sweep = load_sweep(name)
+    points, tokens, parameters = SWEEPS[name]
+    assert len(sweep.points) == points
+    assert str(sweep.directory) == f"sweeps/{name.replace('/', '-')}"
+    derived = [derive(point.loaded.recipe, corpus=None) for point in sweep.points[::7]]
+    assert {d.total_tokens for d in derived} == {tokens}
+    assert {d.cost.parameters for d in derived} == {parameters}
+    repetitions = {point.values["repetitions"] for point in sweep.points}
+    assert repetitions == {1, 4, 16, 32, 64, 128}
+    for number in repetitions:
+        here = {p.values["alpha"] for p in sweep.points if p.values["repetitions"] == number}
+        assert {0, 1} < here  # the single objectives, and mixtures between
+
+
+@pytest.mark.parametrize("name", [*NAMES, *SWEEPS])
 def test_every_field_shown_has_a_comment(name):
     text = (shipped.shipped_directory("recipes") / f"{name}.yaml").read_text()
+    text = text.partition("\nsweep:\n")[0]
     head = True
     for line in text.splitlines():
         if head and (line.startswith(("#", "extends:", "name:")) or not line):

@@ -1,0 +1,182 @@
+"""Which alpha to train with, by the paper's two rules or by a fit of one's own.
+
+Rules (Samuel & Charpentier, section on the best ratio): up to 16 repetitions the best alpha is
+about 63/64; from 32 on, the one that gives about 16 autoregressive passes, alpha = 16 / R, where
+below 8 passes AR is underfitted and above 32 overfitted. Between 16 and 32 the paper says nothing;
+here the log-odds of alpha go straight from one to the other in log2 R.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from dualtrain.errors import UserError
+
+FEW, MANY = 16, 32
+"""Repetitions up to which the first rule holds, and from which on the second does."""
+FEW_ALPHA = 63 / 64
+BEST_PASSES, LEAST_PASSES, MOST_PASSES = 16, 8, 32
+PAPER_SLOTS = 256
+"""Devices of the paper's runs, each of which has one objective in a step."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """An alpha for a number of repetitions.
+
+    Attributes:
+        repetitions: R.
+        alpha: The best guess.
+        window: Lowest and highest alpha of the window that comes with it; None without one.
+        basis: Where that is from, in words.
+        warnings: What to be careful about.
+    """
+
+    repetitions: float
+    alpha: float
+    window: tuple[float, float] | None
+    basis: str
+    warnings: tuple[str, ...] = ()
+
+    def lines(self, slots: int) -> Iterator[str]:
+        """What to tell the user who has `slots` micro-batches in a step."""
+        passes = self.alpha * self.repetitions
+        yield f"alpha {self.alpha:.4g} for {self.repetitions:g} repetitions: {self.basis}"
+        yield (
+            f"  {passes:.3g} AR passes over a document, "
+            f"{self.repetitions - passes:.3g} diffusion passes"
+        )
+        if self.window is not None:
+            low, high = self.window
+            yield (
+                f"  window: alpha {low:.4g} to {high:.4g}, which is {low * self.repetitions:.3g} "
+                f"to {high * self.repetitions:.3g} AR passes"
+            )
+        yield from realisable(self.alpha, slots)
+        for warning in self.warnings:
+            yield f"warning: {warning}"
+
+
+def by_rules(repetitions: float) -> Advice:
+    """The paper's advice.
+
+    Raises:
+        UserError: `repetitions` is not a positive number.
+    """
+    _check(repetitions)
+    if repetitions <= FEW:
+        basis = f"the paper's first rule, up to {FEW} repetitions"
+        return Advice(repetitions, FEW_ALPHA, None, basis, _extrapolated(repetitions))
+    window = (LEAST_PASSES / repetitions, min(1.0, MOST_PASSES / repetitions))
+    if repetitions >= MANY:
+        basis = f"the paper's second rule, {BEST_PASSES} AR passes from {MANY} repetitions on"
+        alpha = BEST_PASSES / repetitions
+        return Advice(repetitions, alpha, window, basis, _extrapolated(repetitions))
+    share = math.log2(repetitions / FEW) / math.log2(MANY / FEW)
+    ends = [math.log(a / (1 - a)) for a in (FEW_ALPHA, BEST_PASSES / MANY)]
+    odds = ends[0] + share * (ends[1] - ends[0])
+    basis = (
+        f"interpolated between the paper's rules, which say nothing from {FEW} to {MANY} "
+        "repetitions (log-odds of alpha, linear in log2 R)"
+    )
+    return Advice(repetitions, 1 / (1 + math.exp(-odds)), window, basis)
+
+
+def by_fit(file: Path, repetitions: float) -> Advice:
+    """The advice of a fit by ``dualtrain fit``.
+
+    Raises:
+        UserError: The file is no such fit, or does not reach `repetitions`.
+    """
+    _check(repetitions)
+    fit = read_fit(file)
+    grid: Sequence[dict[str, Any]] = fit["best_alpha"]["curve"]
+    first, last = grid[0]["repetitions"], grid[-1]["repetitions"]
+    if not first <= repetitions <= last:
+        raise UserError(
+            "--repetitions",
+            f"{repetitions:g}, but the fit has runs from {first:g} to {last:g} only",
+            "a number between them",
+            "add points to the sweep, or leave --fit out for the paper's rules",
+        )
+    place = math.log2(repetitions)
+    below = [entry for entry in grid if math.log2(entry["repetitions"]) <= place + 1e-9][-1]
+    above = next(entry for entry in grid if math.log2(entry["repetitions"]) >= place - 1e-9)
+    width = math.log2(above["repetitions"] / below["repetitions"])
+    share = math.log2(repetitions / below["repetitions"]) / width if width else 0.0
+    low, median, high = (
+        below["quantiles"][q] + share * (above["quantiles"][q] - below["quantiles"][q])
+        for q in ("0.05", "0.5", "0.95")
+    )
+    warnings = sorted({note for entry in (below, above) for note in entry["notes"]})
+    basis = f"by {file}, the median of the best alpha for {fit['metric']}, its 90 % interval"
+    return Advice(repetitions, median, (low, high), basis, tuple(warnings))
+
+
+def read_fit(file: Path) -> dict[str, Any]:
+    """Read the JSON of a fit.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    expected = "fit.json, as `dualtrain fit` writes it"
+    try:
+        fit = json.loads(file.read_text())
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise UserError(f"--fit {file}", what, expected) from None
+    except ValueError as error:
+        raise UserError(f"--fit {file}", f"is not JSON: {error}", expected) from None
+    if not isinstance(fit, dict) or "best_alpha" not in fit or not fit["best_alpha"].get("curve"):
+        raise UserError(f"--fit {file}", "is no fit", expected)
+    return fit
+
+
+def realisable(alpha: float, slots: int) -> Iterator[str]:
+    """What of an alpha is realised with some slots in a step, and what that costs."""
+    share = simple_share(alpha)
+    ar = float(share * slots)
+    yield (
+        f"  write alpha: {share}. With {slots} slots in a step {ar:.4g} are AR and "
+        f"{slots - ar:.4g} diffusion on average: no slot more than with a single objective"
+    )
+    if share * slots == int(share * slots):
+        return
+    whole = Fraction(min(max(round(ar), 1), slots - 1), slots) if slots > 1 else None
+    if whole is not None:
+        yield (
+            f"  steps differ then; all alike are those of alpha: {whole}, "
+            f"{whole * slots} AR and {slots - whole * slots} diffusion slots"
+        )
+    rare = min(ar, slots - ar)
+    if 0 < rare < 1:
+        yield f"  the rarer objective has a slot in every {1 / rare:.3g} steps"
+
+
+def simple_share(alpha: float) -> Fraction:
+    """The share with the smallest power of two below it that is within 5 % of alpha.
+
+    Both of alpha and of 1 - alpha, whichever is the smaller.
+    """
+    for power in range(20):
+        share = Fraction(round(alpha * 2**power), 2**power)
+        if abs(float(share) - alpha) <= 0.05 * min(alpha, 1 - alpha):
+            break
+    return share
+
+
+def _check(repetitions: float) -> None:
+    if not (math.isfinite(repetitions) and repetitions > 0):
+        raise UserError("--repetitions", f"{repetitions:g}", "a number above 0")
+
+
+def _extrapolated(repetitions: float) -> tuple[str, ...]:
+    if 1 <= repetitions <= 256:
+        return ()
+    return (f"{repetitions:g} repetitions are outside the paper's 1 to 256",)

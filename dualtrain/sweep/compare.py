@@ -1,0 +1,297 @@
+"""``dualtrain compare``: any runs beside each other, with intervals over held-out documents."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dualtrain.data.batches import ValidationData
+from dualtrain.data.dataset import TokenDataset
+from dualtrain.errors import UserError
+from dualtrain.evaluate.heldout import DocumentLosses, document_losses
+from dualtrain.evaluate.statistics import Estimate
+from dualtrain.progress import formatting
+from dualtrain.sweep import figures
+from dualtrain.sweep.directory import write_json
+from dualtrain.sweep.fit import line_of
+from dualtrain.sweep.intervals import over_documents
+from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult, read_run
+from dualtrain.trained import Source, find_source, open_trained
+
+FEWEST_DOCUMENTS = 5
+"""Below this many documents a bootstrap over them says nothing."""
+WANTED_DOCUMENTS = 30
+"""So many are scored, if there are, even where a recipe's held-out sequences have fewer."""
+CURVES = ("ar_nll", "diffusion_nll", "prefix_nll")
+PARTS = ("ar", "diffusion", "prefix")
+COLUMNS = (
+    ("AR", "ar_nll", "{:.4f}"),
+    ("AR best", "best.ar_nll", "{:.4f}"),
+    ("diffusion", "diffusion_nll", "{:.4f}"),
+    ("diffusion best", "best.diffusion_nll", "{:.4f}"),
+    ("prefix − AR", PREFIX_MINUS_AR, "{:+.4f}"),
+    ("AR passes", "train.ar_passes", "{:.3g}"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for.
+
+    Attributes:
+        runs: Their directories; differences are to the first.
+        sequences: Held-out sequences for the intervals; 0: none; None: as the first recipe says, or
+            more, until they hold some thirty documents.
+        out: Directory to make; None: a new one in ``comparisons``.
+        seed: Of masks and of the bootstrap.
+        device: As for ``dualtrain eval``.
+    """
+
+    runs: Sequence[Path]
+    sequences: int | None = None
+    out: Path | None = None
+    seed: int = 0
+    device: str | None = None
+
+
+def compare_runs(options: Options) -> dict[str, Any]:
+    """Compare runs, show how they differ, and write JSON and a figure.
+
+    Returns:
+        What ``comparison.json`` holds.
+
+    Raises:
+        UserError: Fewer than two runs, one of them twice, or what is no run.
+    """
+    if len(options.runs) < 2:
+        raise UserError("dualtrain compare", f"{len(options.runs)} runs", "two or more")
+    resolved = [path.expanduser().resolve() for path in options.runs]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError("dualtrain compare", f"{path} is there twice", "each run once")
+    runs = [read_run(path.expanduser()) for path in options.runs]
+    names = _names(runs)
+    for run in runs:
+        if not run.steps and not run.evals:
+            raise UserError(str(run.directory), "has no metrics yet", "a run that has trained")
+    notes: list[str] = []
+    losses = _document_losses(runs, names, options, notes)
+    result = {
+        "format": 1,
+        "runs": {
+            name: {"directory": str(run.directory), "metrics": _metrics(run)}
+            for name, run in zip(names, runs, strict=True)
+        },
+        "differences": {
+            "to": names[0],
+            "over": "held-out documents, drawn anew; 95 % intervals; nats per token",
+            "runs": _differences(losses, names, options.seed),
+        },
+        "notes": notes,
+    }
+    out = _new_directory(options.out)
+    write_json(out / "comparison.json", result)
+    lines = {
+        name: {key: line for key in CURVES if (line := line_of([run.evals], key)) is not None}
+        for name, run in zip(names, runs, strict=True)
+    }
+    metrics = [key for key in CURVES if any(key in found for found in lines.values())]
+    written = [out / "comparison.json"]
+    if metrics:
+        written += figures.save(figures.draw_runs(lines, metrics=metrics), out, "losses")
+    _print(result, runs, names)
+    print("\nwritten:", *written, sep="\n  ")
+    return result
+
+
+def _names(runs: Sequence[RunResult]) -> list[str]:
+    """What to call the runs: their directories, with as many parents as tell them apart."""
+    parts = [run.directory.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _metrics(run: RunResult) -> dict[str, float]:
+    speeds = [r["tokens_per_second"] for r in run.steps if r["tokens_per_second"]]
+    found = dict(run.metrics)
+    if speeds:
+        found["tokens_per_second"] = statistics.median(speeds)
+    return found
+
+
+def _document_losses(
+    runs: Sequence[RunResult], names: Sequence[str], options: Options, notes: list[str]
+) -> dict[str, DocumentLosses]:
+    """The losses of each run's newest checkpoint on the same held-out documents."""
+    found: dict[str, DocumentLosses] = {}
+    if options.sequences == 0:
+        return found
+    sources: list[Source] = []
+    for run in runs:
+        try:
+            sources.append(find_source(run.directory))
+        except UserError as error:
+            notes.append(f"no intervals over documents: {error}")
+            return found
+    first = sources[0]
+    assert first.recipe is not None and first.info is not None  # a run's checkpoint has both
+    for name, source in zip(names, sources, strict=True):
+        assert source.recipe is not None and source.info is not None
+        if source.info.fingerprint != first.info.fingerprint:
+            notes.append(f"{name} has another dataset than {names[0]}: no interval")
+            continue
+        if source.recipe.sequence_length != first.recipe.sequence_length:
+            notes.append(f"{name} has another sequence length than {names[0]}: no interval")
+            continue
+        try:
+            found[name] = _score(source, first, options)
+        except UserError as error:
+            notes.append(f"{name}: no interval: {error}")
+    if names[0] not in found:
+        return {}
+    documents = len(found[names[0]].documents)
+    if documents < FEWEST_DOCUMENTS:
+        notes.append(
+            f"the held-out sequences are from {documents} documents, too few for intervals over "
+            "documents; --sequences takes more"
+        )
+        return {}
+    return found
+
+
+def _score(source: Source, first: Source, options: Options) -> DocumentLosses:
+    trained = open_trained(source, device=options.device)
+    recipe = first.recipe
+    assert recipe is not None and trained.vocab.mask_id is not None
+    dataset = TokenDataset.open(recipe.data.path, "val")
+    sequences = options.sequences
+    if sequences is None:
+        # With <s>, and </s> where there is one; a document that is cut counts.
+        tokens = int((dataset.lengths[: WANTED_DOCUMENTS - 1] + 1 + recipe.data.append_eos).sum())
+        sequences = max(recipe.eval.sequences, tokens // recipe.sequence_length + 1)
+    validation = ValidationData(
+        dataset,
+        sequence_length=recipe.sequence_length,
+        append_eos=recipe.data.append_eos,
+        sequences=sequences,
+    )
+    return document_losses(
+        trained,
+        validation,
+        micro_batch=recipe.micro_batch,
+        mask_id=trained.vocab.mask_id,
+        special_ids=trained.vocab.special_ids,
+        target=trained.target,
+        seed=options.seed,
+        backend=trained.backend,
+        device=trained.device,
+        dtype=trained.dtype,
+    )
+
+
+def _differences(
+    losses: Mapping[str, DocumentLosses], names: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    if names[0] not in losses:
+        return {}
+    reference = losses[names[0]]
+    differences: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name not in losses:
+            continue
+        own = losses[name]
+        found: dict[str, Any] = {"documents": len(own.documents)}
+        # Of a run against itself: what reading the first half both ways is worth.
+        prefix = over_documents(own.prefix, own.ar_same_tokens, own.prefix_tokens, seed=seed)
+        found["prefix_minus_ar"] = prefix.json()
+        if name != names[0]:
+            for part in PARTS:
+                tokens = own.prefix_tokens if part == "prefix" else own.tokens
+                one, other = getattr(own, part), getattr(reference, part)
+                found[part] = over_documents(one, other, tokens, seed=seed).json()
+        differences[name] = found
+    return differences
+
+
+def _new_directory(out: Path | None) -> Path:
+    """Make the directory asked for, or the next free one in ``comparisons``."""
+    number = 1
+    while True:
+        path = out or Path("comparisons") / f"comparison-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if out is not None:
+                what = f"{out} is there already"
+                raise UserError("--out", what, "a directory that is not there") from None
+            number += 1
+        except OSError as error:
+            what = f"{path} cannot be made: {error.strerror}"
+            raise UserError("--out", what, hint="choose another place with --out") from None
+
+
+def _print(result: dict[str, Any], runs: Sequence[RunResult], names: Sequence[str]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for name in ("alpha", "R", "step"):
+        table.add_column(name, justify="right")
+    metrics = {name: result["runs"][name]["metrics"] for name in names}
+    scores = [
+        key
+        for key in dict.fromkeys(key for found in metrics.values() for key in found)
+        if key.startswith(SCORES_RISE) and key.endswith(".average")
+    ]
+    columns = [*COLUMNS, *((key, key, "{:.1f}") for key in scores)]
+    for name, _, _ in columns:
+        table.add_column(name, justify="right")
+    table.add_column("tokens/s", justify="right")
+    for name, run in zip(names, runs, strict=True):
+        found = metrics[name]
+        table.add_row(
+            name,
+            str(run.recipe.model_dump(mode="json")["alpha"]),
+            f"{run.repetitions:g}",
+            str(run.steps[-1]["step"] if run.steps else run.evals[-1]["step"]),
+            *(form.format(found[key]) if key in found else "-" for _, key, form in columns),
+            formatting.count(found.get("tokens_per_second")),
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, 130)
+    console.print("held-out losses in nats per token, at the end and at their best")
+    console.print(table)
+    _print_differences(result["differences"], console)
+    for note in result["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _print_differences(differences: dict[str, Any], console: Console) -> None:
+    if not differences["runs"]:
+        return
+    first = differences["to"]
+    count = differences["runs"][first]["documents"]
+    console.print(f"\ndifferences to {first}, paired over {count} held-out documents (95 %)")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for name in ("AR", "diffusion", "prefix", "own prefix − own AR"):
+        table.add_column(name, justify="right")
+    for name, found in differences["runs"].items():
+        cells = [_cell(found.get(key)) for key in (*PARTS, "prefix_minus_ar")]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _cell(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return "-"
+    estimate = Estimate(**entry)
+    return f"{estimate.value:+.4f} ({estimate.low:+.4f}, {estimate.high:+.4f})"

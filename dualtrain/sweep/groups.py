@@ -1,0 +1,200 @@
+"""``dualtrain compare SWEEP_DIR``: points that differ in the seed alone, group against group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dualtrain.errors import UserError
+from dualtrain.sweep import figures
+from dualtrain.sweep.definition import in_words
+from dualtrain.sweep.directory import write_json
+from dualtrain.sweep.figures import Bar
+from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
+from dualtrain.sweep.results import (
+    RunResult,
+    choose_metric,
+    finished,
+    read_sweep,
+    restrict,
+    rises,
+    setting,
+    unit,
+)
+
+SEED = "seed"
+WIDTH = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asks for.
+
+    Attributes:
+        directory: Of the sweep.
+        metrics: As ``results`` names them.
+        where: Conditions on points.
+        to: Conditions on the group that the others are compared with; none: the first.
+        out: Directory to make; None: nothing is written.
+    """
+
+    directory: Path
+    metrics: Sequence[str] = ("ar_nll",)
+    where: Sequence[str] = ()
+    to: Sequence[str] = ()
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points that differ in the seed alone.
+
+    Attributes:
+        label: Values of the keys in which groups differ.
+        runs: By seed.
+    """
+
+    label: str
+    runs: Mapping[int, RunResult]
+
+    def metric(self, name: str) -> dict[int, float]:
+        """The metric of each seed."""
+        found = {seed: run.metric(name) for seed, run in self.runs.items()}
+        bad = [self.runs[seed].label for seed, value in found.items() if value is None]
+        if bad:
+            raise UserError("--metric", f"{name} is not there, or not finite, in {', '.join(bad)}")
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def compare_groups(options: Options) -> dict[str, Any]:
+    """Compare groups of points over their seeds; show it, and write it if a place is given.
+
+    Returns:
+        What ``comparison.json`` holds.
+
+    Raises:
+        UserError: The directory is no sweep's; conditions that hold for nothing; fewer than two
+            groups; a metric that is not there.
+    """
+    notes: list[str] = []
+    keys, runs = read_sweep(options.directory)
+    runs = finished(restrict(runs, keys, options.where), notes)
+    metrics = [choose_metric(metric, runs) for metric in options.metrics]
+    groups = make_groups(runs, keys)
+    if len(groups) < 2:
+        raise UserError("dualtrain compare", "one group of points only", "two or more")
+    reference = _reference(groups, keys, options.to)
+    if any(len(group.runs) == 1 for group in groups):
+        notes.append(ONE_SEED)
+    result = {
+        "format": 1,
+        "sweep": str(options.directory),
+        "where": list(options.where),
+        "to": reference.label,
+        "metrics": {
+            metric: {group.label: _entry(group, reference, metric) for group in groups}
+            for metric in metrics
+        },
+        "notes": notes,
+    }
+    _print(result, Console(highlight=False))
+    if options.out is not None:
+        _write(result, options.out)
+    return result
+
+
+def make_groups(runs: Sequence[RunResult], keys: Sequence[str]) -> list[Group]:
+    """Put runs together that differ in the seed alone, in the order of the sweep."""
+    others = [key for key in keys if key != SEED]
+    varying = [key for key in others if len({in_words(setting(run, key)) for run in runs}) > 1]
+    found: dict[str, dict[int, RunResult]] = {}
+    for run in runs:
+        label = ", ".join(f"{key}={in_words(setting(run, key))}" for key in varying)
+        found.setdefault(label or "all", {})[run.recipe.seed] = run
+    return [Group(label, members) for label, members in found.items()]
+
+
+def _reference(groups: Sequence[Group], keys: Sequence[str], to: Sequence[str]) -> Group:
+    if not to:
+        return groups[0]
+    everything = [run for group in groups for run in group.runs.values()]
+    chosen = restrict(everything, keys, to, option="--to")
+    return next(group for group in groups if chosen[0] in group.runs.values())
+
+
+def _entry(group: Group, reference: Group, metric: str) -> dict[str, Any]:
+    values = group.metric(metric)
+    mean = over_seeds(list(values.values()))
+    entry: dict[str, Any] = {
+        "seeds": sorted(values),
+        "mean": float(np.mean(list(values.values()))),
+        "interval": None if mean is None else [mean.low, mean.high],
+    }
+    if group is not reference:
+        differences = paired(values, reference.metric(metric))
+        change = over_seeds(differences)
+        entry["difference"] = float(np.mean(differences)) if differences else None
+        entry["difference_interval"] = None if change is None else [change.low, change.high]
+    return entry
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    console.width = max(console.width, WIDTH)
+    for metric, groups in result["metrics"].items():
+        digits = ".2f" if rises(metric) else ".4f"
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(unit(metric), overflow="fold")
+        for name in ("seeds", "mean (95 %)", f"difference to {result['to']} (95 %)"):
+            table.add_column(name, justify="right")
+        for label, entry in groups.items():
+            table.add_row(
+                label,
+                str(len(entry["seeds"])),
+                _cell(entry["mean"], entry["interval"], digits),
+                _cell(entry.get("difference"), entry.get("difference_interval"), "+" + digits),
+            )
+        console.print(table)
+        console.print()
+    for note in result["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _cell(value: float | None, interval: Sequence[float] | None, digits: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    text = f"{value:{digits}}"
+    if interval is None:
+        return text
+    return f"{text} ({interval[0]:{digits}}, {interval[1]:{digits}})"
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        what = f"{out} cannot be made: {error.strerror}"
+        raise UserError("--out", what, "a directory that is not there") from None
+    written = [out / "comparison.json"]
+    write_json(written[0], result)
+    for metric, groups in result["metrics"].items():
+        bars = {
+            metric: [
+                Bar(
+                    label,
+                    entry["mean"],
+                    None if not entry["interval"] else tuple(entry["interval"]),
+                )
+                for label, entry in groups.items()
+            ]
+        }
+        better = "higher" if rises(metric) else "lower"
+        figure = figures.draw_bars(bars, metric=unit(metric), better=better)
+        written += figures.save(figure, out, metric)
+    print("written:", *written, sep="\n  ")

@@ -1,0 +1,97 @@
+"""The paper's rules, what lies between them, and the advice of a fit."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from dualtrain.errors import UserError
+from dualtrain.sweep.advice import by_fit, by_rules, simple_share
+
+
+@pytest.mark.parametrize(
+    ("repetitions", "alpha", "window"),
+    [
+        (1, 63 / 64, None),
+        (16, 63 / 64, None),
+        (32, 1 / 2, (1 / 4, 1)),
+        (64, 1 / 4, (1 / 8, 1 / 2)),
+        (128, 1 / 8, (1 / 16, 1 / 4)),
+    ],
+)
+def test_the_papers_rules(repetitions, alpha, window):
+    advice = by_rules(repetitions)
+    assert (advice.alpha, advice.window, advice.warnings) == (alpha, window, ())
+    assert "rule" in advice.basis and "interpolated" not in advice.basis
+
+
+def test_between_the_rules_it_is_interpolated_and_said_so():
+    found = [by_rules(r) for r in (16.01, 20, 24, 28, 31.99)]
+    alphas = [advice.alpha for advice in found]
+    assert alphas == sorted(alphas, reverse=True)
+    assert alphas[0] == pytest.approx(63 / 64, abs=1e-3)
+    assert alphas[-1] == pytest.approx(1 / 2, abs=1e-3)
+    assert all("interpolated" in advice.basis for advice in found)
+
+
+def test_what_is_outside_is_said_or_refused():
+    assert by_rules(500).warnings and by_rules(0.5).warnings
+    for wrong in (0, -3, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="a number above 0"):
+            by_rules(wrong)
+
+
+def test_slots_that_realise_alpha():
+    text = "\n".join(by_rules(128).lines(4))
+    assert "write alpha: 1/8. With 4 slots in a step 0.5 are AR and 3.5 diffusion" in text
+    assert "those of alpha: 1/4, 1 AR and 3 diffusion slots" in text
+    assert "a slot in every 2 steps" in text
+    whole = "\n".join(by_rules(128).lines(256))
+    assert "32 are AR and 224 diffusion" in whole and "steps differ" not in whole
+
+
+@pytest.mark.parametrize(
+    ("alpha", "share"),
+    [(0.5, "1/2"), (63 / 64, "63/64"), (0.9432, "121/128"), (0.032, "1/32"), (0.0, "0"), (1, "1")],
+)
+def test_simple_shares(alpha, share):
+    assert simple_share(alpha) == Fraction(share)
+
+
+def write_fit(path, entries):
+    curve = [
+        {
+            "repetitions": r,
+            "quantiles": {"0.05": low, "0.5": median, "0.95": high},
+            "notes": notes,
+        }
+        for r, low, median, high, notes in entries
+    ]
+    path.write_text(json.dumps({"metric": "ar_nll", "best_alpha": {"curve": curve}}))
+    return path
+
+
+def test_advice_of_a_fit(tmp_path):
+    entries = [(4, 0.5, 0.75, 1.0, []), (16, 0.125, 0.25, 0.5, ["noise swamps alpha"])]
+    file = write_fit(tmp_path / "fit.json", entries)
+    assert by_fit(file, 4).alpha == 0.75 and by_fit(file, 16).alpha == 0.25
+    between = by_fit(file, 8)
+    assert between.alpha == pytest.approx(0.5)
+    assert between.window == pytest.approx((0.3125, 0.75))
+    assert between.warnings == ("noise swamps alpha",)
+    with pytest.raises(UserError, match="the fit has runs from 4 to 16 only"):
+        by_fit(file, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ("{}", "is no fit"), ("[1]", "is no fit")],
+)
+def test_a_file_that_is_no_fit(tmp_path, content, message):
+    file = tmp_path / "fit.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        by_fit(file, 8)

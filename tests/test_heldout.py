@@ -22,7 +22,7 @@ from heldout_support import (
 from support import on_ranks
 
 from dualtrain.evaluate import held_out_losses
-from dualtrain.evaluate.heldout import second_halves
+from dualtrain.evaluate.heldout import document_losses, second_halves
 from dualtrain.model import DualLM, plan_attention
 from dualtrain.objectives import diffusion, validation_noise
 from dualtrain.recipe.schema import UniformCorruption
@@ -108,6 +108,31 @@ def test_second_halves_are_scored_as_in_rows_of_their_own(
     assert found.ar_nll_same_tokens == pytest.approx(math.fsum(same) / len(same), rel=1e-5)
     assert abs(found.prefix_nll - found.ar_nll_same_tokens) > 1e-3
     assert found.prefix_bits_per_byte == pytest.approx(found.prefix_nll / math.log(2) / 3)
+
+
+def test_losses_of_documents_add_up_to_those_of_all():
+    class Numbered(Sequences):
+        """Row n begins in document n and goes on in n + 1, as packed documents do."""
+
+        def batch(self, first: int, count: int):
+            rows = tuple((n, n + 1) for n in range(first, first + count))
+            return replace(super().batch(first, count), documents=rows)
+
+    model, sequences, count = tiny_model(), Numbered(7), 7
+    found = document_losses(model, sequences, micro_batch=3, **OPTIONS)
+    whole = held_out_losses(model, Sequences(count), micro_batch=3, **OPTIONS)
+    assert found.documents.tolist() == list(range(count + 1))
+    assert (found.tokens.sum(), found.prefix_tokens.sum()) == (whole.tokens, whole.prefix_tokens)
+    for part, tokens, mean in (
+        (found.ar, found.tokens, whole.ar_nll),
+        (found.diffusion, found.tokens, whole.diffusion_nll),
+        (found.prefix, found.prefix_tokens, whole.prefix_nll),
+        (found.ar_same_tokens, found.prefix_tokens, whole.ar_nll_same_tokens),
+    ):
+        assert part.sum() / tokens.sum() == pytest.approx(mean, rel=1e-6)
+    # The first document is what row 0 has before its boundary, alone.
+    starts = int((sequences.batch(0, 1).document_ids[0] == 0).sum())
+    assert found.tokens[0] == starts
 
 
 def test_errors_of_second_halves_are_those_of_sequences_drawn_anew():

@@ -6,7 +6,7 @@
 ``results``                    settings, metrics and evaluations of any runs
 ``surface``, ``advice``        the Gaussian process over (repetitions, alpha); the best alpha
 ``intervals``                  differences between runs over seeds and over documents
-``figures``                    all figures
+``figures``, ``tables``        all figures; tables on the terminal
 ``command``, ``fit``           ``dualtrain sweep`` and ``dualtrain fit``
 ``compare``, ``groups``        ``dualtrain compare``: of runs, and of a sweep's points over seeds
 """

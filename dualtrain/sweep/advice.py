@@ -151,7 +151,7 @@ def realisable(alpha: float, slots: int) -> Iterator[str]:
     whole = Fraction(min(max(round(ar), 1), slots - 1), slots) if slots > 1 else None
     if whole is not None:
         yield (
-            f"  steps differ then; all alike are those of alpha: {whole}, "
+            f"  steps differ then; the nearest alpha with all steps alike is {whole}: "
             f"{whole * slots} AR and {slots - whole * slots} diffusion slots"
         )
     rare = min(ar, slots - ar)

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
 from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
@@ -23,11 +20,10 @@ from dualtrain.sweep.directory import OUTCOME, is_busy, prepare, read_outcome, w
 from dualtrain.sweep.estimate import estimate_seconds
 from dualtrain.sweep.results import read_sweep, setting, table_text
 from dualtrain.sweep.runner import Runner
+from dualtrain.sweep.tables import new_table, show
 from dualtrain.sweep.view import View
 
 TABLE = "results.csv"
-WIDTH = 160
-"""Of tables: rich cuts columns that do not fit, a terminal wraps them and loses nothing."""
 TABLE_METRICS = ("ar_nll", "best.ar_nll", "diffusion_nll", "prefix_nll", "prefix_minus_ar")
 
 
@@ -138,12 +134,8 @@ def find_devices() -> list[str]:
 
 def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
     """Show the points with their tokens and how long they will take."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right")
-    for key in sweep.keys:
-        table.add_column(key, justify="right")
-    for name in ("unique tokens", "tokens", "AR passes", "about", "state"):
-        table.add_column(name, justify="right")
+    columns = ("unique tokens", "tokens", "AR passes", "about", "state")
+    table = new_table("#", *sweep.keys, *columns)
     estimate = estimate_seconds(sweep, points, parallel=parallel)
     total = 0
     left: float | None = 0.0
@@ -164,9 +156,7 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
             formatting.duration(seconds),
             _state(point),
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)
-    console.print(table)
+    show(table)
     print(f"\n{len(points)} points, {total:,} tokens, to {sweep.directory}")
     at_once = f", {parallel} at once" if parallel > 1 else ""
     if left is None:
@@ -187,9 +177,7 @@ def print_results(directory: Path) -> None:
     keys, runs = read_sweep(directory)
     known = [m for m in TABLE_METRICS if any(run.metric(m) is not None for run in runs)]
     write_text(directory / TABLE, table_text(keys, runs, known))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for key in [*keys, "state", *known]:
-        table.add_column(key, justify="right")
+    table = new_table(*keys, "state", *known)
     for run in runs:
         numbers = [run.metric(metric) for metric in known]
         table.add_row(
@@ -197,10 +185,8 @@ def print_results(directory: Path) -> None:
             run.outcome.state if run.outcome else "unfinished",
             *("-" if number is None else f"{number:.4f}" for number in numbers),
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)
-    console.print()
-    console.print(table)
+    print()
+    show(table)
     print(f"\nwritten: {directory / TABLE}")
 
 

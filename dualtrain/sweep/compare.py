@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import DocumentLosses, document_losses
-from dualtrain.evaluate.statistics import Estimate
 from dualtrain.progress import formatting
 from dualtrain.sweep import figures
 from dualtrain.sweep.directory import write_json
 from dualtrain.sweep.fit import line_of
 from dualtrain.sweep.intervals import over_documents
 from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult, read_run
+from dualtrain.sweep.tables import new_table, show, with_interval
 from dualtrain.trained import Source, find_source, open_trained
 
 FEWEST_DOCUMENTS = 5
@@ -241,10 +238,6 @@ def _new_directory(out: Path | None) -> Path:
 
 
 def _print(result: dict[str, Any], runs: Sequence[RunResult], names: Sequence[str]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    for name in ("alpha", "R", "step"):
-        table.add_column(name, justify="right")
     metrics = {name: result["runs"][name]["metrics"] for name in names}
     scores = [
         key
@@ -252,9 +245,8 @@ def _print(result: dict[str, Any], runs: Sequence[RunResult], names: Sequence[st
         if key.startswith(SCORES_RISE) and key.endswith(".average")
     ]
     columns = [*COLUMNS, *((key, key, "{:.1f}") for key in scores)]
-    for name, _, _ in columns:
-        table.add_column(name, justify="right")
-    table.add_column("tokens/s", justify="right")
+    names_of_columns = [name for name, _, _ in columns]
+    table = new_table("run", "alpha", "R", "step", *names_of_columns, "tokens/s")
     for name, run in zip(names, runs, strict=True):
         found = metrics[name]
         table.add_row(
@@ -265,33 +257,26 @@ def _print(result: dict[str, Any], runs: Sequence[RunResult], names: Sequence[st
             *(form.format(found[key]) if key in found else "-" for _, key, form in columns),
             formatting.count(found.get("tokens_per_second")),
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, 130)
-    console.print("held-out losses in nats per token, at the end and at their best")
-    console.print(table)
-    _print_differences(result["differences"], console)
-    for note in result["notes"]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def _print_differences(differences: dict[str, Any], console: Console) -> None:
-    if not differences["runs"]:
+    print("held-out losses in nats per token, at the end and at their best")
+    if not result["differences"]["runs"]:
+        show(table, result["notes"])
         return
+    show(table)
+    _print_differences(result["differences"], result["notes"])
+
+
+def _print_differences(differences: dict[str, Any], notes: Sequence[str]) -> None:
     first = differences["to"]
     count = differences["runs"][first]["documents"]
-    console.print(f"\ndifferences to {first}, paired over {count} held-out documents (95 %)")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    for name in ("AR", "diffusion", "prefix", "own prefix − own AR"):
-        table.add_column(name, justify="right")
+    print(f"\ndifferences to {first}, paired over {count} held-out documents (95 %)")
+    table = new_table("run", "AR", "diffusion", "prefix", "own prefix − own AR")
     for name, found in differences["runs"].items():
         cells = [_cell(found.get(key)) for key in (*PARTS, "prefix_minus_ar")]
         table.add_row(name, *cells)
-    console.print(table)
+    show(table, notes)
 
 
 def _cell(entry: dict[str, float] | None) -> str:
     if entry is None:
         return "-"
-    estimate = Estimate(**entry)
-    return f"{estimate.value:+.4f} ({estimate.low:+.4f}, {estimate.high:+.4f})"
+    return with_interval(entry["value"], (entry["low"], entry["high"]), "+.4f")

@@ -1,7 +1,7 @@
 """All figures of ``fit`` and ``compare``: PNG to look at, SVG for a paper.
 
-Colours are those of Okabe and Ito, or cividis where a colour stands for a number: both can be told
-apart with any colour vision. Every figure is drawn without a display.
+Colours are those of Okabe and Ito, or cividis and viridis where a colour stands for a number: all
+can be told apart with any colour vision. Every figure is drawn without a display.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from dualtrain.sweep.advice import BEST_PASSES, FEW, FEW_ALPHA, LEAST_PASSES, MANY, MOST_PASSES
 from dualtrain.sweep.surface import Best, Floats, Surface
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-NUMBERS = "cividis"
+NUMBERS, SHARES = "cividis", "viridis"
 DPI = 150
 STYLE: Any = {
     "font.size": 9,
@@ -105,13 +107,15 @@ def draw_surface(
 def draw_curves(panels: Mapping[float, Sequence[Curves]], *, metric: str) -> Figure:
     """Held-out and training loss by step, a panel for each R and a colour for each alpha."""
     alphas = sorted({curve.alpha for curves in panels.values() for curve in curves})
-    shades = colormaps[NUMBERS](np.linspace(0, 0.95, len(alphas)))
+    shades = colormaps[SHARES](np.linspace(0, 0.9, len(alphas)))
     colours = dict(zip(alphas, shades, strict=True))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 3.0 * columns, 0.8 + 2.5 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        # Each panel has its own range: what sets the curves of a single pass apart would be lost
+        # beside a divergence.
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for axes, (repetitions, curves) in zip(grid, panels.items(), strict=False):
             for curve in curves:
                 colour, line = colours[curve.alpha], curve.held_out
@@ -121,20 +125,23 @@ def draw_curves(panels: Mapping[float, Sequence[Curves]], *, metric: str) -> Fig
                     trained = curve.training
                     axes.plot(trained.steps, trained.mean, color=colour, lw=0.8, ls=":")
             axes.set_title(f"{repetitions:g} repetition{'s' * (repetitions != 1)}", fontsize=9)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(axis="y", which="both", labelsize=7)
+            axes.tick_params(axis="y", labelsize=7)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         figure.supxlabel("optimizer updates", fontsize=9)
-        figure.supylabel(f"{metric} (log scale)", fontsize=9)
+        figure.supylabel(metric, fontsize=9)
         handles = [
             grid[0].plot([], [], color=colours[alpha], label=f"α = {as_share(alpha)}")[0]
             for alpha in alphas
         ]
-        handles.append(grid[0].plot([], [], color="0.4", label="held-out, range of seeds")[0])
-        handles.append(grid[0].plot([], [], color="0.4", ls=":", lw=0.8, label="training, AR")[0])
+        handles.append(grid[0].plot([], [], color="0.4", label="held-out, mean")[0])
+        curves = [curve for found in panels.values() for curve in found]
+        if any((curve.held_out.low < curve.held_out.high).any() for curve in curves):
+            handles.append(Patch(color="0.4", alpha=0.2, label="range of seeds"))
+        if any(curve.training is not None for curve in curves):
+            handles.append(
+                grid[0].plot([], [], color="0.4", ls=":", lw=0.8, label="training, AR")[0]
+            )
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
@@ -208,7 +215,12 @@ def _paint_surface(figure: Figure, axes: Axes, surface: Surface, metric: str) ->
     values = surface.mean(np.exp2(columns.ravel()), surface.inverse(rows.ravel()))
     values = values.reshape(columns.shape)
     colours = NUMBERS if not surface.is_loss else f"{NUMBERS}_r"
-    filled = axes.contourf(columns, rows, values, levels=16, cmap=colours)
+    levels: Any = 16
+    if surface.is_loss:
+        # A run that diverges would otherwise take all colours for itself.
+        levels = np.geomspace(values.min(), values.max(), 17)
+    norm = LogNorm() if surface.is_loss else None
+    filled = axes.contourf(columns, rows, values, levels=levels, cmap=colours, norm=norm)
     axes.contour(columns, rows, values, levels=filled.levels, colors="white", linewidths=0.3)
     axes.plot(
         np.log2(surface.repetitions),
@@ -217,9 +229,13 @@ def _paint_surface(figure: Figure, axes: Axes, surface: Surface, metric: str) ->
         color="white",
         markeredgecolor="black",
         markersize=4,
+        clip_on=False,
         label="runs",
     )
-    figure.colorbar(filled, ax=axes, label=metric)
+    ticks = np.asarray(filled.levels)[::2]
+    bar = figure.colorbar(filled, ax=axes, label=metric, ticks=ticks)
+    bar.ax.set_yticklabels([f"{tick:.3g}" for tick in ticks])
+    bar.ax.minorticks_off()
     _label_alphas(axes, surface)
     axes.set_title("fitted surface", fontsize=9)
     axes.legend(loc="lower left", frameon=True, fontsize=8)

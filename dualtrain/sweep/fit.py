@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dualtrain.errors import UserError
 from dualtrain.evaluate.statistics import Estimate
@@ -31,6 +29,7 @@ from dualtrain.sweep.results import (
     unit,
 )
 from dualtrain.sweep.surface import QUANTILES, SWAMPED, Best, Surface
+from dualtrain.sweep.tables import new_table, show, with_interval
 
 FORMAT = 1
 OWN_KEYS = ("repetitions", "alpha", "seed", "steps", "unique_tokens")
@@ -38,6 +37,8 @@ OWN_KEYS = ("repetitions", "alpha", "seed", "steps", "unique_tokens")
 CURVE_STEP = 0.25
 """Doublings of R between the points of the curve of the best alpha."""
 AR, DIFFUSION = 1.0, 0.0
+MAY_BE = 0.1
+"""Share of posterior samples from which on an optimum at the border is mentioned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +197,21 @@ def _curve(sampled: Sequence[float]) -> list[float]:
 
 def _best_json(best: Best) -> dict[str, Any]:
     notes = []
-    at = f"at {best.repetitions:g} repetitions"
+    at = f"at {best.repetitions:g} repetition{'s' * (best.repetitions != 1)}"
     if best.at_border == "lowest" and best.median > 0:
         notes.append(f"{at} the best alpha is the lowest sampled: lower ones may be better")
     if best.at_border == "highest" and best.median < 1:
         notes.append(f"{at} the best alpha is the highest sampled: higher ones may be better")
     if best.at_border is not None and best.median in (0.0, 1.0):
         notes.append(f"{at} a single objective is best: the optimum is at the border of [0, 1]")
+    if best.at_border is None:
+        for alpha in (DIFFUSION, AR):
+            share = float((best.samples == alpha).mean())
+            if share >= MAY_BE:
+                notes.append(
+                    f"{at} the optimum may be at the border, alpha {alpha:g}: it is there in "
+                    f"{share:.0%} of the posterior samples"
+                )
     if best.is_swamped:
         notes.append(
             f"{at} noise swamps alpha: it changes the metric by {best.effect:.2g} standard "
@@ -340,10 +349,9 @@ def _print(result: dict[str, Any]) -> None:
         f"{left_out['r_squared']:.4f}, error {left_out['rmse']:{digits}}"
     )
     print(f"kernel {result['kernel']}\n")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    names = ("R", "best α", "5 %", "95 %", "AR passes", "mixture − AR", "mixture − diffusion")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = new_table(
+        "R", "best α", "5 %", "95 %", "AR passes", "mixture − AR", "mixture − diffusion"
+    )
     singles = {entry["repetitions"]: entry for entry in result["single_objectives"]}
     for best in result["best_alpha"]["sampled"]:
         entry, quantiles = singles[best["repetitions"]], best["quantiles"]
@@ -356,19 +364,12 @@ def _print(result: dict[str, Any]) -> None:
                 for name in ("ar", "diffusion")
             ),
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, 110)
-    console.print(table)
     notes = [note for best in result["best_alpha"]["sampled"] for note in best["notes"]]
-    for note in [*result["notes"], *notes]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    show(table, [*result["notes"], *notes])
 
 
 def _difference(entry: dict[str, Any] | None, digits: str) -> str:
     if entry is None:
         return "-"
-    text = f"{entry['value']:+{digits}}"
-    if entry["interval"] is None:
-        return f"{text} (one seed)"
-    low, high = entry["interval"]
-    return f"{text} ({low:+{digits}}, {high:+{digits}})"
+    text = with_interval(entry["value"], entry["interval"], f"+{digits}")
+    return text if entry["interval"] is not None else f"{text} (one seed)"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dualtrain.errors import UserError
 from dualtrain.sweep import figures
@@ -28,9 +26,9 @@ from dualtrain.sweep.results import (
     setting,
     unit,
 )
+from dualtrain.sweep.tables import new_table, show, with_interval
 
-SEED = "seed"
-WIDTH = 150
+SEED, AXES = "seed", ("repetitions", "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +85,13 @@ def compare_groups(options: Options) -> dict[str, Any]:
     keys, runs = read_sweep(options.directory)
     runs = finished(restrict(runs, keys, options.where), notes)
     metrics = [choose_metric(metric, runs) for metric in options.metrics]
-    groups = make_groups(runs, keys)
+    usual = _usual(runs, keys)
+    groups = make_groups(runs, usual)
     if len(groups) < 2:
         raise UserError("dualtrain compare", "one group of points only", "two or more")
+    others = [f"{key}={value}" for key, value in usual.items() if key not in AXES]
+    if others:
+        notes.append(f"where a name does not say otherwise: {', '.join(others)}")
     reference = _reference(groups, keys, options.to)
     if any(len(group.runs) == 1 for group in groups):
         notes.append(ONE_SEED)
@@ -104,21 +106,44 @@ def compare_groups(options: Options) -> dict[str, Any]:
         },
         "notes": notes,
     }
-    _print(result, Console(highlight=False))
+    _print(result)
     if options.out is not None:
         _write(result, options.out)
     return result
 
 
-def make_groups(runs: Sequence[RunResult], keys: Sequence[str]) -> list[Group]:
-    """Put runs together that differ in the seed alone, in the order of the sweep."""
-    others = [key for key in keys if key != SEED]
-    varying = [key for key in others if len({in_words(setting(run, key)) for run in runs}) > 1]
-    found: dict[str, dict[int, RunResult]] = {}
+def make_groups(runs: Sequence[RunResult], usual: Mapping[str, str]) -> list[Group]:
+    """Put runs together that differ in the seed alone, in the order of the sweep.
+
+    Args:
+        runs: Of a sweep.
+        usual: The keys in which they differ, each with its commonest value.
+    """
+    found: dict[tuple[str, ...], dict[int, RunResult]] = {}
     for run in runs:
-        label = ", ".join(f"{key}={in_words(setting(run, key))}" for key in varying)
-        found.setdefault(label or "all", {})[run.recipe.seed] = run
-    return [Group(label, members) for label, members in found.items()]
+        values = tuple(in_words(setting(run, key)) for key in usual)
+        found.setdefault(values, {})[run.recipe.seed] = run
+    return [Group(_label(values, usual), members) for values, members in found.items()]
+
+
+def _usual(runs: Sequence[RunResult], keys: Sequence[str]) -> dict[str, str]:
+    """The keys in which runs differ, beside the seed, each with its commonest value."""
+    usual: dict[str, str] = {}
+    for key in keys:
+        counts = Counter(in_words(setting(run, key)) for run in runs)
+        if key != SEED and len(counts) > 1:
+            usual[key] = counts.most_common(1)[0][0]
+    return usual
+
+
+def _label(values: Sequence[str], usual: Mapping[str, str]) -> str:
+    """Name a group by what it is on the axes of a surface, and by what else is unusual about it."""
+    parts = [
+        f"{key}={value}"
+        for key, value in zip(usual, values, strict=True)
+        if key in AXES or value != usual[key]
+    ]
+    return ", ".join(parts) or "base"
 
 
 def _reference(groups: Sequence[Group], keys: Sequence[str], to: Sequence[str]) -> Group:
@@ -145,34 +170,24 @@ def _entry(group: Group, reference: Group, metric: str) -> dict[str, Any]:
     return entry
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
-    console.width = max(console.width, WIDTH)
+def _print(result: dict[str, Any]) -> None:
     for metric, groups in result["metrics"].items():
         digits = ".2f" if rises(metric) else ".4f"
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(unit(metric), overflow="fold")
-        for name in ("seeds", "mean (95 %)", f"difference to {result['to']} (95 %)"):
-            table.add_column(name, justify="right")
+        table = new_table(
+            unit(metric), "seeds", "mean (95 %)", f"difference to {result['to']} (95 %)"
+        )
         for label, entry in groups.items():
             table.add_row(
                 label,
                 str(len(entry["seeds"])),
-                _cell(entry["mean"], entry["interval"], digits),
-                _cell(entry.get("difference"), entry.get("difference_interval"), "+" + digits),
+                with_interval(entry["mean"], entry["interval"], digits),
+                with_interval(
+                    entry.get("difference"), entry.get("difference_interval"), f"+{digits}"
+                ),
             )
-        console.print(table)
-        console.print()
-    for note in result["notes"]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def _cell(value: float | None, interval: Sequence[float] | None, digits: str) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    text = f"{value:{digits}}"
-    if interval is None:
-        return text
-    return f"{text} ({interval[0]:{digits}}, {interval[1]:{digits}})"
+        is_last = metric == list(result["metrics"])[-1]
+        show(table, result["notes"] if is_last else ())
+        print()
 
 
 def _write(result: dict[str, Any], out: Path) -> None:

@@ -289,9 +289,13 @@ def table_text(keys: Sequence[str], runs: Sequence[RunResult], metrics: Sequence
 
 
 def _is_same(value: object, wanted: object) -> bool:
-    """Whether a setting has a value that a user wrote: 1/8 is 0.125."""
+    """Whether a setting has a value that a user wrote: 1/8 is 0.125, what is left out a default."""
     if value == wanted:
         return True
+    if isinstance(value, list) and isinstance(wanted, list):
+        return len(value) == len(wanted) and all(map(_is_same, value, wanted))
+    if isinstance(value, dict) and isinstance(wanted, dict) and wanted:
+        return all(key in value and _is_same(value[key], wanted[key]) for key in wanted)
     try:
         return Fraction(str(value)) == Fraction(str(wanted))
     except (ValueError, ZeroDivisionError):

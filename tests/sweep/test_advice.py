@@ -46,7 +46,7 @@ def test_what_is_outside_is_said_or_refused():
 def test_slots_that_realise_alpha():
     text = "\n".join(by_rules(128).lines(4))
     assert "write alpha: 1/8. With 4 slots in a step 0.5 are AR and 3.5 diffusion" in text
-    assert "those of alpha: 1/4, 1 AR and 3 diffusion slots" in text
+    assert "all steps alike is 1/4: 1 AR and 3 diffusion slots" in text
     assert "a slot in every 2 steps" in text
     whole = "\n".join(by_rules(128).lines(256))
     assert "32 are AR and 224 diffusion" in whole and "steps differ" not in whole

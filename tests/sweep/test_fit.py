@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 from sweep_support import FILE, loss, make_sweep
 
 from dualtrain.errors import UserError
 from dualtrain.sweep.advice import by_fit
 from dualtrain.sweep.directory import Outcome, write_outcome
-from dualtrain.sweep.fit import Options, fit_sweep
+from dualtrain.sweep.fit import Options, _best_json, fit_sweep
+from dualtrain.sweep.surface import Best
 
 
 def fit(directory, **options):
@@ -43,6 +45,25 @@ def test_the_best_alpha_of_each_repetition(made, capsys):
     assert "R²" in printed and "at 4 repetitions a single objective is best" in printed
     advice = by_fit(out / "fit.json", 16)
     assert advice.alpha == best[16]["quantiles"]["0.5"]
+
+
+@pytest.mark.parametrize(
+    ("median", "at_zero", "border", "effect", "notes"),
+    [
+        (0.2, 0.0, None, 9.0, []),
+        (0.2, 0.3, None, 9.0, ["may be at the border, alpha 0: it is there in 30%"]),
+        (0.2, 0.0, "lowest", 9.0, ["is the lowest sampled"]),
+        (0.2, 0.0, "highest", 9.0, ["is the highest sampled"]),
+        (0.0, 0.9, "lowest", 1.5, ["a single objective is best", "noise swamps alpha"]),
+    ],
+)
+def test_what_is_said_about_an_optimum(median, at_zero, border, effect, notes):
+    samples = np.where(np.arange(100) < 100 * at_zero, 0.0, 0.2)
+    best = Best(8, (0.0, 0.1, median, 0.3, 0.4), 4.0, border, effect, samples)
+    found = _best_json(best)
+    assert len(found["notes"]) == len(notes)
+    assert all(part in note for part, note in zip(notes, found["notes"], strict=True))
+    assert found["ar_passes"] == 8 * median
 
 
 def test_figures_have_labels_units_and_a_legend(made):

@@ -84,7 +84,6 @@ class View:
         self._jobs: Sequence[Job] = ()
         self._ended: list[Job] = []
         self._shown = self._lined = self._began = time.monotonic()
-        self._before = 0
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Begin to follow jobs."""
@@ -118,7 +117,6 @@ class View:
         if job.state == "waiting":
             return
         if not job.began:
-            self._before += job.state == "finished"
             if job.state == "failed":
                 self._line(f"{label} failed before, and is not tried again: {job.reason}")
             return

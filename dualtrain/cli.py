@@ -183,7 +183,7 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(help="Directory for the results; default: SWEEP_DIR/fit/METRIC.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of restarts and posterior samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of restarts and posterior samples.")] = 0,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Only fit.json.")] = False,
 ) -> None:
     """Fit a Gaussian process to a sweep: the surface over repetitions and alpha, the best alpha."""
@@ -251,7 +251,7 @@ def compare(
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of masks and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of masks and of the bootstrap.")] = 0,
 ) -> None:
     """Compare runs: losses, AR passes, speed, tasks, and intervals over held-out documents.
 

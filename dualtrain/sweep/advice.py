@@ -22,6 +22,8 @@ FEW, MANY = 16, 32
 """Repetitions up to which the first rule holds, and from which on the second does."""
 FEW_ALPHA = 63 / 64
 BEST_PASSES, LEAST_PASSES, MOST_PASSES = 16, 8, 32
+ADVISED = ("0.05", "0.5", "0.95")
+"""Quantiles of a fit that advice is made of."""
 PAPER_SLOTS = 256
 """Devices of the paper's runs, each of which has one objective in a step."""
 
@@ -112,7 +114,7 @@ def by_fit(file: Path, repetitions: float) -> Advice:
     share = math.log2(repetitions / below["repetitions"]) / width if width else 0.0
     low, median, high = (
         below["quantiles"][q] + share * (above["quantiles"][q] - below["quantiles"][q])
-        for q in ("0.05", "0.5", "0.95")
+        for q in ADVISED
     )
     warnings = sorted({note for entry in (below, above) for note in entry["notes"]})
     basis = f"by {file}, the median of the best alpha for {fit['metric']}, its 90 % interval"
@@ -133,8 +135,18 @@ def read_fit(file: Path) -> dict[str, Any]:
         raise UserError(f"--fit {file}", what, expected) from None
     except ValueError as error:
         raise UserError(f"--fit {file}", f"is not JSON: {error}", expected) from None
-    if not isinstance(fit, dict) or "best_alpha" not in fit or not fit["best_alpha"].get("curve"):
-        raise UserError(f"--fit {file}", "is no fit", expected)
+    try:
+        curve, metric = fit["best_alpha"]["curve"], fit["metric"]
+        for entry in curve:
+            numbers = [entry["repetitions"], *(entry["quantiles"][q] for q in ADVISED)]
+            if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+                raise TypeError
+            list(entry["notes"])
+        is_fit = bool(curve) and isinstance(metric, str)
+    except (KeyError, TypeError, IndexError):
+        is_fit = False
+    if not is_fit:
+        raise UserError(f"--fit {file}", "is no fit, or damaged", expected, "fit the sweep again")
     return fit
 
 

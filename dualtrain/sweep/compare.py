@@ -19,7 +19,7 @@ from dualtrain.sweep.fit import line_of
 from dualtrain.sweep.intervals import over_documents
 from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult, read_run
 from dualtrain.sweep.tables import new_table, show, with_interval
-from dualtrain.trained import Source, find_source, open_trained
+from dualtrain.trained import Source, choose, find_source, open_trained
 
 FEWEST_DOCUMENTS = 5
 """Below this many documents a bootstrap over them says nothing."""
@@ -77,6 +77,8 @@ def compare_runs(options: Options) -> dict[str, Any]:
     for run in runs:
         if not run.steps and not run.evals:
             raise UserError(str(run.directory), "has no metrics yet", "a run that has trained")
+    if options.device is not None:
+        choose(options.device)  # a device that is not there is no reason to leave intervals out
     notes: list[str] = []
     losses = _document_losses(runs, names, options, notes)
     result = {

@@ -143,7 +143,8 @@ def value_at(recipe: Recipe, key: str) -> Plain:
 def in_words(value: Plain) -> str:
     """A value in a table: numbers short, text as it is, all else as JSON."""
     if isinstance(value, float):
-        return f"{value:g}"
+        # Short where that is the same number; values that differ never look alike.
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -161,8 +162,12 @@ def directory_name(values: Mapping[str, Plain]) -> str:
 
 def _in_name(value: Plain) -> str:
     text = in_words(value)
-    is_short = not isinstance(value, (dict, list)) and len(text) <= 40
-    return re.sub(r"[^A-Za-z0-9.+-]", "_", text) if is_short else _digest(value)
+    if isinstance(value, (dict, list)) or len(text) > 40:
+        return _digest(value)
+    name = re.sub(r"[^A-Za-z0-9.+-]", "_", text)
+    # Texts such as a/b and a_b must not share a directory; fractions have one spelling.
+    is_told_apart = name == text or re.fullmatch(r"\d+/\d+", text)
+    return name if is_told_apart else f"{name}-{_digest(value)}"
 
 
 def _digest(value: object) -> str:

@@ -216,10 +216,10 @@ def _paint_surface(figure: Figure, axes: Axes, surface: Surface, metric: str) ->
     values = values.reshape(columns.shape)
     colours = NUMBERS if not surface.is_loss else f"{NUMBERS}_r"
     levels: Any = 16
-    if surface.is_loss:
+    if surface.is_log:
         # A run that diverges would otherwise take all colours for itself.
         levels = np.geomspace(values.min(), values.max(), 17)
-    norm = LogNorm() if surface.is_loss else None
+    norm = LogNorm() if surface.is_log else None
     filled = axes.contourf(columns, rows, values, levels=levels, cmap=colours, norm=norm)
     axes.contour(columns, rows, values, levels=filled.levels, colors="white", linewidths=0.3)
     axes.plot(

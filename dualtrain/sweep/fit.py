@@ -111,7 +111,7 @@ def fit_sweep(options: Options) -> dict[str, Any]:
             "repetitions": "log2(R)",
             "alpha": "log2((alpha + epsilon) / (1 - alpha + epsilon))",
             "epsilon": surface.epsilon,
-            "metric": "log" if surface.is_loss else "as it is",
+            "metric": "log" if surface.is_log else "as it is",
         },
         "kernel": str(surface.kernel),
         "r_squared": surface.r_squared,

@@ -157,7 +157,8 @@ def read_sweep(directory: Path) -> tuple[list[str], list[RunResult]]:
         UserError: It is no sweep's directory, or has no points yet.
     """
     if not (directory / SWEEP).is_file():
-        what = "has no sweep.json" if directory.is_dir() else "does not exist"
+        missing = "is no directory" if directory.exists() else "does not exist"
+        what = "has no sweep.json" if directory.is_dir() else missing
         raise UserError(
             str(directory), what, "the directory of a sweep", "`dualtrain sweep` makes one"
         )

@@ -9,7 +9,7 @@ paper does not:
   apart at both ends. e is half the smallest share sampled, which puts pure AR and pure diffusion
   about one halving beyond the outermost mixtures;
 * the metric: losses enter as their logarithm (a run that diverges would otherwise outweigh all
-  others), scores as they are; then standardised.
+  others), scores and differences as they are; then standardised.
 
 The distribution of the best alpha at an R is that of the maximum of posterior samples of the
 surface, without the noise of single runs, over a fine grid of alpha from the least to the greatest
@@ -89,8 +89,11 @@ class Surface:
         restarts: Of the search for hyperparameters.
 
     Raises:
-        UserError: Values that are not finite, losses that are not positive, fewer than four
-            distinct alphas, or nothing but the same value.
+        UserError: Values that are not finite, fewer than four distinct alphas, or nothing but the
+            same value.
+
+    Attributes:
+        is_log: Whether the metric enters as its logarithm: a loss, and none is 0 or below.
     """
 
     def __init__(
@@ -110,7 +113,8 @@ class Surface:
         self._check()
         inner = np.minimum(self.alphas, 1 - self.alphas)
         self.epsilon = float(inner[inner > 0].min() / 2)
-        target = np.log(self.values) if is_loss else self.values
+        self.is_log = is_loss and bool((self.values > 0).all())
+        target = np.log(self.values) if self.is_log else self.values
         self._mean, self._scale = float(target.mean()), float(target.std())
         self._target = (target - self._mean) / self._scale
         self._inputs = self._place(self.repetitions, self.alphas)
@@ -128,8 +132,6 @@ class Surface:
                 f"{len(distinct)} distinct: {', '.join(f'{a:g}' for a in distinct)}",
                 f"at least {FEWEST_ALPHAS}, between which a surface can be told",
             )
-        if self.is_loss and (self.values <= 0).any():
-            raise UserError("metric", "some losses are not positive", "losses above 0")
         if np.ptp(self.values) == 0:
             raise UserError("metric", "all runs have the same value", "a metric that varies")
 
@@ -231,7 +233,7 @@ class Surface:
 
     def _to_metric(self, target: Floats) -> Floats:
         plain = target * self._scale + self._mean
-        return np.exp(plain) if self.is_loss else plain
+        return np.exp(plain) if self.is_log else plain
 
     def _fit(self, restarts: int) -> GaussianProcessRegressor:
         spread = np.maximum(np.ptp(self._inputs, axis=0), 1.0)

@@ -87,7 +87,16 @@ def test_advice_of_a_fit(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "is not JSON"), ("{}", "is no fit"), ("[1]", "is no fit")],
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("{}", "is no fit"),
+        ("[1]", "is no fit"),
+        ("null", "is no fit"),
+        ('{"best_alpha": 3}', "is no fit"),
+        ('{"metric": "ar_nll", "best_alpha": {"curve": []}}', "is no fit"),
+        ('{"metric": "ar_nll", "best_alpha": {"curve": [{"repetitions": 8}]}}', "or damaged"),
+    ],
 )
 def test_a_file_that_is_no_fit(tmp_path, content, message):
     file = tmp_path / "fit.json"

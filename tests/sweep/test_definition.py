@@ -91,6 +91,14 @@ def test_many_values_make_a_name_that_a_file_system_takes(sweep):
     assert max(len(label) for label in labels(found)) <= 180
 
 
+def test_values_that_look_alike_have_directories_of_their_own(sweep):
+    found = sweep(
+        "sweep: {grid: {data.path: [a/b, a_b, a b], optim.lr: [0.0012345678, 0.0012345679]}}"
+    )
+    assert len({point.directory for point in found.points}) == 6
+    assert labels(found)[2] == "data.path=a_b,optim.lr=0.0012345678"
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -150,12 +150,19 @@ def test_the_axis_of_alpha_goes_both_ways(losses):
     assert ends[1] == 0 and ends[0] == pytest.approx(-ends[2])
 
 
+def test_differences_have_no_logarithm_and_are_fitted_as_they_are(losses):
+    repetitions, alphas, values = losses
+    surface = Surface(repetitions, alphas, np.log(values / 4), is_loss=True)
+    assert surface.values.min() < 0 and not surface.is_log
+    assert Surface(*losses, is_loss=True).is_log
+    assert surface.best(64).quantiles == Surface(*losses, is_loss=True).best(64).quantiles
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda r, a, v: (r, np.minimum(a, 1 / 8), v), "3 distinct: 0, 0.0625, 0.125"),
         (lambda r, a, v: (r, a, np.where(a == 1, np.nan, v)), "not finite"),
-        (lambda r, a, v: (r, a, v - 10), "not positive"),
         (lambda r, a, v: (r, a, np.full(len(v), 4.0)), "all runs have the same value"),
     ],
 )

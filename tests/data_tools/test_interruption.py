@@ -16,7 +16,8 @@ import pytest
 from convert_support import write_jsonl
 
 from data_tools import shards
-from data_tools.convert import build_dataset
+from data_tools.convert import _KEY_FILE, build_dataset
+from data_tools.place import beside
 from data_tools.tokenizer import Tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.data.dataset import DatasetInfo
@@ -97,7 +98,10 @@ def test_killed_worker_is_an_error_and_the_same_command_goes_on(tmp_path: Path) 
     with corpus.open("a") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    worker = wait_for_worker(process)
+    worker = first_worker(process)
+    # Stopped before it can be done: else a fast machine might end before the kill.
+    os.kill(worker, signal.SIGSTOP)
+    wait_for_file(process, beside(tmp_path / "data"), _KEY_FILE)
     os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2, said
@@ -108,12 +112,19 @@ def test_killed_worker_is_an_error_and_the_same_command_goes_on(tmp_path: Path) 
     assert sum(split.documents for split in splits.values()) == 2200
 
 
-def wait_for_worker(process: subprocess.Popen) -> int:
-    """The number of a process that encodes, once it has started to."""
+def first_worker(process: subprocess.Popen) -> int:
+    """The number of a process that will encode, as soon as there is one."""
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         for child in psutil.Process(process.pid).children():
-            if "spawn_main" in " ".join(child.cmdline()) and child.cpu_times().user > 0.5:
+            if "spawn_main" in " ".join(child.cmdline()):
                 return child.pid
         time.sleep(0.01)
-    raise AssertionError("no worker encodes")
+    raise AssertionError("no worker was started")
+
+
+def wait_for_file(process: subprocess.Popen, directory: Path, name: str) -> None:
+    until = time.monotonic() + 60
+    while not list(directory.rglob(name)):
+        assert time.monotonic() < until and process.poll() is None, f"no {name} in {directory}"
+        time.sleep(0.01)

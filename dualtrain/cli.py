@@ -22,6 +22,7 @@ from dualtrain.launch import spare_shared_cores
 from dualtrain.peers import ROLL_CALL_S, LostPeer
 from dualtrain.terminal import forget_output, open_missing_output
 
+LARGEST_SEED = 2**32 - 1
 PEER_GRACE_S = 3.0
 """Time rank 0 has to report a failure of all ranks before the others speak."""
 
@@ -183,7 +184,9 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(help="Directory for the results; default: SWEEP_DIR/fit/METRIC.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of restarts and posterior samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of restarts and posterior samples.")
+    ] = 0,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Only fit.json.")] = False,
 ) -> None:
     """Fit a Gaussian process to a sweep: the surface over repetitions and alpha, the best alpha."""
@@ -251,7 +254,10 @@ def compare(
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of masks and of the bootstrap.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Of masks and of the bootstrap; default: 0."),
+    ] = None,
 ) -> None:
     """Compare runs: losses, AR passes, speed, tasks, and intervals over held-out documents.
 
@@ -263,6 +269,9 @@ def compare(
     from dualtrain.sweep.groups import compare_groups
 
     if len(runs) == 1 and (runs[0] / SWEEP).is_file():
+        if any(option is not None for option in (sequences, device, seed)):
+            expected = "two or more runs; the intervals of a sweep are over its seeds"
+            raise UserError("--sequences, --device, --seed", "are for runs", expected)
         metrics = metric or ["ar_nll"]
         compare_groups(
             GroupOptions(
@@ -272,7 +281,7 @@ def compare(
         return
     if metric or where or to:
         raise UserError("--metric, --where, --to", "are for a single sweep", "one SWEEP_DIR")
-    compare_runs(Options(runs=runs, sequences=sequences, out=out, seed=seed, device=device))
+    compare_runs(Options(runs=runs, sequences=sequences, out=out, seed=seed or 0, device=device))
 
 
 @app.command()

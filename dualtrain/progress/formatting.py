@@ -23,6 +23,11 @@ def count(value: float | None) -> str:
     raise AssertionError("unreachable: T takes every value")
 
 
+def counted(number: float, noun: str) -> str:
+    """Format a number of things: 1 point, 3 points."""
+    return f"{number:g} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float | None) -> str:
     """Format a duration as m:ss, h:mm:ss, or with days in front."""
     if seconds is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from dualtrain.errors import UserError, UserErrors
@@ -32,15 +33,18 @@ class LoadedRecipe:
     Attributes:
         recipe: Resolved and checked.
         source: The file, as the user may open it.
-        text: The resolved recipe as YAML, from :func:`dump_recipe`.
         origins: For each dotted key that a file or the command line gives, where; others are
             defaults.
     """
 
     recipe: Recipe
     source: str
-    text: str
     origins: Mapping[str, str]
+
+    @cached_property
+    def text(self) -> str:
+        """The resolved recipe as YAML."""
+        return dump_recipe(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class RecipeTree:
         if errors or recipe is None:
             raise errors[0] if len(errors) == 1 else UserErrors(errors)
         origins = {dotted(path): str(place) for path, place in self.tree.leaves()}
-        return LoadedRecipe(recipe, self.source, dump_recipe(recipe), origins)
+        return LoadedRecipe(recipe, self.source, origins)
 
 
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

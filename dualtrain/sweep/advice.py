@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ FEW, MANY = 16, 32
 """Repetitions up to which the first rule holds, and from which on the second does."""
 FEW_ALPHA = 63 / 64
 BEST_PASSES, LEAST_PASSES, MOST_PASSES = 16, 8, 32
+MOST_REPETITIONS = 1e6
+FIT_FORMAT = 1
+"""Of the file that ``dualtrain fit`` writes and advice is read from."""
 ADVISED = ("0.05", "0.5", "0.95")
 """Quantiles of a fit that advice is made of."""
 PAPER_SLOTS = 256
@@ -69,7 +73,7 @@ def by_rules(repetitions: float) -> Advice:
     """The paper's advice.
 
     Raises:
-        UserError: `repetitions` is not a positive number.
+        UserError: `repetitions` is not a positive number, or beyond all reason.
     """
     _check(repetitions)
     if repetitions <= FEW:
@@ -135,19 +139,31 @@ def read_fit(file: Path) -> dict[str, Any]:
         raise UserError(f"--fit {file}", what, expected) from None
     except ValueError as error:
         raise UserError(f"--fit {file}", f"is not JSON: {error}", expected) from None
-    try:
-        curve, metric = fit["best_alpha"]["curve"], fit["metric"]
-        for entry in curve:
-            numbers = [entry["repetitions"], *(entry["quantiles"][q] for q in ADVISED)]
-            if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-                raise TypeError
-            list(entry["notes"])
-        is_fit = bool(curve) and isinstance(metric, str)
-    except (KeyError, TypeError, IndexError):
-        is_fit = False
-    if not is_fit:
+    if not _is_fit(fit):
         raise UserError(f"--fit {file}", "is no fit, or damaged", expected, "fit the sweep again")
     return fit
+
+
+def _is_fit(fit: Any) -> bool:
+    """Whether it holds what advice is made of."""
+    try:
+        curve = fit["best_alpha"]["curve"]
+        repetitions = [entry["repetitions"] for entry in curve]
+        rise = [0, *repetitions]
+        quantiles = [[0, *(entry["quantiles"][q] for q in ADVISED), 1] for entry in curve]
+        notes = [note for entry in curve for note in entry["notes"]]
+        return (
+            fit["format"] == FIT_FORMAT
+            and isinstance(fit["metric"], str)
+            and bool(curve)
+            and all(type(n) in (int, float) for row in [repetitions, *quantiles] for n in row)
+            and all(math.isfinite(n) for n in repetitions)
+            and all(low < high for low, high in pairwise(rise))
+            and all(low <= high for row in quantiles for low, high in pairwise(row))
+            and all(isinstance(note, str) for note in notes)
+        )
+    except (KeyError, TypeError, IndexError, OverflowError):
+        return False
 
 
 def realisable(alpha: float, slots: int) -> Iterator[str]:
@@ -176,16 +192,17 @@ def simple_share(alpha: float) -> Fraction:
 
     Both of alpha and of 1 - alpha, whichever is the smaller.
     """
-    for power in range(20):
+    for power in count():
         share = Fraction(round(alpha * 2**power), 2**power)
         if abs(float(share) - alpha) <= 0.05 * min(alpha, 1 - alpha):
-            break
-    return share
+            return share
+    raise AssertionError("unreachable: a float is a multiple of some power of two")
 
 
 def _check(repetitions: float) -> None:
-    if not (math.isfinite(repetitions) and repetitions > 0):
-        raise UserError("--repetitions", f"{repetitions:g}", "a number above 0")
+    if not 0 < repetitions <= MOST_REPETITIONS:
+        expected = f"a number above 0, and {MOST_REPETITIONS:g} at most"
+        raise UserError("--repetitions", f"{repetitions:g}", expected)
 
 
 def _extrapolated(repetitions: float) -> tuple[str, ...]:

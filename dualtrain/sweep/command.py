@@ -16,9 +16,10 @@ from dualtrain.progress import formatting
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.derive import derive
 from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
-from dualtrain.sweep.directory import OUTCOME, is_busy, prepare, read_outcome, write_text
+from dualtrain.sweep.directory import OUTCOME, check, is_busy, prepare, read_outcome, write_text
 from dualtrain.sweep.estimate import estimate_seconds
-from dualtrain.sweep.results import read_sweep, setting, table_text
+from dualtrain.sweep.reading import read_sweep
+from dualtrain.sweep.results import named, setting, table_text
 from dualtrain.sweep.runner import Runner
 from dualtrain.sweep.tables import new_table, show
 from dualtrain.sweep.view import View
@@ -69,6 +70,7 @@ def run_sweep(options: Options) -> int:
     for point in points:
         check_world_size(point.loaded.recipe, options.ranks or 1)
     if options.dry_run:
+        check(sweep)
         print_plan(sweep, points, parallel=options.parallel)
         return EXIT_DONE
     read_tasks(points[0].loaded.recipe.eval)  # a mistake there need not wait for the dataset
@@ -87,7 +89,7 @@ def run_sweep(options: Options) -> int:
             on_change=view.change,
             on_poll=view.poll,
         )
-        view.say(f"{sweep.source}: {len(points)} points in {sweep.directory}")
+        view.say(f"{sweep.source}: {formatting.counted(len(points), 'point')} in {sweep.directory}")
         view.start(runner.jobs)
         runner.run()
     print_results(sweep.directory)
@@ -137,7 +139,7 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
     columns = ("unique tokens", "tokens", "AR passes", "about", "state")
     table = new_table("#", *sweep.keys, *columns)
     estimate = estimate_seconds(sweep, points, parallel=parallel)
-    total = 0
+    total = waiting = 0
     left: float | None = 0.0
     for point in points:
         recipe = point.loaded.recipe
@@ -145,8 +147,9 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
         outcome = read_outcome(point.directory)
         total += derived.total_tokens
         seconds = estimate.seconds(derived)
-        if outcome is None and left is not None:
-            left = None if seconds is None else left + seconds
+        if outcome is None:
+            waiting += 1
+            left = None if seconds is None or left is None else left + seconds
         table.add_row(
             str(point.number),
             *(cell(point.values[key]) if key in point.values else "" for key in sweep.keys),
@@ -157,7 +160,8 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
             _state(point),
         )
     show(table)
-    print(f"\n{len(points)} points, {total:,} tokens, to {sweep.directory}")
+    print(f"\n{formatting.counted(len(points), 'point')}, {total:,} tokens, to {sweep.directory}")
+    parallel = min(parallel, waiting) or 1
     at_once = f", {parallel} at once" if parallel > 1 else ""
     if left is None:
         print(estimate.basis)
@@ -174,7 +178,8 @@ def _state(point: Point) -> str:
 
 def print_results(directory: Path) -> None:
     """Show the points that have ended, and write ``results.csv``."""
-    keys, runs = read_sweep(directory)
+    found = read_sweep(directory)
+    keys, runs = found.keys, found.runs
     known = [m for m in TABLE_METRICS if any(run.metric(m) is not None for run in runs)]
     write_text(directory / TABLE, table_text(keys, runs, known))
     table = new_table(*keys, "state", *known)
@@ -186,7 +191,7 @@ def print_results(directory: Path) -> None:
             *("-" if number is None else f"{number:.4f}" for number in numbers),
         )
     print()
-    show(table)
+    show(table, [f"not begun, or gone: {named(found.absent)}"] if found.absent else [])
     print(f"\nwritten: {directory / TABLE}")
 
 

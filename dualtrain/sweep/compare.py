@@ -13,11 +13,13 @@ from dualtrain.data.dataset import TokenDataset
 from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import DocumentLosses, document_losses
 from dualtrain.progress import formatting
+from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
-from dualtrain.sweep.directory import write_json
+from dualtrain.sweep.directory import SWEEP, write_json
 from dualtrain.sweep.fit import line_of
 from dualtrain.sweep.intervals import over_documents
-from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult, read_run
+from dualtrain.sweep.reading import read_run
+from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult
 from dualtrain.sweep.tables import new_table, show, with_interval
 from dualtrain.trained import Source, choose, find_source, open_trained
 
@@ -67,11 +69,17 @@ def compare_runs(options: Options) -> dict[str, Any]:
         UserError: Fewer than two runs, one of them twice, or what is no run.
     """
     if len(options.runs) < 2:
-        raise UserError("dualtrain compare", f"{len(options.runs)} runs", "two or more")
+        raise UserError(
+            "dualtrain compare", counted(len(options.runs), "run"), "two or more, or one sweep"
+        )
     resolved = [path.expanduser().resolve() for path in options.runs]
     for path in resolved:
         if resolved.count(path) > 1:
             raise UserError("dualtrain compare", f"{path} is there twice", "each run once")
+    for path in resolved:
+        if (path / SWEEP).is_file():
+            hint = f"`dualtrain compare {path}` compares its points"
+            raise UserError(str(path), "is a sweep", "runs, or one sweep alone", hint)
     runs = [read_run(path.expanduser()) for path in options.runs]
     names = _names(runs)
     for run in runs:
@@ -120,7 +128,7 @@ def _names(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _metrics(run: RunResult) -> dict[str, float]:
-    speeds = [r["tokens_per_second"] for r in run.steps if r["tokens_per_second"]]
+    speeds = [speed for r in run.steps if (speed := r.get("tokens_per_second"))]
     found = dict(run.metrics)
     if speeds:
         found["tokens_per_second"] = statistics.median(speeds)

@@ -30,7 +30,7 @@ from dualtrain.data.corpus import read_corpus
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.derive import run_length
 from dualtrain.recipe.describe import nearest
-from dualtrain.recipe.load import LoadedRecipe, RecipeTree, dump_recipe, read_recipe
+from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe, RecipeTree, read_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Located, Place, Plain, shown
 
@@ -111,13 +111,15 @@ def load_sweep(
             "`sweep: {grid: {alpha: [0, 1/2, 1], seed: [0, 1, 2]}}` beside or over a recipe",
         )
     asked, errors = _read_section(section)
+    errors += _without_effect(overrides, asked)
     if errors:
-        raise _together([*whole.errors, *errors])
+        # What was wrong in the text comes first: it is left out, and would be missed here.
+        raise _together(whole.errors or errors)
     base = whole.without(SECTION)
     keys = tuple(dict.fromkeys(key for values in asked for key in values))
     folder = directory or _directory(section, base)
     points, errors = _make_points(base, asked, folder)
-    errors = errors or _duplicates(points) or _unequal_budgets(points)
+    errors = errors or _duplicates(points, asked) or _unequal_budgets(points)
     if errors:
         raise _together(errors)
     return Sweep(whole.source, folder, keys, tuple(points))
@@ -221,7 +223,7 @@ def _mappings(node: Located | None, name: str, errors: list[UserError]) -> Itera
         return
     for item in node.value if isinstance(node.value, list) else [node]:
         if not isinstance(item.value, dict) or not item.value:
-            what = f"holds {shown(item.plain())}"
+            what = "is empty" if item.value == {} else f"holds {shown(item.plain())}"
             expected = "recipe keys with values, such as {alpha: 1/2}"
             errors.append(UserError(f"{item.place}: sweep.{name}", what, expected))
             continue
@@ -271,7 +273,7 @@ def _make_point(base: RecipeTree, number: int, values: Values, folder: Path) -> 
     recipe = loaded.recipe.model_copy(
         update={"name": _run_name(loaded.recipe.name, name), "run_dir": str(directory)}
     )
-    loaded = LoadedRecipe(recipe, loaded.source, dump_recipe(recipe), loaded.origins)
+    loaded = LoadedRecipe(recipe, loaded.source, loaded.origins)
     place = max((value.place for value in values.values()), key=lambda place: place.line)
     return Point(number, found, directory, loaded, place)
 
@@ -280,15 +282,35 @@ def _run_name(sweep: str, label: str) -> str:
     return sweep + "-" + re.sub(r"[^A-Za-z0-9.-]+", "-", label)
 
 
-def _duplicates(points: Sequence[Point]) -> list[UserError]:
+def _without_effect(overrides: Sequence[str], asked: Sequence[Values]) -> list[UserError]:
+    """Changes on the command line that every point would undo."""
+    errors: list[UserError] = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key == "run_dir":
+            what = "the sweep names the directories of its points"
+            errors.append(UserError(f"{COMMAND_LINE}: {key}", what, hint="--dir says where"))
+        elif asked and all(key in values for values in asked):
+            what = "every point of the sweep sets it itself"
+            hint = f"sweep.grid.{key}=... changes the values of a grid"
+            errors.append(UserError(f"{COMMAND_LINE}: {key}", what, hint=hint))
+    return errors
+
+
+def _duplicates(points: Sequence[Point], asked: Sequence[Values]) -> list[UserError]:
     """Points that are the same run, whatever their grids set."""
+
+    def written(point: Point) -> str:
+        values = asked[point.number].items()
+        return ", ".join(f"{key}: {in_words(value.plain())}" for key, value in values)
+
     first: dict[str, Point] = {}
     errors: list[UserError] = []
     for point in points:
         recipe = point.loaded.recipe.model_copy(update={"name": "x", "run_dir": None})
-        same = first.setdefault(dump_recipe(recipe), point)
+        same = first.setdefault(recipe.model_dump_json(), point)
         if same is not point:
-            what = f"{point.label} is the same run as {same.label} ({same.place})"
+            what = f"{{{written(point)}}} is the same run as {{{written(same)}}} ({same.place})"
             errors.append(UserError(f"{point.place}: sweep", what, "each point once"))
     return errors
 

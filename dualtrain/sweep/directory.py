@@ -14,9 +14,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from dualtrain.disk import sync
 from dualtrain.errors import UserError
@@ -29,6 +30,14 @@ OUTCOME = "outcome.json"
 LOG = Path("logs", "output.log")
 
 State = Literal["finished", "failed"]
+PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
+"""Of a directory inside the sweep's: not a path, and not ``..``."""
+
+
+def _each_once(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is there twice")
+    return values
 
 
 @dataclass(frozen=True)
@@ -46,47 +55,86 @@ class Outcome:
     reason: str = ""
 
 
+class Listing(BaseModel):
+    """What ``sweep.json`` holds."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    version: Literal[1] = 1
+    source: str = ""
+    keys: Annotated[list[str], AfterValidator(_each_once)] = []
+    points: Annotated[list[PlainName], AfterValidator(_each_once)] = []
+
+
+def check(sweep: Sweep) -> Listing:
+    """Check that the sweep's directory, if it is there, belongs to it; changes nothing.
+
+    Returns:
+        What it lists so far.
+
+    Raises:
+        UserError: The directory is not a sweep's, or its points were made with another recipe.
+    """
+    directory = sweep.directory
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(str(there), "is a file", "a directory", "choose another with --dir")
+    if (directory / SWEEP).is_file():
+        before = read_listing(directory)
+    else:
+        before = Listing(points=[p.label for p in sweep.points if (p.directory / POINT).is_file()])
+        # Of a list that another job of an array is writing, or was killed while it did.
+        names = [path.name for path in (directory.iterdir() if directory.exists() else ())]
+        if not before.points and any(not name.startswith(SWEEP) for name in names):
+            raise UserError(
+                str(directory),
+                f"is not empty and has no {SWEEP}",
+                "a new directory, or a sweep's",
+                "choose another with --dir",
+            )
+    _check_same_recipe(sweep, before.points, _all_keys(before, sweep))
+    return before
+
+
 def prepare(sweep: Sweep) -> None:
     """Make the sweep's directory, or check that what is there belongs to it, and list its points.
 
     Points of an earlier form of the same sweep stay listed.
 
     Raises:
-        UserError: The directory cannot be made, is not a sweep's, or its points were made with
-            another recipe.
+        UserError: As :func:`check`, or the directory cannot be made.
     """
+    before = check(sweep)
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = f"cannot be made: {error.strerror}"
         raise UserError(str(sweep.directory), what, hint="choose another with --dir") from None
-    path = sweep.directory / SWEEP
-    before = read_listing(sweep.directory) if path.is_file() else {"keys": [], "points": []}
-    if not path.is_file() and any(sweep.directory.iterdir()):
-        raise UserError(
-            str(sweep.directory),
-            f"is not empty and has no {SWEEP}",
-            "a new directory, or a sweep's",
-            "choose another with --dir",
-        )
-    keys = list(dict.fromkeys([*before["keys"], *sweep.keys]))
-    _check_same_recipe(sweep, before["points"], keys)
-    points = list(dict.fromkeys([*before["points"], *(point.label for point in sweep.points)]))
-    write_json(path, {"version": 1, "source": sweep.source, "keys": keys, "points": points})
+    points = list(dict.fromkeys([*before.points, *(point.label for point in sweep.points)]))
+    now = Listing(source=sweep.source, keys=_all_keys(before, sweep), points=points)
+    write_json(sweep.directory / SWEEP, now.model_dump())
 
 
-def read_listing(directory: Path) -> dict[str, Any]:
+def read_listing(directory: Path) -> Listing:
     """Read ``sweep.json``.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It cannot be read, or is damaged.
     """
     path = directory / SWEEP
     try:
-        listing = json.loads(path.read_text())
-        return {"keys": list(listing["keys"]), "points": list(listing["points"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", "a sweep's list of points") from None
+        return Listing.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            str(path),
+            f"is damaged: {f'{place}: ' * bool(place)}{first['msg']}",
+            "a sweep's list of points",
+            "remove the file: `dualtrain sweep` with the same recipe writes it again",
+        ) from None
 
 
 def read_outcome(directory: Path) -> Outcome | None:
@@ -113,12 +161,12 @@ def write_recipe(point: Point) -> Path:
 def is_busy(directory: Path) -> bool:
     """Whether another process is running the point."""
     try:
-        with (directory / ".lock").open("a+") as file:
+        with (directory / ".lock").open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # no such file yet; whatever else it is, the run will say
+        return False
     return False
 
 
@@ -128,7 +176,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text beside a file and give it its name.
+    """Write text beside a file and give it its name."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place and give it its name.
 
     Raises:
         UserError: It cannot be written.
@@ -136,7 +189,7 @@ def write_text(path: Path, text: str) -> None:
     # Several jobs of an array may write the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         sync(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -168,7 +221,7 @@ def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None
         point = asked.get(label, sweep.points[0])
         free = ["name", "run_dir", *([] if label in asked else keys)]
         now = dict(leaves(yaml.safe_load(point.loaded.text)))
-        then = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        then = dict(leaves(_read_recipe(path)))
         changed = [
             f"{key} {shown(then.get(key))} then, {shown(now.get(key))} now"
             for key in {**then, **now}
@@ -181,3 +234,20 @@ def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None
                 "the recipe that the sweep was begun with",
                 "undo the change, or choose another directory with --dir",
             )
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UserError(
+            str(path), "is damaged", "the recipe of a point",
+            "remove the file: it is written again",
+        )  # fmt: skip
+    return recipe
+
+
+def _all_keys(before: Listing, sweep: Sweep) -> list[str]:
+    return list(dict.fromkeys([*before.keys, *sweep.keys]))

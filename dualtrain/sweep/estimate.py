@@ -15,7 +15,7 @@ from dualtrain.mixing import Objective
 from dualtrain.recipe.derive import Derived, derive, known_vocabulary
 from dualtrain.sweep.definition import Point, Sweep
 from dualtrain.sweep.directory import SWEEP, read_outcome
-from dualtrain.sweep.results import read_run
+from dualtrain.sweep.reading import read_run
 
 OBJECTIVES: tuple[Objective, ...] = ("ar", "diffusion")
 
@@ -72,11 +72,11 @@ def _speed_of_ended(sweep: Sweep) -> float | None:
         outcome = read_outcome(point.directory)
         if outcome is None or outcome.state != "finished":
             continue
-        recipe, last = point.loaded.recipe, read_run(point.directory).steps[-1]
+        recipe, steps = point.loaded.recipe, read_run(point.directory).steps
         cost = derive(recipe, corpus=read_corpus(recipe)).cost
-        assert cost is not None  # the run has trained, so there is a dataset
-        flops += cost.training_flops
-        seconds += last["elapsed_s"]
+        if steps and cost is not None:  # neither its metrics nor its dataset were removed since
+            flops += cost.training_flops
+            seconds += steps[-1]["elapsed_s"]
     return flops / seconds if seconds else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from dualtrain.progress.formatting import counted
 from dualtrain.sweep.advice import BEST_PASSES, FEW, FEW_ALPHA, LEAST_PASSES, MANY, MOST_PASSES
+from dualtrain.sweep.directory import write_bytes
 from dualtrain.sweep.surface import Best, Floats, Surface
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -71,14 +74,20 @@ class Bar:
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG; returns the files."""
+    """Write a figure as PNG and SVG; returns the files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
     FigureCanvasAgg(figure)
     files = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
     with rc_context(STYLE):
         for file in files:
+            content, kind = BytesIO(), file.suffix[1:]
             # Without the date, so that equal figures are equal files.
-            metadata = {"Date": None} if file.suffix == ".svg" else None
-            figure.savefig(file, dpi=DPI, metadata=metadata, bbox_inches="tight")
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(content, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight")
+            write_bytes(file, content.getvalue())
     return files
 
 
@@ -124,7 +133,7 @@ def draw_curves(panels: Mapping[float, Sequence[Curves]], *, metric: str) -> Fig
                 if curve.training is not None:
                     trained = curve.training
                     axes.plot(trained.steps, trained.mean, color=colour, lw=0.8, ls=":")
-            axes.set_title(f"{repetitions:g} repetition{'s' * (repetitions != 1)}", fontsize=9)
+            axes.set_title(counted(repetitions, "repetition"), fontsize=9)
             axes.tick_params(axis="y", labelsize=7)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)

@@ -13,16 +13,19 @@ import numpy as np
 
 from dualtrain.errors import UserError
 from dualtrain.evaluate.statistics import Estimate
+from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
+from dualtrain.sweep.advice import FIT_FORMAT
 from dualtrain.sweep.definition import in_words
 from dualtrain.sweep.directory import write_json
 from dualtrain.sweep.figures import Bar, Curves, Line
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
+from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
     choose_metric,
     finished,
-    read_sweep,
+    named,
     restrict,
     rises,
     setting,
@@ -31,7 +34,6 @@ from dualtrain.sweep.results import (
 from dualtrain.sweep.surface import QUANTILES, SWAMPED, Best, Surface
 from dualtrain.sweep.tables import new_table, show, with_interval
 
-FORMAT = 1
 OWN_KEYS = ("repetitions", "alpha", "seed", "steps", "unique_tokens")
 """Keys that the fit itself is about, or that follow from them."""
 CURVE_STEP = 0.25
@@ -83,10 +85,10 @@ def fit_sweep(options: Options) -> dict[str, Any]:
         UserError: The directory is no sweep's or has no results, the metric is not there or not
             finite, points differ in more than repetitions, alpha and seed, or alphas are too few.
     """
-    keys, runs = read_sweep(options.directory)
-    notes: list[str] = []
-    metric = choose_metric(options.metric, runs)
-    runs = finished(restrict(runs, keys, options.where), notes)
+    found = read_sweep(options.directory)
+    keys, notes = found.keys, found.notes()
+    metric = choose_metric(options.metric, found.runs)
+    runs = finished(restrict(found.runs, keys, options.where), notes)
     _check_alike(runs, keys)
     samples = _samples(runs, metric)
     surface = Surface(
@@ -102,7 +104,7 @@ def fit_sweep(options: Options) -> dict[str, Any]:
     if len({s.seed for s in samples}) == 1:
         notes.append(ONE_SEED)
     result = {
-        "format": FORMAT,
+        "format": FIT_FORMAT,
         "metric": metric,
         "is_loss": surface.is_loss,
         "sweep": str(options.directory),
@@ -136,10 +138,10 @@ def fit_sweep(options: Options) -> dict[str, Any]:
     }
     out = options.out or options.directory / "fit" / metric
     _make(out)
+    written = _draw(out, samples, surface, curve, result) if options.figures else []
+    # Last: who finds it finds the figures that belong to it.
     write_json(out / "fit.json", result)
-    written = [out / "fit.json"]
-    if options.figures:
-        written += _draw(out, samples, surface, curve, result)
+    written.insert(0, out / "fit.json")
     _print(result)
     print("\nwritten:", *written, sep="\n  ")
     return result
@@ -153,7 +155,7 @@ def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
         counts = Counter(in_words(setting(run, key)) for run in runs)
         if key in OWN_KEYS or len(counts) == 1:
             continue
-        each = ", ".join(f"{value} ({count} points)" for value, count in counts.items())
+        each = ", ".join(f"{value} ({counted(count, 'point')})" for value, count in counts.items())
         differing.append(f"{key}: {each}")
         choice.append(f"--where '{key}={counts.most_common(1)[0][0]}'")
     if differing:
@@ -170,7 +172,7 @@ def _samples(runs: list[RunResult], metric: str) -> list[Sample]:
     if without:
         raise UserError(
             "--metric",
-            f"{metric} is not there, or not finite, in {', '.join(without)}",
+            f"{metric} is not there, or not finite, in {named(without)}",
             "a finite number in every point",
             "evaluate these points, or leave them out with --where",
         )
@@ -197,7 +199,7 @@ def _curve(sampled: Sequence[float]) -> list[float]:
 
 def _best_json(best: Best) -> dict[str, Any]:
     notes = []
-    at = f"at {best.repetitions:g} repetition{'s' * (best.repetitions != 1)}"
+    at = f"at {counted(best.repetitions, 'repetition')}"
     if best.at_border == "lowest" and best.median > 0:
         notes.append(f"{at} the best alpha is the lowest sampled: lower ones may be better")
     if best.at_border == "highest" and best.median < 1:
@@ -276,7 +278,8 @@ def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("--out", f"{out} cannot be made: {error.strerror}") from None
+        what = f"{out} cannot be made: {error.strerror}"
+        raise UserError("--out", what, "a directory", "choose another place") from None
 
 
 def _draw(

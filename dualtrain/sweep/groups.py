@@ -16,11 +16,12 @@ from dualtrain.sweep.definition import in_words
 from dualtrain.sweep.directory import write_json
 from dualtrain.sweep.figures import Bar
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
+from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
     choose_metric,
     finished,
-    read_sweep,
+    named,
     restrict,
     rises,
     setting,
@@ -67,7 +68,7 @@ class Group:
         found = {seed: run.metric(name) for seed, run in self.runs.items()}
         bad = [self.runs[seed].label for seed, value in found.items() if value is None]
         if bad:
-            raise UserError("--metric", f"{name} is not there, or not finite, in {', '.join(bad)}")
+            raise UserError("--metric", f"{name} is not there, or not finite, in {named(bad)}")
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -81,9 +82,9 @@ def compare_groups(options: Options) -> dict[str, Any]:
         UserError: The directory is no sweep's; conditions that hold for nothing; fewer than two
             groups; a metric that is not there.
     """
-    notes: list[str] = []
-    keys, runs = read_sweep(options.directory)
-    runs = finished(restrict(runs, keys, options.where), notes)
+    found = read_sweep(options.directory)
+    keys, notes = found.keys, found.notes()
+    runs = finished(restrict(found.runs, keys, options.where), notes)
     metrics = [choose_metric(metric, runs) for metric in options.metrics]
     usual = _usual(runs, keys)
     groups = make_groups(runs, usual)

@@ -1,6 +1,6 @@
 """What runs came to: their settings, and any number of their metrics or evaluations.
 
-``fit``, ``compare`` and the table of a sweep read runs through here. A metric is named by its key:
+``fit``, ``compare`` and the table of a sweep see runs as this does. A metric is named by its key:
 ``ar_nll``, ``diffusion_nll``, ``prefix_nll`` and the other numbers of evaluation records; ``best.``
 before it takes the lowest over the run instead of the last; ``train.`` before it asks the training
 records (``train.ar_loss``); ``MODE.TASK`` and ``MODE.average`` are scores of tasks (``ar.blimp``),
@@ -11,30 +11,27 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dualtrain.checkpoint import RECIPE
 from dualtrain.errors import UserError
-from dualtrain.evaluate.result_files import RESULTS
-from dualtrain.progress.metrics import FILE_NAME, Record, prefix_difference, read_metrics
+from dualtrain.progress.metrics import Record, prefix_difference
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Plain, parse
 from dualtrain.sweep.definition import in_words, value_at
-from dualtrain.sweep.directory import POINT, SWEEP, Outcome, read_listing, read_outcome
+from dualtrain.sweep.directory import Outcome
 
 BEST, TRAIN = "best.", "train."
 PREFIX_MINUS_AR = "prefix_minus_ar"
 """Prefix loss minus AR loss of the same tokens, which records hold as two numbers."""
+NAMED = 8
+"""So many points are named in a message."""
 SCORES_RISE = ("ar.", "prefix.", "pll.", "chain.", "elbo.")
 
 
@@ -46,12 +43,14 @@ class RunResult:
         directory: Of the run.
         recipe: Its recipe.
         records: Its metrics.
+        scores: Of tasks, as ``MODE.TASK`` and ``MODE.average``.
         outcome: How it ended, if it is a sweep's point that has.
     """
 
     directory: Path
     recipe: Recipe
     records: list[Record] = field(repr=False)
+    scores: Mapping[str, float | None] = field(repr=False)
     outcome: Outcome | None = None
 
     @property
@@ -101,76 +100,13 @@ class RunResult:
         if self.evals:
             numbers |= self.evals[-1]
         for key in numbers | {}:
-            values = [r[key] for r in self.evals if _is_number(r.get(key))]
+            values = [r[key] for r in self.evals if is_finite(r.get(key))]
             if key.endswith("_nll") or key.endswith("_per_byte"):
                 numbers[BEST + key] = min(values, default=None)
         if self.steps:
             numbers |= {TRAIN + key: value for key, value in self.steps[-1].items()}
-        numbers |= self._scores()
-        return {key: float(value) for key, value in numbers.items() if _is_number(value)}  # type: ignore[arg-type]
-
-    def _scores(self) -> dict[str, object]:
-        scores: dict[str, object] = {}
-        for record in self.records:
-            if record["kind"] == "tasks":
-                mode = record["mode"]
-                scores |= {f"{mode}.{task}": s["score"] for task, s in record["tasks"].items()}
-                scores[f"{mode}.average"] = record["average"]
-        files = sorted(self.directory.glob(f"eval/*/{RESULTS}"), key=lambda f: f.stat().st_mtime)
-        for file in files:
-            found = _read_json(file)
-            for name, task in found.get("tasks", {}).items():
-                scores |= {f"{m}.{name}": r["score"]["value"] for m, r in task["modes"].items()}
-            for mode, average in found.get("average", {}).items():
-                scores[f"{mode}.average"] = average["value"]
-        return scores
-
-
-def read_run(directory: Path) -> RunResult:
-    """Read a run's recipe and metrics.
-
-    Raises:
-        UserError: It is no run, or they cannot be read.
-    """
-    path = directory / RECIPE
-    if not path.is_file():
-        path = directory / POINT
-    try:
-        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        what = f"is no run: {path.name} cannot be read: {error.strerror}"
-        raise UserError(str(directory), what, "the directory of a run, such as runs/NAME") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(str(path), f"is no recipe: {str(error).splitlines()[0]}") from None
-    metrics = directory / FILE_NAME
-    records = read_metrics(metrics) if metrics.is_file() else []
-    return RunResult(directory, recipe, records, read_outcome(directory))
-
-
-def read_sweep(directory: Path) -> tuple[list[str], list[RunResult]]:
-    """Read all points of a sweep that were begun.
-
-    Returns:
-        The keys that its points set, and the points, in order.
-
-    Raises:
-        UserError: It is no sweep's directory, or has no points yet.
-    """
-    if not (directory / SWEEP).is_file():
-        missing = "is no directory" if directory.exists() else "does not exist"
-        what = "has no sweep.json" if directory.is_dir() else missing
-        raise UserError(
-            str(directory), what, "the directory of a sweep", "`dualtrain sweep` makes one"
-        )
-    listing = read_listing(directory)
-    folders = [directory / label for label in listing["points"]]
-    runs = [read_run(folder) for folder in folders if (folder / POINT).is_file()]
-    if not runs:
-        raise UserError(
-            str(directory), "none of its points has been begun", "points with results",
-            "give `dualtrain sweep` time, or look into its output",
-        )  # fmt: skip
-    return listing["keys"], runs
+        numbers |= self.scores
+        return {key: float(value) for key, value in numbers.items() if is_finite(value)}  # type: ignore[arg-type]
 
 
 def choose_metric(name: str, runs: Iterable[RunResult]) -> str:
@@ -182,7 +118,12 @@ def choose_metric(name: str, runs: Iterable[RunResult]) -> str:
     known = list(dict.fromkeys(key for run in runs for key in run.metrics))
     if name in known:
         return name
-    offered = [key for key in known if not key.startswith((TRAIN, BEST))]
+    prefix = next((p for p in (TRAIN, BEST) if name.startswith(p)), None)
+    offered = [
+        key
+        for key in known
+        if (key.startswith(prefix) if prefix else not key.startswith((TRAIN, BEST)))
+    ]
     raise UserError(
         "--metric",
         f"no run has {name!r}",
@@ -233,9 +174,9 @@ def restrict(
         if not equals or key not in keys:
             raise UserError(
                 option,
-                f"{condition!r}" + (f": the sweep does not set {key!r}" if equals else ""),
+                f"{condition!r}" + (f": the sweep does not set {key!r}" if equals else " has no ="),
                 f"KEY=VALUE with a key of {', '.join(keys)}",
-                nearest(key, list(keys)),
+                "" if key in keys else nearest(key, list(keys)),
             )
         value = parse(text, option, line=0)[0].plain()
         if not any(_is_same(setting(run, key), value) for run in runs):
@@ -252,6 +193,12 @@ def restrict(
     return found
 
 
+def named(labels: Sequence[str]) -> str:
+    """Some names, and how many there are beside them."""
+    more = len(labels) - NAMED
+    return ", ".join(labels[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def finished(runs: Sequence[RunResult], notes: list[str]) -> list[RunResult]:
     """The runs that have come to their end.
 
@@ -264,14 +211,14 @@ def finished(runs: Sequence[RunResult], notes: list[str]) -> list[RunResult]:
     """
     failed = [run.label for run in runs if run.outcome and run.outcome.state == "failed"]
     if failed:
-        notes.append(f"left out, because they failed: {', '.join(failed)}")
+        notes.append(f"left out, because they failed: {named(failed)}")
     rest = [run for run in runs if run.label not in failed]
     unfinished = [run.label for run in rest if not run.is_finished]
     if unfinished:
-        notes.append(f"left out, because they are not finished: {', '.join(unfinished)}")
+        notes.append(f"left out, because they are not finished: {named(unfinished)}")
     kept = [run for run in rest if run.is_finished]
     if not kept:
-        raise UserError("sweep", "no point is finished", "finished points")
+        raise UserError("sweep", f"no point is finished: {'; '.join(notes)}", "finished points")
     return kept
 
 
@@ -303,12 +250,14 @@ def _is_same(value: object, wanted: object) -> bool:
         return False
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether a value is a number, which truth values are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", "results of an evaluation") from None
+        return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float comes near
+        return False

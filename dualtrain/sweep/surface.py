@@ -131,9 +131,11 @@ class Surface:
                 "alpha",
                 f"{len(distinct)} distinct: {', '.join(f'{a:g}' for a in distinct)}",
                 f"at least {FEWEST_ALPHAS}, between which a surface can be told",
+                "add values of alpha to the sweep, or choose other points with --where",
             )
         if np.ptp(self.values) == 0:
-            raise UserError("metric", "all runs have the same value", "a metric that varies")
+            what = f"all runs have the same value, {self.values[0]:g}"
+            raise UserError("metric", what, "a metric that alpha or repetitions change")
 
     def transform(self, alpha: Floats) -> Floats:
         """Where alphas stand on the axis."""

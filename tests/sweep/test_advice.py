@@ -38,7 +38,7 @@ def test_between_the_rules_it_is_interpolated_and_said_so():
 
 def test_what_is_outside_is_said_or_refused():
     assert by_rules(500).warnings and by_rules(0.5).warnings
-    for wrong in (0, -3, float("nan"), float("inf")):
+    for wrong in (0, -3, 1e7, float("nan"), float("inf")):
         with pytest.raises(UserError, match="a number above 0"):
             by_rules(wrong)
 
@@ -60,6 +60,11 @@ def test_simple_shares(alpha, share):
     assert simple_share(alpha) == Fraction(share)
 
 
+def test_a_share_is_none_of_the_ends_however_near_it_is():
+    assert float(simple_share(1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
+    assert float(1 - simple_share(1 - 1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
+
+
 def write_fit(path, entries):
     curve = [
         {
@@ -69,7 +74,8 @@ def write_fit(path, entries):
         }
         for r, low, median, high, notes in entries
     ]
-    path.write_text(json.dumps({"metric": "ar_nll", "best_alpha": {"curve": curve}}))
+    fit = {"format": 1, "metric": "ar_nll", "best_alpha": {"curve": curve}}
+    path.write_text(json.dumps(fit))
     return path
 
 
@@ -96,6 +102,7 @@ def test_advice_of_a_fit(tmp_path):
         ('{"best_alpha": 3}', "is no fit"),
         ('{"metric": "ar_nll", "best_alpha": {"curve": []}}', "is no fit"),
         ('{"metric": "ar_nll", "best_alpha": {"curve": [{"repetitions": 8}]}}', "or damaged"),
+        ("{" + 4301 * "9", "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_fit(tmp_path, content, message):
@@ -104,3 +111,23 @@ def test_a_file_that_is_no_fit(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(UserError, match=message):
         by_fit(file, 8)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(16, 0.1, 0.2, 0.3, []), (4, 0.1, 0.2, 0.3, [])],
+        [(0, 0.1, 0.2, 0.3, [])],
+        [(10**400, 0.1, 0.2, 0.3, [])],
+        [(4, 0.3, 0.2, 0.3, [])],
+        [(4, 0.1, 0.2, 1.5, [])],
+        [(4, -0.1, 0.2, 0.3, [])],
+        [(4, 0.1, float("nan"), 0.3, [])],
+        [(True, 0.1, 0.2, 0.3, [])],
+        [(4, 0.1, 0.2, 0.3, [None])],
+        [(4, 0.1, 0.2, 0.3, None)],
+    ],
+)
+def test_a_fit_with_impossible_numbers(tmp_path, entries):
+    with pytest.raises(UserError, match="is no fit, or damaged"):
+        by_fit(write_fit(tmp_path / "fit.json", entries), 8)

@@ -105,16 +105,16 @@ def test_values_that_look_alike_have_directories_of_their_own(sweep):
         ("", "has no `sweep:` section"),
         ("sweep: 3", "sweep.yaml:10: sweep: is 3"),
         ("sweep: {}", "has no points"),
-        ("sweep: {grid: {}}", "sweep.grid: holds a section"),
+        ("sweep: {grid: {}}", "sweep.grid: is empty"),
         ("sweep: {grid: {alpha: []}}", "sweep.grid.alpha: has no values"),
         ("sweep: {gird: {alpha: [0, 1]}}", "unknown key — expected one of grid, list, directory"),
         ("sweep: {grid: {run_dir: [a, b]}}", "sweep.grid.run_dir: cannot vary"),
         ("sweep: {grid: {alpah: [0, 1]}}", "alpah: unknown key"),
         ("sweep: {grid: {alpha: [0, 2]}}", "sweep.yaml:10: alpha: 2 is outside [0, 1]"),
-        ("sweep: {grid: {alpha: [1/2, 0.5]}}", "alpha=1_2 is the same run as alpha=1_2"),
+        ("sweep: {grid: {alpha: [1/2, 0.5]}}", "{alpha: 0.5} is the same run as {alpha: 1/2} ("),
         (
             "sweep:\n  grid:\n    - {alpha: 1}\n    - {alpha: 1, optim.weight_decay: 0.1}",
-            "sweep.yaml:13: sweep: alpha=1,optim.weight_decay=0.1 is the same run as alpha=1",
+            "sweep.yaml:13: sweep: {alpha: 1, optim.weight_decay: 0.1} is the same run as {alpha:",
         ),
         ("sweep: {directory: 3, grid: {alpha: [0, 1]}}", "sweep.directory: is 3"),
     ],
@@ -139,3 +139,22 @@ def test_every_wrong_point_is_reported_once(sweep):
         sweep("sweep: {grid: {alpha: [0, 1], optim.lr: [-1, fast]}}")
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and all("optim.lr" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alpha=1", "command line: alpha: every point of the sweep sets it itself"),
+        ("run_dir=here", "the sweep names the directories of its points (--dir says where)"),
+    ],
+)
+def test_overrides_that_every_point_would_undo_are_refused(sweep, override, message):
+    with pytest.raises(UserError) as error:
+        sweep("sweep: {grid: {alpha: [0, 1]}, list: [{alpha: 1/2, optim.lr: 0.1}]}", override)
+    assert message in str(error.value)
+
+
+def test_overrides_of_what_only_some_points_set_are_for_the_others(sweep):
+    section = "sweep: {grid: {alpha: [0, 1]}, list: [{alpha: 1/2, optim.lr: 0.1}]}"
+    found = sweep(section, "optim.lr=0.5")
+    assert [point.loaded.recipe.optim.lr for point in found.points] == [0.5, 0.5, 0.1]

@@ -132,9 +132,7 @@ def test_points_of_other_recipes_are_chosen_by_the_user(tmp_path):
     made = make_sweep(tmp_path, text=FILE + more)
     with pytest.raises(UserError) as error:
         fit(made)
-    assert "points differ in optim.weight_decay: 0.1 (54 points), 0.8 (1 points)" in str(
-        error.value
-    )
+    assert "points differ in optim.weight_decay: 0.1 (54 points), 0.8 (1 point)" in str(error.value)
     assert "--where 'optim.weight_decay=0.1'" in str(error.value)
     result = fit(made, where=["optim.weight_decay=0.1"])
     assert len(result["runs"]) == 54

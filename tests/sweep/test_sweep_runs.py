@@ -124,9 +124,10 @@ def test_comparing_runs(swept, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["alpha=0"], "1 runs — expected two or more"),
+        (["alpha=0"], "1 run — expected two or more"),
         (["alpha=0", "alpha=0"], "is there twice"),
         (["alpha=0", "nothing"], "is no run"),
+        (["alpha=0", "."], "is a sweep — expected runs, or one sweep alone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(swept, tmp_path, names, message):

@@ -1,0 +1,163 @@
+"""Reading runs and sweeps from disk; what is damaged is named, with the file and the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dualtrain.checkpoint import RECIPE
+from dualtrain.errors import UserError
+from dualtrain.evaluate.result_files import RESULTS
+from dualtrain.progress.metrics import FILE_NAME, Record, read_metrics
+from dualtrain.recipe.load import load_recipe
+from dualtrain.recipe.schema import Recipe
+from dualtrain.recipe.yaml_source import shown
+from dualtrain.sweep.directory import POINT, SWEEP, read_listing, read_outcome
+from dualtrain.sweep.results import RunResult, is_finite, is_number, named
+
+_NEEDED = {
+    "train": ("step", "steps", "epoch", "elapsed_s"),
+    "eval": ("step",),
+    "tasks": ("step",),
+    "event": (),
+}
+"""Finite numbers that a record of each kind has; all others may be null."""
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep as far as it has come.
+
+    Attributes:
+        keys: That its points set.
+        runs: The points that were begun, in order.
+        absent: Names of those that were not, or that are gone.
+    """
+
+    keys: list[str]
+    runs: list[RunResult]
+    absent: list[str]
+
+    def notes(self) -> list[str]:
+        """What a reader should know about points that are missing."""
+        if not self.absent:
+            return []
+        return [f"left out, because they have not begun, or are gone: {named(self.absent)}"]
+
+
+def read_run(directory: Path) -> RunResult:
+    """Read a run's recipe, metrics and evaluations.
+
+    Raises:
+        UserError: It is no run, or they cannot be read.
+    """
+    path = directory / RECIPE
+    if not path.is_file() and (directory / POINT).is_file():
+        path = directory / POINT
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        what = f"is no run: {path.name} cannot be read: {error.strerror}"
+        raise UserError(str(directory), what, "the directory of a run, such as runs/NAME") from None
+    except (ValueError, yaml.YAMLError):
+        recipe = load_recipe(str(path)).recipe  # slower, but it says what is wrong in which line
+    records: list[Record] = []
+    metrics = directory / FILE_NAME
+    if metrics.is_file():
+        records = read_metrics(metrics)
+        _check_records(metrics, records)
+    scores = dict(_scores(directory, records))
+    return RunResult(directory, recipe, records, scores, read_outcome(directory))
+
+
+def read_sweep(directory: Path) -> SweepResults:
+    """Read all points of a sweep that were begun.
+
+    Raises:
+        UserError: It is no sweep's directory, has no points yet, or something in it is damaged.
+    """
+    if not (directory / SWEEP).is_file():
+        missing = "is no directory" if directory.exists() else "does not exist"
+        what = f"has no {SWEEP}" if directory.is_dir() else missing
+        raise UserError(
+            str(directory), what, "the directory of a sweep", "`dualtrain sweep` makes one"
+        )
+    listing = read_listing(directory)
+    begun = [label for label in listing.points if _is_begun(directory / label)]
+    if not begun:
+        raise UserError(
+            str(directory), "none of its points has been begun", "points with results",
+            "give `dualtrain sweep` time, or look into its output",
+        )  # fmt: skip
+    absent = [label for label in listing.points if label not in begun]
+    return SweepResults(listing.keys, [read_run(directory / label) for label in begun], absent)
+
+
+def _is_begun(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (RECIPE, POINT))
+
+
+def _check_records(path: Path, records: Sequence[Record]) -> None:
+    for line, record in enumerate(records, start=1):
+        what = next(_wrong(dict(record)), None)
+        if what is not None:
+            raise UserError(
+                f"{path}:{line}",
+                f"is a damaged record: {what}",
+                f"a {record['kind']} record as the run wrote it",
+                "the file was changed by something else; remove the run's directory and run it "
+                "again, or restore the file",
+            )
+
+
+def _wrong(record: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a record."""
+    kind = record["kind"]
+    for key in _NEEDED[kind]:
+        if key not in record:
+            yield f"`{key}` is missing"
+        elif not is_finite(record[key]):
+            yield f"`{key}` is {shown(record[key])}"
+    if kind == "tasks":
+        tasks = record.get("tasks")
+        if not isinstance(record.get("mode"), str) or not isinstance(tasks, dict):
+            yield "`mode` or `tasks` is missing"
+            return
+        found = [task.get("score", "") if isinstance(task, dict) else "" for task in tasks.values()]
+        if not all(map(_is_number_or_null, [*found, record.get("average", "")])):
+            yield "a score is missing"
+    if kind in ("train", "eval"):
+        for key, value in record.items():
+            if key not in ("kind", "logged") and not _is_number_or_null(value):
+                yield f"`{key}` is {shown(value)}"
+
+
+def _is_number_or_null(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+def _scores(directory: Path, records: Sequence[Record]) -> Iterator[tuple[str, float | None]]:
+    """Scores of tasks; of several with the same name the last is the newest."""
+    for record in records:
+        if record["kind"] == "tasks":
+            for task, found in record["tasks"].items():
+                yield f"{record['mode']}.{task}", found["score"]
+            yield f"{record['mode']}.average", record["average"]
+    files = sorted(directory.glob(f"eval/*/{RESULTS}"), key=lambda f: f.stat().st_mtime)
+    for file in files:
+        try:
+            found = json.loads(file.read_bytes())
+            for name, task in found["tasks"].items():
+                for mode, result in task["modes"].items():
+                    yield f"{mode}.{name}", float(result["score"]["value"])
+            for mode, average in found["average"].items():
+                yield f"{mode}.average", float(average["value"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            what = f"cannot be read as results of an evaluation: {type(error).__name__} {error}"
+            hint = "remove the directory, and evaluate again"
+            raise UserError(str(file), what, f"{RESULTS} of `dualtrain eval`", hint) from None

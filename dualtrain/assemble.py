@@ -22,6 +22,7 @@ from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.data.shard_cache import ShardCache
+from dualtrain.disk import write_text
 from dualtrain.engine import (
     build_engine,
     build_optimizer,
@@ -93,7 +94,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         recipe, world=world, dataset=dataset, corpus=corpus, slots_per_rank=slots_per_rank
     )
     if world.rank == 0:
-        (origin.run_dir / checkpoint.RECIPE).write_text(origin.text)
+        write_text(origin.run_dir / checkpoint.RECIPE, origin.text)
     is_fresh = origin.resume.kind == "fresh"
     model = build_model(recipe, dataset.info, origin.config, pretrained=is_fresh)
     if origin.resume.kind == "weights":

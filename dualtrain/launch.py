@@ -160,14 +160,25 @@ def run_ranks(command: Sequence[str], *, ranks: int, log_dir: Path) -> int:
     return Watch(processes, log_dir).wait()
 
 
+def launched_ranks(env: Mapping[str, str]) -> int:
+    """How many processes a launcher, or srun, has started as ranks beside this one, and with it."""
+    if "WORLD_SIZE" not in env and _is_srun_step(env):
+        return int(_srun_tasks(env))
+    return int(env.get("WORLD_SIZE", "1"))
+
+
 def _is_srun_step(env: Mapping[str, str]) -> bool:
     # A batch script itself also has SLURM_PROCID, but no step; only srun's tasks are ranks.
     return "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "batch").isdigit()
 
 
+def _srun_tasks(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+
+
 def _adopt_slurm(env: MutableMapping[str, str]) -> None:
     env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+    env["WORLD_SIZE"] = _srun_tasks(env)
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
     env["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))))

@@ -11,6 +11,8 @@ from typing import TextIO
 from dualtrain.errors import UserError
 from dualtrain.recipe.schema import Recipe
 
+RUN_LOCK = ".lock"
+
 
 def prepare_run_directory(recipe: Recipe) -> Path:
     """Make the run directory.
@@ -42,7 +44,7 @@ def lock_run_directory(recipe: Recipe) -> TextIO:
     Raises:
         UserError: when another process is at work there.
     """
-    file = (recipe.directory / ".lock").open("a+")
+    file = (recipe.directory / RUN_LOCK).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

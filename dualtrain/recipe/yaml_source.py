@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 from yaml.composer import Composer
@@ -141,6 +142,15 @@ def dump(value: Mapping[str, object]) -> str:
         default_flow_style=False,
         width=100,
     )
+
+
+def load(text: str) -> Any:
+    """Read what :func:`dump` wrote, without places, and quickly.
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+    """
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C is ten times faster
 
 
 def dotted(path: Path) -> str:

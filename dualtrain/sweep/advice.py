@@ -201,7 +201,7 @@ def simple_share(alpha: float) -> Fraction:
 
 def _check(repetitions: float) -> None:
     if not 0 < repetitions <= MOST_REPETITIONS:
-        expected = f"a number above 0, and {MOST_REPETITIONS:g} at most"
+        expected = f"a number above 0, and {MOST_REPETITIONS:,.0f} at most"
         raise UserError("--repetitions", f"{repetitions:g}", expected)
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
+from dualtrain.disk import write_text
 from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.evaluate.in_training import read_tasks
+from dualtrain.launch import launched_ranks
 from dualtrain.progress import formatting
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.derive import derive
 from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
-from dualtrain.sweep.directory import OUTCOME, check, is_busy, prepare, read_outcome, write_text
+from dualtrain.sweep.directory import OUTCOME, check, is_busy, prepare, read_outcome
 from dualtrain.sweep.estimate import estimate_seconds
 from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import named, setting, table_text
@@ -63,17 +65,26 @@ def run_sweep(options: Options) -> int:
     Raises:
         UserError: for all that can be refused before the first point starts.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("dualtrain sweep", "was started on several ranks", "one process")
+    if launched_ranks(os.environ) > 1:
+        raise UserError(
+            "dualtrain sweep",
+            "was started by a launcher of ranks",
+            "one process, which starts the ranks of each point itself",
+            "in a batch script call it without srun",
+        )
     sweep = load_sweep(options.file, options.overrides, directory=options.directory)
     points = choose_points(sweep, index=options.index, shard=options.shard)
     for point in points:
         check_world_size(point.loaded.recipe, options.ranks or 1)
     if options.dry_run:
         check(sweep)
-        print_plan(sweep, points, parallel=options.parallel)
+        print_plan(sweep, points, parallel=options.parallel, retry_failed=options.retry_failed)
         return EXIT_DONE
-    read_tasks(points[0].loaded.recipe.eval)  # a mistake there need not wait for the dataset
+    # A mistake there need not wait for the dataset.
+    for section in {
+        s.model_dump_json(): s for s in (p.loaded.recipe.eval for p in points)
+    }.values():
+        read_tasks(section)
     prepare(sweep)
     _build_datasets(points)
     for point in points:
@@ -93,13 +104,26 @@ def run_sweep(options: Options) -> int:
         view.start(runner.jobs)
         runner.run()
     print_results(sweep.directory)
-    if runner.is_stopping:
-        print("stopped by a signal; the same command goes on")
-        return EXIT_SAVED_AFTER_SIGNAL
-    failed = [job.point for job in runner.jobs if job.state == "failed"]
+    return _summary(runner)
+
+
+def _summary(runner: Runner) -> int:
+    """Say what a reader of the table should know; returns the exit code."""
+
+    def labels(*states: str) -> str:
+        return named([job.point.label for job in runner.jobs if job.state in states])
+
+    elsewhere = labels("elsewhere")
+    if elsewhere:
+        print(f"left to the processes that run them: {elsewhere}")
+    failed = labels("failed")
     if failed:
-        print(f"failed: {', '.join(point.label for point in failed)}")
+        print(f"failed: {failed}")
         print(f"each has the reason in its {OUTCOME}; --retry-failed tries them again")
+    stopped = labels("stopped")
+    if runner.is_stopping or stopped:
+        print(f"stopped by a signal{': ' * bool(stopped)}{stopped}; the same command goes on")
+        return EXIT_SAVED_AFTER_SIGNAL
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -134,7 +158,7 @@ def find_devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
+def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int, retry_failed: bool) -> None:
     """Show the points with their tokens and how long they will take."""
     columns = ("unique tokens", "tokens", "AR passes", "about", "state")
     table = new_table("#", *sweep.keys, *columns)
@@ -147,7 +171,7 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int) -> None:
         outcome = read_outcome(point.directory)
         total += derived.total_tokens
         seconds = estimate.seconds(derived)
-        if outcome is None:
+        if outcome is None or (outcome.state == "failed" and retry_failed):
             waiting += 1
             left = None if seconds is None or left is None else left + seconds
         table.add_row(

@@ -10,12 +10,13 @@ from typing import Any
 
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import TokenDataset
+from dualtrain.disk import write_json
 from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import DocumentLosses, document_losses
 from dualtrain.progress import formatting
 from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
-from dualtrain.sweep.directory import SWEEP, write_json
+from dualtrain.sweep.directory import SWEEP
 from dualtrain.sweep.fit import line_of
 from dualtrain.sweep.intervals import over_documents
 from dualtrain.sweep.reading import read_run

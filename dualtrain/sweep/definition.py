@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -40,6 +41,8 @@ FIXED_KEYS = ("name", "run_dir", "extends", SECTION)
 """Keys that a sweep sets itself, or that mean nothing in a point."""
 LONGEST_NAME = 180
 """Characters of a directory's name; file systems stop at 255 bytes."""
+
+_LENGTH_KEYS = ("repetitions", "alpha", "seed", "steps", "unique_tokens")
 
 CELL_WIDTH = 24
 """Characters of a value in a table, at most."""
@@ -316,19 +319,26 @@ def _duplicates(points: Sequence[Point], asked: Sequence[Values]) -> list[UserEr
 
 
 def _unequal_budgets(points: Sequence[Point]) -> list[UserError]:
-    """Repetitions are only comparable under the same budget: more of them, fewer unique tokens."""
-    budgets: dict[tuple[tuple[str, str], ...], dict[str, int]] = {}
+    """Repetitions are only comparable under the same budget: more of them, fewer unique tokens.
+
+    Points that differ in nothing but repetitions, alpha, seed and their length have to offer the
+    same choice of budgets at each number of repetitions.
+    """
+    budgets: dict[tuple[tuple[str, str], ...], dict[Fraction, set[int]]] = {}
     for point in points:
         if "repetitions" not in point.values:
             continue
         recipe = point.loaded.recipe
-        steps = run_length(recipe, read_corpus(recipe)).steps
-        others = tuple((k, in_words(v)) for k, v in point.values.items() if k != "repetitions")
-        tokens = steps * recipe.global_batch * recipe.sequence_length
-        budgets.setdefault(others, {})[in_words(point.values["repetitions"])] = tokens
+        length = run_length(recipe, read_corpus(recipe))
+        others = tuple((k, in_words(v)) for k, v in point.values.items() if k not in _LENGTH_KEYS)
+        tokens = length.steps * recipe.global_batch * recipe.sequence_length
+        budgets.setdefault(others, {}).setdefault(length.repetitions, set()).add(tokens)
     for found in budgets.values():
-        if len(set(found.values())) > 1:
-            each = ", ".join(f"{tokens:,} at {name}" for name, tokens in found.items())
+        if any(tokens != next(iter(found.values())) for tokens in found.values()):
+            each = ", ".join(
+                f"{' or '.join(f'{n:,}' for n in sorted(tokens))} at {float(repetitions):g}"
+                for repetitions, tokens in found.items()
+            )
             return [
                 UserError(
                     f"{points[0].place}: sweep",

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from dualtrain.disk import sync
+from dualtrain.disk import write_json, write_text
 from dualtrain.errors import UserError
-from dualtrain.recipe.yaml_source import shown
+from dualtrain.recipe.yaml_source import load, shown
+from dualtrain.run_directory import RUN_LOCK
 from dualtrain.sweep.definition import Point, Sweep
 
 SWEEP = "sweep.json"
 POINT = "point.yaml"
 OUTCOME = "outcome.json"
 LOG = Path("logs", "output.log")
+_LOCK = ".sweep.lock"
+"""In a sweep's directory: held while its list is written. In a point's: by the sweep it runs in."""
 
 State = Literal["finished", "failed"]
 PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
@@ -85,7 +87,7 @@ def check(sweep: Sweep) -> Listing:
         before = Listing(points=[p.label for p in sweep.points if (p.directory / POINT).is_file()])
         # Of a list that another job of an array is writing, or was killed while it did.
         names = [path.name for path in (directory.iterdir() if directory.exists() else ())]
-        if not before.points and any(not name.startswith(SWEEP) for name in names):
+        if not before.points and any(not name.startswith((SWEEP, _LOCK)) for name in names):
             raise UserError(
                 str(directory),
                 f"is not empty and has no {SWEEP}",
@@ -105,14 +107,19 @@ def prepare(sweep: Sweep) -> None:
         UserError: As :func:`check`, or the directory cannot be made.
     """
     before = check(sweep)
+    path = sweep.directory / SWEEP
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
+        # Jobs of an array begin at once, perhaps with different forms of the sweep.
+        with (sweep.directory / _LOCK).open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = read_listing(sweep.directory) if path.is_file() else before
+            points = list(dict.fromkeys([*before.points, *(p.label for p in sweep.points)]))
+            now = Listing(source=sweep.source, keys=_all_keys(before, sweep), points=points)
+            write_json(path, now.model_dump())
     except OSError as error:
         what = f"cannot be made: {error.strerror}"
         raise UserError(str(sweep.directory), what, hint="choose another with --dir") from None
-    points = list(dict.fromkeys([*before.points, *(point.label for point in sweep.points)]))
-    now = Listing(source=sweep.source, keys=_all_keys(before, sweep), points=points)
-    write_json(sweep.directory / SWEEP, now.model_dump())
 
 
 def read_listing(directory: Path) -> Listing:
@@ -140,9 +147,10 @@ def read_listing(directory: Path) -> Listing:
 def read_outcome(directory: Path) -> Outcome | None:
     """How the point in a directory ended; None where it has not, or where that is unreadable."""
     try:
-        return Outcome(**json.loads((directory / OUTCOME).read_text()))
+        outcome = Outcome(**json.loads((directory / OUTCOME).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    return outcome if outcome.state in get_args(State) else None
 
 
 def write_outcome(directory: Path, outcome: Outcome) -> None:
@@ -158,43 +166,44 @@ def write_recipe(point: Point) -> Path:
     return path
 
 
-def is_busy(directory: Path) -> bool:
-    """Whether another process is running the point."""
-    try:
-        with (directory / ".lock").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such file yet; whatever else it is, the run will say
-        return False
-    return False
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON beside a file and give it its name."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text beside a file and give it its name."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place and give it its name.
+def claim(directory: Path) -> IO[str] | None:
+    """Take a point for this process, until what is returned is closed; None if another has it.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The directory cannot be made or written to.
     """
-    # Several jobs of an array may write the same file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        temporary.replace(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / _LOCK).open("a+")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(str(path), f"cannot be written: {error.strerror}") from None
+        raise UserError(str(directory), f"cannot be written to: {error.strerror}") from None
+    # Its run may outlive a sweep that was killed, or be somebody's `dualtrain run`.
+    if _is_locked(file) or _is_held(directory / RUN_LOCK):
+        file.close()
+        return None
+    return file
+
+
+def is_busy(directory: Path) -> bool:
+    """Whether a process is running the point; leaves nothing behind."""
+    return _is_held(directory / _LOCK) or _is_held(directory / RUN_LOCK)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            return _is_locked(file)
+    except OSError:  # there is no such file, or what is wrong with it the run will say
+        return False
+
+
+def _is_locked(file: IO[str]) -> bool:
+    """Whether another process has the lock; takes it otherwise, until the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
@@ -220,7 +229,7 @@ def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None
             continue
         point = asked.get(label, sweep.points[0])
         free = ["name", "run_dir", *([] if label in asked else keys)]
-        now = dict(leaves(yaml.safe_load(point.loaded.text)))
+        now = dict(leaves(point.loaded.recipe.model_dump(mode="json")))
         then = dict(leaves(_read_recipe(path)))
         changed = [
             f"{key} {shown(then.get(key))} then, {shown(now.get(key))} now"
@@ -238,7 +247,7 @@ def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         recipe = None
     if not isinstance(recipe, dict):

@@ -21,9 +21,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from dualtrain.disk import write_bytes
 from dualtrain.progress.formatting import counted
 from dualtrain.sweep.advice import BEST_PASSES, FEW, FEW_ALPHA, LEAST_PASSES, MANY, MOST_PASSES
-from dualtrain.sweep.directory import write_bytes
 from dualtrain.sweep.surface import Best, Floats, Surface
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

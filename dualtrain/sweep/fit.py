@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dualtrain.disk import write_json
 from dualtrain.errors import UserError
 from dualtrain.evaluate.statistics import Estimate
 from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
 from dualtrain.sweep.advice import FIT_FORMAT
 from dualtrain.sweep.definition import in_words
-from dualtrain.sweep.directory import write_json
 from dualtrain.sweep.figures import Bar, Curves, Line
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
 from dualtrain.sweep.reading import read_sweep
@@ -34,8 +34,8 @@ from dualtrain.sweep.results import (
 from dualtrain.sweep.surface import QUANTILES, SWAMPED, Best, Surface
 from dualtrain.sweep.tables import new_table, show, with_interval
 
-OWN_KEYS = ("repetitions", "alpha", "seed", "steps", "unique_tokens")
-"""Keys that the fit itself is about, or that follow from them."""
+OWN_KEYS = ("repetitions", "alpha", "seed", "unique_tokens")
+"""Keys that the fit itself is about, or that follow from them under one budget."""
 CURVE_STEP = 0.25
 """Doublings of R between the points of the curve of the best alpha."""
 AR, DIFFUSION = 1.0, 0.0
@@ -118,7 +118,6 @@ def fit_sweep(options: Options) -> dict[str, Any]:
         "kernel": str(surface.kernel),
         "r_squared": surface.r_squared,
         "left_out": {"r_squared": surface.left_out_r_squared, "rmse": surface.left_out_error},
-        "noise": surface.noise,
         "runs": [
             {
                 "point": s.run.label,
@@ -149,6 +148,15 @@ def fit_sweep(options: Options) -> dict[str, Any]:
 
 def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
     """Points of a surface differ in what its axes say, and in the seed."""
+    budgets = Counter(run.steps[-1]["tokens"] for run in runs)
+    if len(budgets) > 1:
+        each = ", ".join(f"{n:,} ({counted(count, 'point')})" for n, count in budgets.items())
+        raise UserError(
+            "dualtrain fit",
+            f"points were trained on different numbers of tokens: {each}",
+            "the same training budget in every point",
+            "choose points with --where",
+        )
     differing: list[str] = []
     choice: list[str] = []
     for key in keys:
@@ -191,10 +199,10 @@ def _samples(runs: list[RunResult], metric: str) -> list[Sample]:
 
 def _curve(sampled: Sequence[float]) -> list[float]:
     """Repetitions for the curve of the best alpha: the sampled ones, and some between."""
-    first, last = np.log2(sampled[0]), np.log2(sampled[-1])
-    between = np.arange(first, last + 1e-9, CURVE_STEP)
-    places = np.unique(np.round(np.concatenate([between, np.log2(sampled)]), 9))
-    return [float(2**place) for place in places]
+    between = np.exp2(np.arange(np.log2(sampled[0]), np.log2(sampled[-1]), CURVE_STEP))
+    # The sampled ones as they are: who asks for one of them must find it.
+    new = [float(r) for r in between if not np.isclose(r, sampled, rtol=1e-6).any()]
+    return sorted([*sampled, *new])
 
 
 def _best_json(best: Best) -> dict[str, Any]:
@@ -207,7 +215,7 @@ def _best_json(best: Best) -> dict[str, Any]:
     if best.at_border is not None and best.median in (0.0, 1.0):
         notes.append(f"{at} a single objective is best: the optimum is at the border of [0, 1]")
     if best.at_border is None:
-        for alpha in (DIFFUSION, AR):
+        for alpha in best.ends:
             share = float((best.samples == alpha).mean())
             if share >= MAY_BE:
                 notes.append(
@@ -225,6 +233,7 @@ def _best_json(best: Best) -> dict[str, Any]:
         "ar_passes": best.median * best.repetitions,
         "value": best.value,
         "at_border": best.at_border,
+        "noise": best.noise,
         "effect_in_noise": best.effect,
         "notes": notes,
     }

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from dualtrain.disk import write_json
 from dualtrain.errors import UserError
 from dualtrain.sweep import figures
 from dualtrain.sweep.definition import in_words
-from dualtrain.sweep.directory import write_json
 from dualtrain.sweep.figures import Bar
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
 from dualtrain.sweep.reading import read_sweep
@@ -57,10 +57,12 @@ class Group:
 
     Attributes:
         label: Values of the keys in which groups differ.
+        values: All of these keys' values.
         runs: By seed.
     """
 
     label: str
+    values: Mapping[str, str]
     runs: Mapping[int, RunResult]
 
     def metric(self, name: str) -> dict[int, float]:
@@ -93,7 +95,7 @@ def compare_groups(options: Options) -> dict[str, Any]:
     others = [f"{key}={value}" for key, value in usual.items() if key not in AXES]
     if others:
         notes.append(f"where a name does not say otherwise: {', '.join(others)}")
-    reference = _reference(groups, keys, options.to)
+    reference = _reference(groups, usual, keys, options.to)
     if any(len(group.runs) == 1 for group in groups):
         notes.append(ONE_SEED)
     result = {
@@ -124,7 +126,10 @@ def make_groups(runs: Sequence[RunResult], usual: Mapping[str, str]) -> list[Gro
     for run in runs:
         values = tuple(in_words(setting(run, key)) for key in usual)
         found.setdefault(values, {})[run.recipe.seed] = run
-    return [Group(_label(values, usual), members) for values, members in found.items()]
+    return [
+        Group(_label(values, usual), dict(zip(usual, values, strict=True)), members)
+        for values, members in found.items()
+    ]
 
 
 def _usual(runs: Sequence[RunResult], keys: Sequence[str]) -> dict[str, str]:
@@ -147,12 +152,27 @@ def _label(values: Sequence[str], usual: Mapping[str, str]) -> str:
     return ", ".join(parts) or "base"
 
 
-def _reference(groups: Sequence[Group], keys: Sequence[str], to: Sequence[str]) -> Group:
+def _reference(
+    groups: Sequence[Group], usual: Mapping[str, str], keys: Sequence[str], to: Sequence[str]
+) -> Group:
+    """The group that conditions hold for; of several, the one that is usual in all else."""
     if not to:
         return groups[0]
     everything = [run for group in groups for run in group.runs.values()]
-    chosen = restrict(everything, keys, to, option="--to")
-    return next(group for group in groups if chosen[0] in group.runs.values())
+    chosen = {run.directory for run in restrict(everything, keys, to, option="--to")}
+    found = [g for g in groups if any(run.directory in chosen for run in g.runs.values())]
+    asked = {condition.partition("=")[0] for condition in to}
+    rest = [key for key in usual if key not in asked and key not in AXES]
+    plain = [group for group in found if all(group.values[key] == usual[key] for key in rest)]
+    found = plain or found
+    if len(found) > 1:
+        raise UserError(
+            "--to",
+            f"{', '.join(to)} holds for {len(found)} groups: {named([g.label for g in found])}",
+            "conditions that hold for one group",
+            "give --to once more, or choose points with --where",
+        )
+    return found[0]
 
 
 def _entry(group: Group, reference: Group, metric: str) -> dict[str, Any]:

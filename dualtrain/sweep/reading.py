@@ -16,12 +16,12 @@ from dualtrain.evaluate.result_files import RESULTS
 from dualtrain.progress.metrics import FILE_NAME, Record, read_metrics
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
-from dualtrain.recipe.yaml_source import shown
+from dualtrain.recipe.yaml_source import load, shown
 from dualtrain.sweep.directory import POINT, SWEEP, read_listing, read_outcome
 from dualtrain.sweep.results import RunResult, is_finite, is_number, named
 
 _NEEDED = {
-    "train": ("step", "steps", "epoch", "elapsed_s"),
+    "train": ("step", "steps", "tokens", "epoch", "elapsed_s"),
     "eval": ("step",),
     "tasks": ("step",),
     "event": (),
@@ -60,7 +60,7 @@ def read_run(directory: Path) -> RunResult:
     if not path.is_file() and (directory / POINT).is_file():
         path = directory / POINT
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        recipe = Recipe.model_validate(load(path.read_text(encoding="utf-8")))
     except OSError as error:
         what = f"is no run: {path.name} cannot be read: {error.strerror}"
         raise UserError(str(directory), what, "the directory of a run, such as runs/NAME") from None

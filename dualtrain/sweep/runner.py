@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import IO
 
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
 from dualtrain.launch import die_with_parent
 from dualtrain.sweep.definition import Point
 from dualtrain.sweep.directory import (
     LOG,
+    OUTCOME,
     Outcome,
-    is_busy,
+    claim,
     read_outcome,
     write_outcome,
     write_recipe,
@@ -45,6 +47,9 @@ class Job:
             (another process is running it).
         reason: Why it failed.
         began: When it was started here, ``time.monotonic()``.
+        process: Its run, while that lasts.
+        claim: What keeps other sweeps from the point, while that lasts.
+        told: How many of this process's signals its run was told of.
     """
 
     point: Point
@@ -52,6 +57,8 @@ class Job:
     reason: str = ""
     began: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    claim: IO[str] | None = field(default=None, repr=False)
+    told: int = 0
 
 
 class Runner:
@@ -98,10 +105,11 @@ class Runner:
         try:
             self._run()
         finally:
-            for job in self._places:
-                if job is not None and job.process is not None:
-                    _send(job.process, signal.SIGKILL)
-                    job.process.wait()
+            for job in self._running():
+                assert job.process is not None
+                _send(job.process, signal.SIGKILL)
+                job.process.wait()
+                _release(job)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -114,6 +122,7 @@ class Runner:
                     self._places[place] = None
                 while self._places[place] is None and waiting and not self.is_stopping:
                     self._places[place] = self._start(waiting.pop(), place)
+            self._pass_on()  # a signal may have come while a run was being started
             self._on_poll()
             if not any(self._places):
                 return
@@ -128,16 +137,21 @@ class Runner:
 
     def _start(self, job: Job, place: int) -> Job | None:
         """Start a point; None where another process has it, or has ended it meanwhile."""
-        if is_busy(job.point.directory):
+        directory = job.point.directory
+        job.claim = claim(directory)
+        if job.claim is None:
             self._change(job, "elsewhere")
             return None
         if not self._is_to_run(job):
+            _release(job)
             return None
+        # A retry that is interrupted is a point to be continued, no longer one that has failed.
+        (directory / OUTCOME).unlink(missing_ok=True)
         recipe = write_recipe(job.point)
         command = [sys.executable, "-m", "dualtrain", "run", str(recipe), "--plain"]
         if self._ranks is not None:
             command += ["--ranks", str(self._ranks)]
-        with (job.point.directory / LOG).open("ab") as log:
+        with (directory / LOG).open("ab") as log:
             job.process = subprocess.Popen(
                 command,
                 env=self._environment(place),
@@ -154,28 +168,29 @@ class Runner:
 
     def _environment(self, place: int) -> dict[str, str]:
         env = dict(os.environ)
+        if self._parallel == 1:
+            return env  # all is its own, as for any run
+        devices = share_devices(self._devices, place, self._parallel) if self._devices else []
+        if devices:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        processes = self._parallel * (self._ranks or len(devices) or 1)
         cores = len(os.sched_getaffinity(0))
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._parallel)))
-        if self._devices and self._parallel > 1:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(
-                share_devices(self._devices, place, self._parallel)
-            )
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
         return env
 
     def _ended(self, job: Job, code: int) -> None:
         job.process = None
         code = code if code >= 0 else 128 - code
         # A signal may have come before the run could answer to it; then it died of it.
-        is_stopped = code == EXIT_SAVED_AFTER_SIGNAL or (self.is_stopping and code > 128)
-        if code == EXIT_DONE:
-            outcome = Outcome("finished", code)
-        elif is_stopped:
-            self._change(job, "stopped")
-            return
+        if code == EXIT_SAVED_AFTER_SIGNAL or (self.is_stopping and code > 128):
+            state, reason = "stopped", ""
         else:
-            outcome = Outcome("failed", code, _reason(job.point, code))
-        write_outcome(job.point.directory, outcome)
-        self._change(job, outcome.state, outcome.reason)
+            state, reason = (
+                ("finished", "") if code == EXIT_DONE else ("failed", _reason(job, code))
+            )
+            write_outcome(job.point.directory, Outcome(state, code, reason))
+        _release(job)  # not before it can be seen that the point has ended
+        self._change(job, state, reason)
 
     def _change(self, job: Job, state: str, reason: str = "") -> None:
         job.state, job.reason = state, reason
@@ -186,9 +201,17 @@ class Runner:
         if self._signals and now - self._signalled_at < SAME_SIGNAL_S:
             return
         self._signals, self._signalled_at = self._signals + 1, now
-        for job in self._places:
-            if job is not None and job.process is not None:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the runs of signals that they were not told of."""
+        for job in self._running():
+            if job.told < self._signals and job.process is not None:
                 _send(job.process, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+                job.told = self._signals
+
+    def _running(self) -> list[Job]:
+        return [job for job in self._places if job is not None and job.process is not None]
 
 
 def share_devices(devices: Sequence[str], place: int, places: int) -> Sequence[str]:
@@ -199,14 +222,20 @@ def share_devices(devices: Sequence[str], place: int, places: int) -> Sequence[s
     return devices[place * size : (place + 1) * size]
 
 
+def _release(job: Job) -> None:
+    if job.claim is not None:
+        job.claim.close()
+        job.claim = None
+
+
 def _send(process: subprocess.Popen[bytes], number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
-def _reason(point: Point, code: int) -> str:
+def _reason(job: Job, code: int) -> str:
     """What a failed run said last."""
-    text = (point.directory / LOG).read_text(errors="replace").rstrip()
+    text = (job.point.directory / LOG).read_text(errors="replace").rstrip()
     lines = text.splitlines()[-REASON_LINES:]
     # The message of dualtrain itself, if there is one, says it in a line.
     said = next((line for line in reversed(lines) if line.startswith("error: ")), None)

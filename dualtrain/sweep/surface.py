@@ -6,10 +6,12 @@ paper does not:
 
 * repetitions: log2 R, so that doublings are equally far apart;
 * alpha: log2((alpha + e) / (1 - alpha + e)), so that halvings of the smaller share are equally far
-  apart at both ends. e is half the smallest share sampled, which puts pure AR and pure diffusion
-  about one halving beyond the outermost mixtures;
+  apart at both ends. e is half the smallest share sampled, at either end, which puts the pure
+  objective of that end log2 3 = 1.6 halvings beyond its outermost mixture;
 * the metric: losses enter as their logarithm (a run that diverges would otherwise outweigh all
-  others), scores and differences as they are; then standardised.
+  others), scores and differences as they are; then standardised;
+* the noise: its variance may differ between R, as runs that overfit differ more from seed to seed.
+  How much is estimated from runs that differ in the seed alone; the level of all is fitted.
 
 The distribution of the best alpha at an R is that of the maximum of posterior samples of the
 surface, without the noise of single runs, over a fine grid of alpha from the least to the greatest
@@ -40,6 +42,8 @@ SAMPLES = 4_000
 GRID = 201
 """Values of alpha between which the best one is looked for."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PRIOR_FREEDOM = 2.0
+"""Degrees of freedom with which the noise at an R is believed to be that of all."""
 SWAMPED = 2.0
 """The noise of a run swamps an effect of alpha below this many standard deviations of it."""
 
@@ -54,17 +58,22 @@ class Best:
         value: Metric there (at the median), by the mean of the surface.
         at_border: Where the optimum is at the border: ``lowest`` or ``highest`` alpha sampled; None
             when it lies inside.
+        noise: Standard deviation of a run's noise at this R, of the metric as it enters the fit: of
+            its logarithm, if that is a loss.
         effect: Largest difference that alpha makes at this R, in standard deviations of a run's
             noise.
         samples: Of the best alpha, (SAMPLES,).
+        ends: Lowest and highest alpha sampled at any R; samples lie between.
     """
 
     repetitions: float
     quantiles: tuple[float, ...]
     value: float
     at_border: str | None
+    noise: float
     effect: float
     samples: Floats
+    ends: tuple[float, float]
 
     @property
     def median(self) -> float:
@@ -75,6 +84,40 @@ class Best:
     def is_swamped(self) -> bool:
         """Whether noise is as large as what alpha changes."""
         return self.effect < SWAMPED
+
+
+class RelativeNoise(WhiteKernel):
+    """White noise with a variance of its own at each R: multiples of one number that is fitted.
+
+    Args:
+        noise_level: That number.
+        noise_level_bounds: Between which it is looked for.
+        places: (M,) log2 R, rising.
+        factors: (M,) multiples there; between places their logarithm is interpolated.
+    """
+
+    def __init__(
+        self,
+        noise_level: float = 1.0,
+        noise_level_bounds: tuple[float, float] = (1e-5, 1e5),
+        places: tuple[float, ...] = (0.0,),
+        factors: tuple[float, ...] = (1.0,),
+    ) -> None:
+        super().__init__(noise_level, noise_level_bounds)
+        self.places, self.factors = places, factors
+
+    def diag(self, X: Floats) -> Floats:
+        """(N,) variances at (N, 2) inputs, of which the first column is log2 R."""
+        logarithms = np.interp(X[:, 0], self.places, np.log(self.factors))
+        return self.noise_level * np.exp(logarithms)
+
+    def __call__(self, X: Floats, Y: Floats | None = None, eval_gradient: bool = False) -> Any:
+        """(N, N) covariance, which is none with other runs; and its gradient by log noise_level."""
+        covariance = np.diag(self.diag(X)) if Y is None else np.zeros((len(X), len(Y)))
+        if not eval_gradient:
+            return covariance
+        free = not self.hyperparameter_noise_level.fixed
+        return covariance, covariance[:, :, None][:, :, : int(free)]
 
 
 class Surface:
@@ -150,10 +193,10 @@ class Surface:
         """The surface, in units of the metric."""
         return self._to_metric(self._process.predict(self._place(repetitions, alphas)))
 
-    @cached_property
-    def noise(self) -> float:
-        """Standard deviation of a run's noise, in units of the standardised target."""
-        return float(np.sqrt(self._white))
+    def noise(self, repetitions: float) -> float:
+        """Standard deviation of a run's noise at R, in units of the standardised target."""
+        place = self._place(np.array([repetitions]), np.array([0.5]))
+        return float(np.sqrt(self.kernel.k2.diag(place)[0]))
 
     @cached_property
     def r_squared(self) -> float:
@@ -201,8 +244,10 @@ class Surface:
             quantiles=quantiles,
             value=float(self._to_metric(mean[at : at + 1])[0]),
             at_border=self._border(repetitions, median),
-            effect=float(np.ptp(mean) / self.noise),
+            noise=self.noise(repetitions) * self._scale,
+            effect=float(np.ptp(mean) / self.noise(repetitions)),
             samples=found,
+            ends=(float(alphas[0]), float(alphas[-1])),
         )
 
     def _border(self, repetitions: float, best: float) -> str | None:
@@ -220,15 +265,12 @@ class Surface:
         inputs = np.stack([np.full_like(places, np.log2(repetitions)), places], axis=1)
         mean, covariance = self._process.predict(inputs, return_cov=True)
         # scikit-learn adds the noise of a run to the diagonal, for it is part of the kernel.
-        covariance = covariance - self._white * np.eye(len(places))
+        covariance = covariance - self.noise(repetitions) ** 2 * np.eye(len(places))
         values, vectors = np.linalg.eigh(covariance)
         root = vectors * np.sqrt(np.clip(values, 0.0, None))
-        random = np.random.default_rng([self.seed, int(1000 * np.log2(repetitions))])
+        # Of its own at each R, whichever others are asked about.
+        random = np.random.default_rng([self.seed, int(np.float64(repetitions).view(np.uint64))])
         return mean + random.standard_normal((samples, len(places))) @ root.T, mean
-
-    @property
-    def _white(self) -> float:
-        return float(self.kernel.k2.noise_level)
 
     def _place(self, repetitions: Floats, alphas: Floats) -> Floats:
         return np.stack([np.log2(repetitions), self.transform(alphas)], axis=1)
@@ -241,7 +283,7 @@ class Surface:
         spread = np.maximum(np.ptp(self._inputs, axis=0), 1.0)
         bounds = [(0.05 * width, 10 * width) for width in spread]
         kernel = ConstantKernel(1.0, (0.05, 50.0)) * Matern(spread / 3, bounds, nu=1.5)
-        kernel = kernel + WhiteKernel(0.01, (1e-6, 2.0))
+        kernel = kernel + RelativeNoise(0.01, (1e-6, 2.0), *self._relative_noise())
         process = GaussianProcessRegressor(
             kernel, n_restarts_optimizer=restarts, random_state=self.seed
         )
@@ -249,6 +291,23 @@ class Surface:
             # A hyperparameter at its bound: no dependence on R, for one, which is an answer.
             warnings.simplefilter("ignore", ConvergenceWarning)
             return process.fit(self._inputs, self._target)
+
+    def _relative_noise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The log2 R, and the variance of a run's noise at each as a multiple of that of all."""
+        squares: dict[float, float] = dict.fromkeys(np.unique(self._inputs[:, 0]).tolist(), 0.0)
+        freedom = dict.fromkeys(squares, 0)
+        for cell in np.unique(self._inputs, axis=0):
+            same = self._target[(self._inputs == cell).all(axis=1)]
+            squares[cell[0]] += float(((same - same.mean()) ** 2).sum())
+            freedom[cell[0]] += len(same) - 1
+        total = sum(squares.values()) / max(1, sum(freedom.values()))
+        if total == 0:  # one seed, or no noise at all
+            return tuple(squares), (1.0,) * len(squares)
+        factors = (
+            (squares[place] / total + PRIOR_FREEDOM) / (freedom[place] + PRIOR_FREEDOM)
+            for place in squares
+        )
+        return tuple(squares), tuple(factors)
 
 
 def _r_squared(values: Floats, predicted: Floats) -> float:

@@ -25,7 +25,7 @@ LINE_S = 60.0
 TAIL_BYTES = 16_384
 ROWS_ENDED = 8
 """Points that have ended of which the table shows the newest."""
-MARKS = {"finished": "done", "failed": "FAILED", "elsewhere": "runs elsewhere"}
+MARKS = {"finished": "done", "failed": "FAILED"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class View:
         if job.state == "running":
             self._line(f"{self._count()} started  {label}")
             return
-        if job.state == "waiting":
+        if job.state == "elsewhere":
+            self._line(f"{label} is left to the process that runs it")
             return
         if not job.began:
             if job.state == "failed":

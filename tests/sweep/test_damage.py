@@ -14,7 +14,7 @@ from dualtrain.cli import app
 from dualtrain.errors import UserError
 from dualtrain.sweep.command import print_results
 from dualtrain.sweep.definition import load_sweep
-from dualtrain.sweep.directory import check, is_busy, prepare
+from dualtrain.sweep.directory import check, is_busy, prepare, read_outcome
 from dualtrain.sweep.fit import Options, fit_sweep
 from dualtrain.sweep.reading import read_sweep
 
@@ -163,3 +163,10 @@ def test_the_dry_run_refuses_a_directory_that_the_sweep_would(made: Path) -> Non
 def test_asking_whether_a_point_is_busy_leaves_nothing(made: Path) -> None:
     assert not is_busy(made / FIRST) and not is_busy(made / "nowhere") and not is_busy(made.parent)
     assert not list(made.rglob(".lock"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"state": "lost", "exit_code": 0}'])
+def test_a_point_with_a_damaged_outcome_is_still_to_be_run(made: Path, content: str) -> None:
+    assert read_outcome(made / FIRST) is not None
+    (made / FIRST / "outcome.json").write_text(content)
+    assert read_outcome(made / FIRST) is None

@@ -59,7 +59,16 @@ def test_the_best_alpha_of_each_repetition(made, capsys):
 )
 def test_what_is_said_about_an_optimum(median, at_zero, border, effect, notes):
     samples = np.where(np.arange(100) < 100 * at_zero, 0.0, 0.2)
-    best = Best(8, (0.0, 0.1, median, 0.3, 0.4), 4.0, border, effect, samples)
+    best = Best(
+        repetitions=8,
+        quantiles=(0.0, 0.1, median, 0.3, 0.4),
+        value=4.0,
+        at_border=border,
+        noise=0.01,
+        effect=effect,
+        samples=samples,
+        ends=(0.0, 1.0),
+    )
     found = _best_json(best)
     assert len(found["notes"]) == len(notes)
     assert all(part in note for part, note in zip(notes, found["notes"], strict=True))

@@ -12,6 +12,7 @@ from dualtrain.sweep.surface import QUANTILES, Surface
 REPETITIONS = np.array([1.0, 4.0, 16.0, 64.0])
 ALPHAS = np.array([0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 1])
 EPSILON = 1 / 32
+UNEVEN = np.array([0.3, 0.5, 1.0, 2.5])
 SEEDS = 3
 GRID = 201
 
@@ -52,12 +53,14 @@ def draw(kind, number):
     places = np.concatenate([np.tile(place(ALPHAS), len(REPETITIONS)), FINE])
     values = kind(rng, column, places)
     runs = slice(0, len(REPETITIONS) * len(ALPHAS))
-    noise = rng.uniform(0.03, 0.15)
+    # On every other surface as much at each R, else more of it at more repetitions.
+    noise = rng.uniform(0.03, 0.15) * (UNEVEN if number // 3 % 2 else np.ones(len(UNEVEN)))
     repeated = np.repeat(values[runs], SEEDS)
+    noises = np.repeat(noise, len(ALPHAS) * SEEDS)
     return (
         np.repeat(column[runs], SEEDS),
         np.repeat(np.tile(ALPHAS, len(REPETITIONS)), SEEDS),
-        repeated + noise * rng.standard_normal(len(repeated)),
+        repeated + noises * rng.standard_normal(len(repeated)),
         REPETITIONS[row],
         FINE[np.argmax(values[-GRID:])],
     )
@@ -128,6 +131,32 @@ def test_noise_that_swamps_the_effect_is_said(losses):
     assert best.is_swamped
     low, high = np.array(best.quantiles)[[0, QUANTILES.index(0.95)]]
     assert low < 0.2 and high > 0.8
+
+
+def test_noise_that_differs_between_repetitions_is_told_apart(losses):
+    repetitions, alphas, _ = losses
+    away = place(alphas) - place(np.minimum(1, 16 / repetitions))
+    size = np.where(repetitions == 128, 0.03, 0.003)
+    random = np.random.default_rng(8).standard_normal(len(alphas))
+    surface = Surface(repetitions, alphas, 4 * np.exp(0.02 * away**2 + size * random), is_loss=True)
+    quiet, loud = surface.best(32), surface.best(128)
+    assert quiet.noise == pytest.approx(0.003, rel=0.5)
+    assert loud.noise == pytest.approx(0.03, rel=0.5)
+    # Between sampled R it is between, beyond them as at the last.
+    assert quiet.noise < surface.best(90).noise < loud.noise
+    assert surface.best(500).noise == pytest.approx(loud.noise)
+
+
+def test_one_seed_tells_of_one_noise_for_all(losses):
+    first = slice(None, None, SEEDS)
+    surface = Surface(*(column[first] for column in losses), is_loss=True)
+    assert surface.noise(16) == surface.noise(128)
+
+
+def test_repetitions_may_be_any_positive_number(losses):
+    repetitions, alphas, values = losses
+    surface = Surface(repetitions / 48, alphas, values, is_loss=True)
+    assert surface.best(1 / 3).quantiles and surface.best(7).quantiles
 
 
 def test_left_out_predictions_are_those_of_a_fit_without_the_point(losses):

@@ -177,11 +177,13 @@ def realisable(alpha: float, slots: int) -> Iterator[str]:
     if share * slots == int(share * slots):
         return
     whole = Fraction(min(max(round(ar), 1), slots - 1), slots) if slots > 1 else None
-    if whole is not None:
+    if whole is not None and _is_near(float(whole), alpha):
         yield (
             f"  steps differ then; the nearest alpha with all steps alike is {whole}: "
             f"{whole * slots} AR and {slots - whole * slots} diffusion slots"
         )
+    else:
+        yield f"  steps differ then; no alpha near it has all steps alike with {slots} slots"
     rare = min(ar, slots - ar)
     if 0 < rare < 1:
         yield f"  the rarer objective has a slot in every {1 / rare:.3g} steps"
@@ -197,6 +199,12 @@ def simple_share(alpha: float) -> Fraction:
         if abs(float(share) - alpha) <= 0.05 * min(alpha, 1 - alpha):
             return share
     raise AssertionError("unreachable: a float is a multiple of some power of two")
+
+
+def _is_near(alpha: float, other: float) -> bool:
+    """Whether the rarer objective's shares are within a factor of two of each other."""
+    pairs = ((alpha, other), (1 - alpha, 1 - other))
+    return all(max(pair) <= (2 + 1e-9) * min(pair) for pair in pairs)
 
 
 def _check(repetitions: float) -> None:

@@ -24,9 +24,10 @@ from matplotlib.patches import Patch
 from dualtrain.disk import write_bytes
 from dualtrain.progress.formatting import counted
 from dualtrain.sweep.advice import BEST_PASSES, FEW, FEW_ALPHA, LEAST_PASSES, MANY, MOST_PASSES
-from dualtrain.sweep.surface import Best, Floats, Surface
+from dualtrain.sweep.surface import GRID, Best, Floats, Surface
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+DASHES = ("-", "--", ":", "-.")
 NUMBERS, SHARES = "cividis", "viridis"
 DPI = 150
 STYLE: Any = {
@@ -91,22 +92,19 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     return files
 
 
-def draw_surface(
-    surface: Surface, bests: Sequence[Best], *, metric: str, rules: bool = True
-) -> Figure:
-    """The surface with the runs on it, and under it the distribution of the best alpha.
+def draw_surface(surface: Surface, bests: Sequence[Best], *, metric: str) -> Figure:
+    """The surface with the runs; under it the best alpha's distribution and the paper's rules.
 
     Args:
         surface: The fit.
         bests: Of a fine grid of repetitions, in order.
         metric: Name of the metric, with its unit.
-        rules: Whether the paper's rules are drawn beside.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 7.6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         _paint_surface(figure, above, surface, metric)
-        _paint_best(figure, below, surface, bests, rules)
+        _paint_best(figure, below, surface, bests)
         below.set_xlabel("repetitions of the unique tokens (log scale)")
         ticks = np.unique(np.log2(surface.repetitions))
         below.set_xticks(ticks, [f"{2**t:g}" for t in ticks])
@@ -179,14 +177,17 @@ def draw_bars(groups: Mapping[str, Sequence[Bar]], *, metric: str, better: str) 
                     ends = [[bar.value - low], [high - bar.value]]
                     axes.errorbar(x, bar.value, ends, color="black", lw=1, capsize=2)
         axes.set_xticks(range(len(groups)), list(groups))
-        axes.set_ylabel(f"{metric}\n({better} is better)")
         handles = [axes.bar(0, 0, color=colours[label], label=label) for label in labels]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
         values = [bar.value for bars in groups.values() for bar in bars]
+        note = f"{better} is better"
         if min(values) > 0 and better == "lower":
             # Losses lie far from 0, which says nothing about them.
             spread = max(values) - min(values) or max(values) * 0.1
-            axes.set_ylim(max(0.0, min(values) - 0.25 * spread), None)
+            floor = max(0.0, min(values) - 0.25 * spread)
+            axes.set_ylim(floor, None)
+            note += "; the axis begins above 0" * (floor > 0)
+        axes.set_ylabel(f"{metric}\n({note})")
     return figure
 
 
@@ -196,19 +197,25 @@ def draw_runs(lines: Mapping[str, Mapping[str, Line]], *, metrics: Sequence[str]
         figure = Figure(figsize=(1.8 + 3.4 * len(metrics), 3.4), layout="constrained")
         grid = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, metric in zip(grid, metrics, strict=True):
-            for number, (name, found) in enumerate(lines.items()):
+            for number, found in enumerate(lines.values()):
                 if metric in found:
-                    line, colour = found[metric], PALETTE[number % len(PALETTE)]
-                    axes.plot(line.steps, line.mean, color=colour, marker=".", label=name)
+                    line = found[metric]
+                    axes.plot(line.steps, line.mean, **_line_style(number))
             axes.set_title(metric, fontsize=9)
             axes.set_xlabel("optimizer updates")
             axes.set_ylabel("nats per token")
         handles = [
-            grid[0].plot([], [], color=PALETTE[i % len(PALETTE)], marker=".", label=name)[0]
-            for i, name in enumerate(lines)
+            grid[0].plot([], [], **_line_style(number), label=name)[0]
+            for number, name in enumerate(lines)
         ]
         figure.legend(handles=handles, loc="outside lower center", fontsize=8)
     return figure
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    """A colour for each of the first runs, then the same ones with other dashes."""
+    colour, dashes = number % len(PALETTE), number // len(PALETTE) % len(DASHES)
+    return {"color": PALETTE[colour], "linestyle": DASHES[dashes], "marker": "."}
 
 
 def as_share(alpha: float) -> str:
@@ -250,10 +257,11 @@ def _paint_surface(figure: Figure, axes: Axes, surface: Surface, metric: str) ->
     axes.legend(loc="lower left", frameon=True, fontsize=8)
 
 
-def _paint_best(
-    figure: Figure, axes: Axes, surface: Surface, bests: Sequence[Best], rules: bool
-) -> None:
-    places = np.linspace(*_range(surface.transform(surface.alphas)), 61)
+def _paint_best(figure: Figure, axes: Axes, surface: Surface, bests: Sequence[Best]) -> None:
+    # Bins of three values of the grid that the best alpha is one of, so that none is split.
+    low, high = _range(surface.transform(surface.alphas))
+    step = (high - low) / (GRID - 1)
+    places = low + step * (np.arange(0, GRID + 1, 3) - 0.5)
     repetitions = np.log2([best.repetitions for best in bests])
     density = np.stack(
         [np.histogram(surface.transform(b.samples), places, density=True)[0] for b in bests], axis=1
@@ -265,8 +273,7 @@ def _paint_best(
     figure.colorbar(image, ax=axes, label="density of the best α\n(greatest at each R: 1)")
     medians = surface.transform(np.array([best.median for best in bests]))
     axes.plot(repetitions, medians, color=PALETTE[0], lw=2, label="median of the best α")
-    if rules:
-        _paint_rules(axes, surface)
+    _paint_rules(axes, surface)
     _label_alphas(axes, surface)
     axes.set_title("best α", fontsize=9)
     axes.legend(loc="lower left", frameon=True, fontsize=8)

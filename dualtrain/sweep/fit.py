@@ -18,7 +18,7 @@ from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
 from dualtrain.sweep.advice import FIT_FORMAT
 from dualtrain.sweep.definition import in_words
-from dualtrain.sweep.figures import Bar, Curves, Line
+from dualtrain.sweep.figures import Bar, Curves, Line, as_share
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
 from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
@@ -356,14 +356,14 @@ def _print(result: dict[str, Any]) -> None:
     digits = ".4f" if result["is_loss"] else ".2f"
     print(f"{result['metric']} of {len(result['runs'])} runs in {result['sweep']}")
     left_out = result["left_out"]
+    of_what = " of log losses" if result["axes"]["metric"] == "log" else ""
     print(
-        f"R² {result['r_squared']:.4f}; with all runs of a point left out "
+        f"R² {result['r_squared']:.4f}{of_what}; with all runs of a point left out "
         f"{left_out['r_squared']:.4f}, error {left_out['rmse']:{digits}}"
     )
     print(f"kernel {result['kernel']}\n")
-    table = new_table(
-        "R", "best α", "5 %", "95 %", "AR passes", "mixture − AR", "mixture − diffusion"
-    )
+    best_alpha = ("best α", "5 %", "95 %", "AR passes")
+    table = new_table("R", *best_alpha, "mixture", "mixture − AR", "mixture − diffusion")
     singles = {entry["repetitions"]: entry for entry in result["single_objectives"]}
     for best in result["best_alpha"]["sampled"]:
         entry, quantiles = singles[best["repetitions"]], best["quantiles"]
@@ -371,6 +371,7 @@ def _print(result: dict[str, Any]) -> None:
             f"{best['repetitions']:g}",
             *(f"{quantiles[q]:.3g}" for q in ("0.5", "0.05", "0.95")),
             f"{best['ar_passes']:.3g}",
+            as_share(entry["mixture"]["alpha"]) if "mixture" in entry else "-",
             *(
                 _difference(entry.get(f"mixture_minus_{name}"), digits)
                 for name in ("ar", "diffusion")

@@ -1,7 +1,9 @@
 """Intervals: over seeds by Student's t, over held-out documents by a paired bootstrap.
 
-Points of a sweep share their data order and masks where they share the seed, so differences are
-taken seed by seed, which removes most of what seeds change.
+Points of a sweep that share the seed begin with the same weights, see the same held-out text and
+read the documents that they have in common in the same relative order, so differences are taken
+seed by seed. That removes much of what seeds change where the text is hardly repeated, and little
+where runs overfit.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def reference(name: str) -> dict[str, torch.Tensor]:
     return {key: value.detach() for key, value in parameters.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_updates_are_the_papers_at_every_stage(ranks, tmp_path):
     cases = [(stage, "fp32", name) for stage in range(4) for name in ("muon", "adamw")]
     cases += [(stage, "bf16", "muon") for stage in (1, 3, 0, 2)]

@@ -63,7 +63,7 @@ def distance(first: Trained, second: Trained) -> float:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_norm_and_clipped_update_are_those_of_the_raw_gradient(ranks: int, tmp_path: Path):
     cells = FP32 + BFLOAT16 + OFFLOADED + UNCLIPPED + DEEPSPEEDS
     results = on_ranks(train_cells, cells, ranks=ranks, tmp_path=tmp_path)

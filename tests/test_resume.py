@@ -90,6 +90,7 @@ def without_persistence(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_weights_are_taken_in_fp32_also_where_bf16_computes(tiny, tmp_path):
     source = tiny(name="source")
     assert train_on(1, tmp_path, source) == [0]

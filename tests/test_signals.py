@@ -115,6 +115,7 @@ def test_our_launcher_passes_on_what_a_terminal_sends_and_ranks_agree_on_one_sig
     run.assert_saved()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
 def test_other_launchers_pass_on_sigterm_and_hide_the_exit_code(start, name):
     run = start(name)

@@ -5,7 +5,7 @@ from model_workers import deepspeed_differences
 from support import on_ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_zero_stage_trains_the_same_model(tmp_path, ranks):
     cases = [(0, "paper", False), (2, "paper", False)]
     cases += [(3, head, recompute) for head in ("paper", "linear") for recompute in (False, True)]

@@ -52,6 +52,15 @@ def test_slots_that_realise_alpha():
     assert "32 are AR and 224 diffusion" in whole and "steps differ" not in whole
 
 
+def test_an_alpha_far_away_is_not_advised_for_having_all_steps_alike():
+    far = "\n".join(by_rules(1).lines(4))  # 63/64, of which 3/4 has 16 times the diffusion
+    assert "no alpha near it has all steps alike with 4 slots" in far
+    assert "a slot in every 16 steps" in far
+    near = "\n".join(by_rules(1).lines(32))
+    assert "the nearest alpha with all steps alike is 31/32: 31 AR and 1 diffusion" in near
+    assert "with 1 slots" in "\n".join(by_rules(64).lines(1))
+
+
 @pytest.mark.parametrize(
     ("alpha", "share"),
     [(0.5, "1/2"), (63 / 64, "63/64"), (0.9432, "121/128"), (0.032, "1/32"), (0.0, "0"), (1, "1")],

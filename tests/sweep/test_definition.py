@@ -129,6 +129,14 @@ def test_repetitions_with_another_budget_are_refused(sweep):
     base = BASE.replace("steps: 8", "unique_tokens: 2560")
     with pytest.raises(UserError, match="different training tokens: 2,560 at 1, 10,240 at 4"):
         sweep("sweep: {grid: {repetitions: [1, 4], alpha: [0, 1]}}", base=base)
+    # Whichever of the two has less, and also where each has budgets of its own.
+    for steps in ("4, 8", "8, 4"):
+        first, second = steps.split(", ")
+        points = f"{{repetitions: 1, steps: {first}}}, {{repetitions: 4, steps: {second}}}"
+        with pytest.raises(UserError, match="differ in repetitions have different training"):
+            sweep(f"sweep: {{list: [{points}]}}")
+    with pytest.raises(UserError, match="1,024 or 2,048 at 1, 2,048 at 4"):
+        sweep("sweep: {grid: [{repetitions: 1, steps: [4, 8]}, {repetitions: 4}]}")
     # Fewer steps with everything else are a matter of the user's.
     found = sweep("sweep: {grid: {steps: [4, 8], repetitions: [1, 4]}}")
     assert len(found.points) == 4

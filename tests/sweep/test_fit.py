@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def test_the_best_alpha_of_each_repetition(made, capsys):
     [
         (0.2, 0.0, None, 9.0, []),
         (0.2, 0.3, None, 9.0, ["may be at the border, alpha 0: it is there in 30%"]),
+        (0.2, 0.09, None, 9.0, []),
         (0.2, 0.0, "lowest", 9.0, ["is the lowest sampled"]),
         (0.2, 0.0, "highest", 9.0, ["is the highest sampled"]),
         (0.0, 0.9, "lowest", 1.5, ["a single objective is best", "noise swamps alpha"]),
@@ -189,3 +191,25 @@ def test_alpha_schedules_are_no_point_of_a_surface(tmp_path):
     text = FILE.replace("alpha: [0, 1/8,", f"alpha: [{schedule}, 1/8,")
     with pytest.raises(UserError, match="alpha is a schedule"):
         fit(make_sweep(tmp_path, text=text, value=lambda p: 4.0))
+
+
+def test_any_repetitions_that_were_sampled_can_be_asked_for(tmp_path):
+    text = FILE.replace("[4, 16, 64]", "[0.5, 3, 5, 7]").replace("seed: [0, 1, 2]", "seed: 0")
+    made = make_sweep(tmp_path, text=text)
+    result = fit(made)
+    curve = [entry["repetitions"] for entry in result["best_alpha"]["curve"]]
+    assert curve == sorted(curve) and {0.5, 3, 5, 7} <= set(curve)
+    assert all(high / low > 1.01 for low, high in pairwise(curve))
+    for entry in result["best_alpha"]["sampled"]:
+        advice = by_fit(made / "fit" / "ar_nll" / "fit.json", entry["repetitions"])
+        assert advice.repetitions * advice.alpha == pytest.approx(entry["ar_passes"], rel=0.2)
+
+
+def test_runs_of_different_budgets_are_no_surface(tmp_path):
+    made = make_sweep(tmp_path)
+    path = made / "repetitions=4,alpha=1_8,seed=0" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 10240', '"tokens": 20480'))
+    with pytest.raises(UserError) as error:
+        fit(made)
+    expected = "different numbers of tokens: 10,240 (53 points), 20,480 (1 point)"
+    assert expected in str(error.value)

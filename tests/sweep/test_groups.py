@@ -81,6 +81,7 @@ def test_a_group_is_named_by_what_is_unusual_about_it(made, tmp_path):
         ({"where": ["repetitions=16", "alpha=1/2"]}, "one group of points only"),
         ({"metrics": ("ar_nlll",)}, "did you mean ar_nll"),
         ({"to": ["alpha=0.3"]}, "--to: no point has alpha=0.3"),
+        ({"to": ["alpha=1"]}, "alpha=1 holds for 3 groups: repetitions=4, alpha=1, "),
     ],
 )
 def test_what_makes_no_comparison_is_refused(made, options, message):

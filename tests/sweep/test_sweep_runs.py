@@ -61,7 +61,7 @@ def test_interruptions_and_a_failure_that_is_mended_change_nothing_in_the_table(
     write_recipe(point)
     write_outcome(point.directory, Outcome("failed", 1, "no memory"))
     assert [job.state for job in run_points(file, disturbed.directory, first=1)] == ["failed"]
-    disturb(file, disturbed.directory, "--retry-failed", kills=2, seed=2)
+    disturb(file, disturbed.directory, "--retry-failed", kills=1, seed=2)
     table = (disturbed.directory / "results.csv").read_text()
     assert table == (directory / "results.csv").read_text()
 

@@ -76,3 +76,17 @@ def test_a_file_in_the_middle_of_a_write_is_no_harm(jobs):
         file.write('{"kind": "train", "st')
     assert Latest.of(path.parent) == whole
     assert Latest.of(path.parent / "nothing") == Latest()
+
+
+def test_points_that_another_process_runs_are_said_and_count_as_done(jobs, monkeypatch):
+    out = io.StringIO()
+    with View(["alpha"], console=Console(file=out, width=120)) as view:
+        view.start(jobs)
+        monkeypatch.setattr(jobs[5], "state", "elsewhere")
+        view.change(jobs[5])
+        monkeypatch.setattr(jobs[6], "state", "running")
+        view.change(jobs[6])
+    lines = out.getvalue().splitlines()
+    assert lines[0] == f"{jobs[5].point.label} is left to the process that runs it"
+    done = sum(job.state in ("finished", "failed", "elsewhere") for job in jobs)
+    assert lines[1] == f"[{done}/12] started  {jobs[6].point.label}" and done >= 1

@@ -43,7 +43,7 @@ def sample(dataset: TokenDataset, tokenizer: Tokenizer, document: int, character
     """The beginning of a document as training sees it: after its ``<s>``.
 
     Special tokens appear by name; the end of a document is shown by ``</s>``, which training packs
-    only with ``append_eos``.
+    unless ``append_eos`` is false.
     """
     # Every token is at least a byte, but some take several to make one character.
     most = 4 * characters

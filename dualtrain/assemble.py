@@ -181,11 +181,10 @@ def training_data(
     """The recipe's streams of sequences."""
     return TrainingData(
         dataset,
+        mixture=mixture,
         sequence_length=recipe.sequence_length,
-        micro_batch=recipe.micro_batch,
         seed=recipe.seed,
         unique_tokens=derived.unique_tokens,
-        alpha=mixture.rotation_alpha,
         append_eos=recipe.data.append_eos,
         plan_dir=Path(tempfile.gettempdir()) / f"dualtrain-{os.getuid()}" / "plans",
     )

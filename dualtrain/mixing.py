@@ -8,8 +8,9 @@ nothing to save, the same slots on any number of ranks.
 Quota. Up to step n, floor(n·α·S + 1/2) of the n·S slots are autoregressive (with a schedule, n·α is
 the sum of its values so far), so that the share is within one slot of α over any window of steps.
 
-Rotation. Document d belongs to group g of G and is autoregressive in epoch e iff
-(g + e) mod G < α·G, hence in exactly α·G of every G epochs.
+Rotation. In every pass over the unique subset each token is read once, by one of the objectives.
+:meth:`Mixture.ar_tokens` says how many of the run's first x tokens are autoregressive: α·x, as near
+as whole slots allow. ``data.plan`` lets the objectives take turns over the text by that number.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from math import floor
 from typing import TYPE_CHECKING, Literal
-
-import numpy as np
 
 if TYPE_CHECKING:
     from dualtrain.recipe.schema import AlphaSchedule
@@ -29,8 +29,6 @@ Stream = Literal["ar", "diffusion", "all"]
 
 STREAM_NUMBERS: dict[Stream, int] = {"ar": 0, "diffusion": 1, "all": 2}
 """Streams as they enter the keys of random numbers; part of what makes runs reproducible."""
-
-MAX_GROUPS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +48,6 @@ class Slot:
     stream: Stream
     first_sequence: int
     loss_scale: float
-
-
-def rotation_groups(alpha: Fraction) -> int:
-    """Number of document groups G: the smallest that makes α·G whole, but at most 256."""
-    return min(Fraction(alpha).denominator, MAX_GROUPS)
-
-
-def is_autoregressive(
-    group: np.ndarray | int, epoch: int, groups: int, alpha: Fraction
-) -> np.ndarray | np.bool_:
-    """Tell whether documents are autoregressive in an epoch: (g + e) mod G < α·G.
-
-    Args:
-        group: Group of each document, 0..groups-1; any shape, or one number.
-        epoch: Pass over the unique subset, from 0.
-        groups: G, from :func:`rotation_groups`.
-        alpha: AR share.
-
-    Returns:
-        Booleans of the shape of `group`.
-    """
-    alpha = Fraction(alpha)
-    turn = (np.asarray(group, dtype=np.int64) + epoch) % groups
-    # For whole numbers, turn < α·G iff turn < ceil(α·G).
-    return turn < -(-alpha.numerator * groups // alpha.denominator)
 
 
 def alpha_at(schedule: AlphaSchedule | Fraction, step: int, steps: int) -> Fraction:
@@ -118,11 +91,12 @@ class Mixture:
         slots: S, micro-batches in a step: global_batch / micro_batch.
         micro_batch: Sequences in a slot.
         mixing: See above.
-        rotation: Whether documents rotate between the objectives' streams from epoch to epoch.
+        rotation: Whether the objectives share each pass over the text; else each goes through all
+            of it at its own pace.
 
     Raises:
-        ValueError: `rotation` with a schedule or a weighted sum, for which it means nothing; a
-            share outside [0, 1].
+        ValueError: `rotation` with a weighted sum, for which it means nothing; a share outside
+            [0, 1].
     """
 
     def __init__(
@@ -138,12 +112,12 @@ class Mixture:
         self.steps = steps
         self.micro_batch = micro_batch
         self.mixing = mixing
-        self.rotation = rotation
+        self._rotation = rotation
         self._batches = slots
         self._alpha = alpha
         constant = None if callable(alpha) else Fraction(alpha)
-        if rotation and (constant is None or mixing == "weighted_sum"):
-            raise ValueError("rotation needs a constant alpha and mixing by slots")
+        if rotation and mixing == "weighted_sum":
+            raise ValueError("rotation needs mixing by slots")
         if constant is not None and not 0 <= constant <= 1:
             raise ValueError(f"alpha {constant} is outside [0, 1]")
         self._constant = constant
@@ -156,25 +130,62 @@ class Mixture:
         return Fraction(self._alpha(step) if callable(self._alpha) else self._alpha)
 
     @property
-    def rotation_alpha(self) -> Fraction | None:
-        """The share by which documents rotate, as the training data wants it; None: they do not."""
-        return self._constant if self.rotation else None
+    def rotates(self) -> bool:
+        """Whether both objectives have text, and share each pass over it."""
+        return self._rotation and self._constant not in (0, 1)
+
+    @property
+    def ar_walks(self) -> bool:
+        """Whether AR, not diffusion, is the objective that goes through the text without a break.
+
+        The one with less of it: the other one has documents cut where its part of a pass ends. With
+        a schedule always AR, so that it does not depend on steps to come.
+        """
+        return self._constant is None or self._constant <= Fraction(1, 2)
+
+    @property
+    def key(self) -> str:
+        """The same for mixtures with the same :meth:`ar_tokens` and :attr:`ar_walks`."""
+        return repr((self._constant, self._scheduled, self._batches, self.micro_batch))
 
     def ar_slots_before(self, step: int) -> int:
         """AR slots in steps 0..step-1: floor(n·α·S + 1/2), or S a step in a weighted sum.
 
         Args:
-            step: 0..steps; at ``steps``, the number of the whole run.
+            step: 0..steps; at ``steps``, the number of the whole run. Beyond, as if the run went on
+                with its last alpha.
         """
         if self._paired:
             return step * self._batches
-        if self._constant is None:
-            return self._scheduled[step]
-        return _nearest(step * self._constant * self._batches)
+        if self._constant is not None:
+            return _nearest(step * self._constant * self._batches)
+        further = max(0, step - self.steps)
+        last = self.alpha_at(self.steps - 1) if further else 0
+        return self._scheduled[step - further] + _nearest(further * last * self._batches)
 
     def diffusion_slots_before(self, step: int) -> int:
         """Diffusion slots in steps 0..step-1."""
         return step * self.slots_per_step - self.ar_slots_before(step)
+
+    def ar_tokens(self, tokens: int, sequence_length: int) -> int:
+        """AR tokens among the first `tokens` input tokens of the run, for rotation.
+
+        floor(α·tokens), but never more or less than the slots of the steps up to there, and of the
+        one that it falls into, can have read. So when the run has read that many tokens, neither
+        objective's stream is short of its share, nor beyond it, by more than the rest of a step.
+        """
+        slot = self.micro_batch * sequence_length
+        step, rest = divmod(tokens, self._batches * slot)
+        before = self.ar_slots_before(step) * slot
+        if not rest:
+            return before
+        after = self.ar_slots_before(step + 1) * slot
+        if self._constant is None:
+            return before + (after - before) * rest // (self._batches * slot)
+        # What diffusion has read up to there is between these, too.
+        least = max(before, after - self._batches * slot + rest)
+        most = min(after, before + rest)
+        return min(max(floor(self._constant * tokens), least), most)
 
     def slots(self, step: int) -> tuple[Slot, ...]:
         """All slots of a step in their global order, which knows no ranks: AR first.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = "non-finite"
 REPORT = "report.json"
-FORMAT = 1
+FORMAT = 2
 
 COPIED_BYTES = 1 << 22
 """Of algorithms' states, at most, that are copied in every step."""

@@ -1,25 +1,35 @@
 """Both objectives: from clean sequences to what the model is given and scored on.
 
-Shapes: B sequences of T inputs. ``tokens`` (B, T+1) holds x_0..x_T: the inputs are x_0..x_{T-1} and
-the target of position i is x_{i+1}, in both objectives (masked next-token prediction). An
+Shapes: B sequences of T positions, each with an input and, as its target, the next token of the
+same document; position i predicts it in both objectives (masked next-token prediction). An
 :class:`Example` carries the weights w of the loss, in nats per token::
 
     loss = sum over b, i of w[b, i] * cross_entropy[b, i] / (B * T)
 
-``autoregressive`` leaves the input clean and weighs every position alike. ``diffusion`` masks some
-inputs and scores the positions that predict them. Chance comes in as a :class:`MaskingNoise`, drawn
-by absolute sequence index, so that a sequence is masked alike wherever and whenever it is trained.
+What is scored is the same in AR, diffusion and prefix mode, in training and in evaluation
+(:func:`scored_targets`): every token of a document but its ``<s>``, ``</s>`` included where
+documents end with one. ``<s>`` begins a document and is never predicted. Nor is ``<unk>``, which is
+never masked, where it is an input.
+
+``autoregressive`` leaves the input clean and weighs every target alike. ``diffusion`` masks some
+inputs and scores the positions that predict them. The last token that a row has of a document is
+no input of it, so it is always hidden, and always scored (:func:`hidden_targets`). Chance comes in
+as a :class:`MaskingNoise`, drawn by absolute sequence index, so that a sequence is masked alike
+wherever and whenever it is trained.
 
 What the uniform corruption estimates, for a row of T inputs, M of them ordinary. The bound on the
-negative log-likelihood, t ~ U(0, 1) with weight 1/t, is (m_1 + ... + m_M) / T, where m_k is the
-mean cross-entropy of a masked token over all sets of k masked ones (0 for a masked x_0, which
-nothing predicts). The published fixed-count scheme, k = max(1, floor(T·u + u')) but at most M, with
-p = k/T and weight 1/p, has the expectation P(1)·m_1 + ... + P(M)·m_M with P(k) = 1/T, except
-3/(2T) for k = 1 and (T - M + 1/2)/T for k = M: it differs by m_1/(2T) + (T - M - 1/2)·m_M/T.
-Smoothing multiplies m_k by 1 / (1 + s·(1 - p)/p). On top comes the last position, scored whatever
-is masked, at the weight of the others: its cross-entropy counts about (ln T + 1)/T, where a bound
-has 1/T. Training does all that as published. Held-out losses are to be bounds: ``exact=True``, with
-the rounding of :func:`validation_noise`, has none of these deviations.
+negative log-likelihood, t ~ U(0, 1) with weight 1/t, is m_1 + ... + m_M, where m_k is the mean
+cross-entropy of a masked token over all sets of k masked ones; on top comes that of each hidden
+target, at weight 1: it is predicted when k of the others are masked, k uniform, as if its turn
+among all came at random. The published fixed-count scheme, k = max(1, floor(T·u + u')) but at most
+M, with p = k/T and weight 1/p, has the expectation T·(P(1)·m_1 + ... + P(M)·m_M) with P(k) = 1/T,
+except 3/(2T) for k = 1 and (T - M + 1/2)/T for k = M. Smoothing multiplies m_k by
+1 / (1 + s·(1 - p)/p). The row's last target counts about ln T + 1 times, at the weight of the
+others. A masked token that nothing in its row predicts is not scored. Training does all that as
+published; the released code scores no hidden target before the row's end. Held-out losses are to
+be bounds on what AR scores: ``exact=True``, with the rounding of :func:`validation_noise`, has none
+of these deviations, masks only what is predicted, and its weights add up to the number of scored
+targets, whatever is masked.
 """
 
 from __future__ import annotations
@@ -151,21 +161,58 @@ def validation_noise(
     return replace(noise, rate=rate, rounding=torch.ones_like(rate))
 
 
-def autoregressive(tokens: Tensor, document_ids: Tensor, *, ar_weight: float = 1.0) -> Example:
-    """Make the example of the autoregressive objective: clean inputs, every position scored.
+def hidden_targets(document_ids: Tensor) -> Tensor:
+    """Tell which positions have a target that is no input of their row: a document's last ones.
 
     Args:
-        tokens: (B, T+1) int64, x_0..x_T.
-        document_ids: (B, T) int32.
-        ar_weight: Weight of every position.
+        document_ids: (B, T) integers, equal within a document.
+
+    Returns:
+        (B, T) bool.
     """
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    weights = torch.full(inputs.shape, ar_weight, dtype=torch.float32)
+    hidden = torch.ones_like(document_ids, dtype=torch.bool)
+    hidden[:, :-1] = document_ids[:, 1:] != document_ids[:, :-1]
+    return hidden
+
+
+def scored_targets(inputs: Tensor, document_ids: Tensor, special_ids: Sequence[int]) -> Tensor:
+    """Tell which targets are scored, in every mode: all but an ``<unk>`` that is an input, too.
+
+    Args:
+        inputs: (B, T) int64.
+        document_ids: (B, T) int32.
+        special_ids: Tokens that are never masked.
+
+    Returns:
+        (B, T) bool.
+    """
+    return hidden_targets(document_ids) | _following(~_is_special(inputs, special_ids))
+
+
+def autoregressive(
+    inputs: Tensor,
+    targets: Tensor,
+    document_ids: Tensor,
+    *,
+    special_ids: Sequence[int],
+    ar_weight: float = 1.0,
+) -> Example:
+    """Make the example of the autoregressive objective: clean inputs, every target scored.
+
+    Args:
+        inputs: (B, T) int64.
+        targets: (B, T) int64.
+        document_ids: (B, T) int32.
+        special_ids: Tokens that are never masked; see :func:`scored_targets`.
+        ar_weight: Weight of every scored target.
+    """
+    weights = ar_weight * scored_targets(inputs, document_ids, special_ids).float()
     return Example(inputs, targets, weights, "causal", document_ids)
 
 
 def diffusion(
-    tokens: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
     document_ids: Tensor,
     *,
     mask_id: int,
@@ -178,17 +225,19 @@ def diffusion(
 ) -> Example:
     """Make the example of the diffusion objective: some inputs masked, their prediction scored.
 
-    With ``next``, position i is scored iff input i+1 was chosen, and predicts it; the last position
-    always, for its target is not in the input; x_0 has no predictor. With ``in_place``, position i
-    is scored iff input i was chosen, and predicts that.
+    With ``next``, position i is scored iff its target is input i+1 and that was chosen, or if its
+    target is hidden. With ``in_place``, position i is scored iff input i was chosen, and predicts
+    that.
 
-    A scored position weighs 1 / ((1 - s)·p + s), where p is the share of the row's T tokens that
-    were chosen, and s the smoothing (uniform corruption). Spans are chosen at a narrow range of
+    A position that predicts a chosen token weighs 1 / ((1 - s)·p + s), where p is the share of the
+    row's T tokens that were chosen, and s the smoothing (uniform corruption); so does the row's
+    last one, and those of other hidden targets weigh 1. Spans are chosen at a narrow range of
     rates, where weights by rate are not called for: there each row's scored positions weigh the
     same, T in all, so that the loss is their mean cross-entropy, on the scale of the AR loss.
 
     Args:
-        tokens: (B, T+1) int64, x_0..x_T.
+        inputs: (B, T) int64, clean.
+        targets: (B, T) int64.
         document_ids: (B, T) int32.
         mask_id: The token that replaces a masked one.
         special_ids: Tokens that are never masked.
@@ -197,18 +246,20 @@ def diffusion(
         target: See above.
         vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
         exact: Estimate the bound without the deviations of the published scheme (see the
-            module): numbers of masked tokens and weights go by the row's ordinary tokens, without
-            smoothing, and the last position weighs 1. For held-out losses; uniform corruption only.
+            module). For held-out losses; uniform corruption only.
 
     Raises:
         ValueError: `exact` with spans; spans without `vocab_size` or without their noise.
     """
-    inputs = tokens[:, :-1]
-    special = torch.isin(inputs, torch.as_tensor(special_ids, dtype=inputs.dtype))
+    special = _is_special(inputs, special_ids)
+    hidden = hidden_targets(document_ids)
+    if exact and target == "next":
+        special = special | _preceding(hidden)  # nothing predicts a document's first input
     if corruption.name == "uniform":
         total = (~special).sum(dim=1) if exact else torch.full(special.shape[:1], special.shape[1])
         chosen = choose_positions(special, noise, total)
         corrupted = inputs.masked_fill(chosen, mask_id)
+        weight = _inverse_rate(chosen, total, 0.0 if exact else corruption.smoothing)
     else:
         if exact:
             raise ValueError("the bound is for uniform corruption")
@@ -216,17 +267,33 @@ def diffusion(
         corrupted = _replace_spans(
             inputs, chosen, span, noise, corruption, mask_id, _ordinary(special_ids, vocab_size)
         )
-    scored, targets = chosen, inputs.clone()
-    if target == "next":
-        scored = torch.cat([chosen[:, 1:], torch.ones_like(chosen[:, :1])], dim=1)
-        targets = tokens[:, 1:].contiguous()
-    if corruption.name == "uniform":
-        weights = scored * _inverse_rate(chosen, total, 0.0 if exact else corruption.smoothing)
-        if exact and target == "next":
-            weights[:, -1] = 1.0
-    else:
+        weight = None
+    scored = chosen if target == "in_place" else _following(chosen) & ~hidden
+    if weight is None:
+        scored = scored | hidden if target == "next" else scored
         weights = scored * (scored.shape[1] / scored.sum(dim=1, keepdim=True).clamp(min=1))
-    return Example(corrupted, targets, weights.float(), "full", document_ids)
+    else:
+        weights = scored * weight
+        if target == "next":
+            weights[hidden] = 1.0
+            if not exact:
+                weights[:, -1:] = weight
+    goal = targets if target == "next" else inputs
+    return Example(corrupted, goal, weights.float(), "full", document_ids)
+
+
+def _is_special(inputs: Tensor, special_ids: Sequence[int]) -> Tensor:
+    return torch.isin(inputs, torch.as_tensor(special_ids, dtype=inputs.dtype))
+
+
+def _following(marks: Tensor) -> Tensor:
+    """(B, T) bool: at each position the mark of the next one; False at the last."""
+    return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], dim=1)
+
+
+def _preceding(marks: Tensor) -> Tensor:
+    """(B, T) bool: at each position the mark of the one before; True at the first."""
+    return torch.cat([torch.ones_like(marks[:, :1]), marks[:, :-1]], dim=1)
 
 
 def choose_positions(special: Tensor, noise: MaskingNoise, total: Tensor) -> Tensor:

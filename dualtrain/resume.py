@@ -28,6 +28,7 @@ from dualtrain.checkpoint import (
     step_of,
 )
 from dualtrain.checkpoint_files import MARKER, find_defects
+from dualtrain.data.plan import DATA_ORDER
 from dualtrain.errors import UserError
 from dualtrain.launch import World
 from dualtrain.recipe.load import dump_recipe
@@ -243,6 +244,14 @@ def check_compatible(resume: Resume, *, recipe_text: str, fingerprint: str) -> N
     path = resume.path
     assert path is not None
     state = read_state(path)
+    if state.get("data_order") != DATA_ORDER:
+        raise UserError(
+            str(path),
+            "was trained by an earlier version, which read the text in another order: going on, it "
+            "would read some of it again and some never",
+            "a checkpoint of this version",
+            f"start anew with another run_dir; checkpoint.resume=weights:{path} takes the weights",
+        )
     may_change = BRANCH_MAY_CHANGE if resume.kind == "branch" else MAY_CHANGE
     different = recipe_differences(_as_of_now(path / RECIPE), recipe_text, may_change)
     if different:

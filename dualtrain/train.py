@@ -19,6 +19,7 @@ from dualtrain import checkpoint
 from dualtrain.assemble import assemble
 from dualtrain.build_model import CONFIG
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
+from dualtrain.data.plan import DATA_ORDER
 from dualtrain.engine import leave_distributed, set_learning_rate
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.evaluate.in_training import evaluate
@@ -350,6 +351,7 @@ def write_checkpoint(run: Run) -> Path:
             "zero_stage": run.zero_stage,
             "precision": run.recipe.engine.precision,
             "fingerprint": run.fingerprint,
+            "data_order": DATA_ORDER,
             "elapsed_s": run.elapsed_s(),
             "last_eval": run.last_eval,
             "last_scores": run.last_scores,

@@ -21,6 +21,7 @@ def write_dataset(
     *,
     vocab_size: int = 1000,
     shard_bytes: int = 1 << 20,
+    dtype: type = np.uint16,
 ) -> Path:
     """Write documents as a dataset, as the format is described and without data_tools.convert."""
     from streaming import MDSWriter
@@ -28,10 +29,12 @@ def write_dataset(
     splits = {"train": train, "val": val}
     for name, documents in splits.items():
         writer = MDSWriter(
-            columns={"tokens": "ndarray:uint16"}, out=str(path / name), size_limit=shard_bytes
+            columns={"tokens": f"ndarray:{dtype.__name__}"},
+            out=str(path / name),
+            size_limit=shard_bytes,
         )
         for document in documents:
-            writer.write({"tokens": np.array(document, dtype=np.uint16)})
+            writer.write({"tokens": np.array(document, dtype=dtype)})
         writer.finish()
         np.save(path / name / "lengths.npy", np.array([len(d) for d in documents], np.int64))
     TOKENIZER.save(path / "tokenizer.json")
@@ -43,7 +46,7 @@ def write_dataset(
             "vocab_size": vocab_size,
             "special_tokens": TOKENIZER.special_tokens,
             "special_ids": TOKENIZER.special_ids,
-            "dtype": "uint16",
+            "dtype": dtype.__name__,
             "splits": {
                 name: {
                     "documents": len(documents),
@@ -74,6 +77,7 @@ class InMemory:
         self._documents = [np.array(d, dtype=np.uint16) for d in documents]
         self.lengths = np.array([len(d) for d in documents], dtype=np.int64)
         self.documents = len(documents)
+        self.token_bytes = np.full(1 << 16, 4)
         self.directory = Path("in-memory")
         tokens = int(self.lengths.sum())
         self.info = DatasetInfo.model_construct(

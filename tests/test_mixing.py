@@ -1,15 +1,14 @@
-"""Which slot trains which objective on which rank, and which documents are autoregressive when."""
+"""Which slot trains which objective on which rank, and how much text AR has had when."""
 
 from collections import Counter
 from fractions import Fraction
 from itertools import accumulate
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtrain.mixing import Mixture, alpha_at, is_autoregressive, rotation_groups
+from dualtrain.mixing import Mixture, alpha_at
 from dualtrain.recipe.schema import AlphaSchedule
 
 shares = st.fractions(min_value=0, max_value=1, max_denominator=300)
@@ -174,12 +173,12 @@ def test_weighted_sum_follows_a_schedule_with_as_many_slots_in_every_step():
     assert scales == [[2, 0, 2, 0], [1, 1, 1, 1], [0, 2, 0, 2]]
 
 
-def test_rotation_needs_a_constant_alpha_and_slots():
-    assert mixture(Fraction(1, 4), rotation=True).rotation_alpha == Fraction(1, 4)
-    assert mixture(Fraction(1, 4), rotation=False).rotation_alpha is None
-    with pytest.raises(ValueError, match="constant alpha"):
-        mixture(lambda step: Fraction(1, 2), rotation=True)
-    with pytest.raises(ValueError, match="constant alpha"):
+def test_rotation_needs_slots_and_both_objectives():
+    assert mixture(Fraction(1, 4), rotation=True).rotates
+    assert mixture(lambda step: Fraction(1, 2), rotation=True).rotates
+    assert not mixture(Fraction(1, 4), rotation=False).rotates
+    assert not mixture(Fraction(1), rotation=True).rotates
+    with pytest.raises(ValueError, match="mixing by slots"):
         mixture(Fraction(1, 2), mixing="weighted_sum", rotation=True)
 
 
@@ -194,38 +193,43 @@ def test_impossible_questions_are_refused():
         mixture([Fraction(1), Fraction(-1, 2)].__getitem__, steps=2)
 
 
-@pytest.mark.parametrize(
-    ("alpha", "groups"),
-    [("0", 1), ("1", 1), ("1/8", 8), ("63/64", 64), ("255/256", 256), ("1/257", 256), ("0.1", 10)],
-)
-def test_smallest_number_of_groups_that_makes_the_share_whole(alpha, groups):
-    assert rotation_groups(Fraction(alpha)) == groups
-
-
 @quick
-@given(alpha=st.fractions(0, 1, max_denominator=256), first=st.integers(0, 1000))
-def test_every_group_is_autoregressive_alpha_of_the_time_exactly(alpha, first):
-    groups = rotation_groups(alpha)
-    everyone = np.arange(groups)
-    turns = [
-        is_autoregressive(everyone, epoch, groups, alpha) for epoch in range(first, first + groups)
-    ]
-    assert set(np.sum(turns, axis=0).tolist()) == {alpha * groups}
-    # And in each epoch as many groups.
-    assert {int(turn.sum()) for turn in turns} == {alpha * groups}
+@given(alpha=shares, slots=batches, length=st.sampled_from([1, 5]), values=st.data())
+def test_ar_tokens_are_what_slots_can_have_read_anywhere_in_the_run(alpha, slots, length, values):
+    steps = 12
+    table = [alpha] * steps
+    mix = mixture(alpha, steps, slots, rotation=True)
+    if values.draw(st.booleans()):
+        table = values.draw(st.lists(shares, min_size=steps, max_size=steps))
+        mix = mixture(table.__getitem__, steps, slots, rotation=True)
+    slot = 3 * length
+    step = slots * slot
+    before, read = 0, [0]
+    for n in range(steps):
+        read.append(read[-1] + count(mix.slots(n), "ar") * slot)
+    for tokens in range(0, steps * step + 1, max(1, step // 7)):
+        found = mix.ar_tokens(tokens, length)
+        whole = tokens // step
+        # Neither objective has more, nor less, than by the ends of the step it falls into.
+        assert read[whole] <= found <= read[min(steps, whole + 1)]
+        diffusion = [n * step - ar for n, ar in enumerate(read)]
+        assert diffusion[whole] <= tokens - found <= diffusion[min(steps, whole + 1)]
+        assert before <= found
+        before = found
+        if table == [alpha] * steps:
+            assert abs(found - alpha * tokens) < slot / 2 + 1
+    assert mix.ar_tokens(steps * step, length) == read[steps]
 
 
 def test_sixteen_passes_of_128_as_in_the_paper():
-    turns = sum(is_autoregressive(np.arange(8), epoch, 8, Fraction(1, 8)) for epoch in range(128))
-    assert turns.tolist() == [16] * 8
+    mix = mixture(Fraction(1, 8), steps=8192, slots=256, micro_batch=8, rotation=True)
+    unique = 268_435_456
+    assert [mix.ar_tokens(unique * n, 2048) * 8 // unique for n in range(129)] == list(range(129))
 
 
-@quick
-@given(alpha=st.fractions(0, 1, max_denominator=5000), epoch=st.integers(0, 600))
-def test_membership_is_the_formula_also_where_the_share_is_not_whole(alpha, epoch):
-    groups = rotation_groups(alpha)
-    expected = [(g + epoch) % groups < alpha * groups for g in range(groups)]
-    assert is_autoregressive(np.arange(groups), epoch, groups, alpha).tolist() == expected
+def test_a_run_that_goes_on_keeps_its_last_alpha():
+    mix = mixture([Fraction(1), Fraction(1, 4)].__getitem__, steps=2, slots=4, rotation=True)
+    assert [mix.ar_slots_before(n) for n in range(6)] == [0, 4, 5, 6, 7, 8]
 
 
 def test_phases_keep_their_alpha_until_they_end():

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
 
-from dualtrain.randomness import generator
+from dualtrain.randomness import KeyedPermutation, generator
 
 
 def test_numbers_are_pinned_for_ever():
@@ -56,3 +58,39 @@ def test_neighbouring_keys_are_unrelated(axis):
     correlation = 1 - (moved**2).mean() / (2 * (numbers**2).mean())
     assert abs(correlation) < 0.04
     assert abs(numbers.mean()) < 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 255, 256, 257, 1000, 70_000])
+def test_a_permutation_takes_every_number_once(size):
+    permutation = KeyedPermutation(size, 0, "order", 3)
+    assert sorted(permutation[n] for n in range(size)) == list(range(size))
+
+
+def test_a_permutation_is_pinned_for_ever_also_where_it_is_huge():
+    assert [KeyedPermutation(10, 0, "order", 1)[n] for n in range(10)] == PINNED
+    huge = KeyedPermutation(10**12, 0, "order", 1)
+    assert len({huge[n] for n in range(1000)}) == 1000
+    assert 0.4 < np.mean([huge[n] / 10**12 for n in range(1000)]) < 0.6
+
+
+PINNED = [9, 5, 6, 0, 4, 7, 8, 2, 3, 1]
+
+
+def test_all_permutations_of_few_are_equally_likely():
+    found = Counter(
+        tuple(permutation[n] for n in range(4))
+        for permutation in (KeyedPermutation(4, 0, "order", key) for key in range(4800))
+    )
+    assert found.keys() == set(permutations(range(4)))
+    # 24 permutations, 200 each: chi-square of 23 degrees of freedom is below 50 but once in 1,000.
+    assert sum((count - 200) ** 2 / 200 for count in found.values()) < 50
+
+
+def test_neighbours_and_keys_are_unrelated_in_a_permutation():
+    size = 4096
+    orders = np.array([[KeyedPermutation(size, 0, "o", k)[n] for n in range(size)] for k in (0, 1)])
+    for one, other in ((orders[0][1:], orders[0][:-1]), (orders[0], orders[1])):
+        # Standard deviation 1/64.
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+    steps = Counter((np.diff(orders[0]) % size).tolist())
+    assert max(steps.values()) < 9

@@ -20,7 +20,7 @@ class DualObjective(Algorithm):
 
     At BATCH_START it reads ``state.slot.objective`` and ``state.batch`` and sets ``state.example``:
 
-    - ``ar``: clean inputs, causal attention, every position weighs ``ar_weight``;
+    - ``ar``: clean inputs, causal attention, every target weighs ``ar_weight``;
     - ``diffusion``: corrupted inputs, full attention, masked tokens' predictors weigh 1/p.
 
     Both predict with the same network and the same head, so this is all that tells them apart. The
@@ -48,7 +48,11 @@ class DualObjective(Algorithm):
             raise ValueError("BATCH_START without a slot and its batch")
         if slot.objective == "ar":
             state.example = objectives.autoregressive(
-                batch.tokens, batch.document_ids, ar_weight=self.objective.ar_weight
+                batch.inputs,
+                batch.targets,
+                batch.document_ids,
+                special_ids=state.vocabulary.special_ids,
+                ar_weight=self.objective.ar_weight,
             )
         else:
             state.example = self._diffusion(batch, state.vocabulary)
@@ -71,7 +75,8 @@ class DualObjective(Algorithm):
             spans=corruption.name == "span",
         )
         return objectives.diffusion(
-            batch.tokens,
+            batch.inputs,
+            batch.targets,
             batch.document_ids,
             mask_id=vocabulary.mask_id,
             special_ids=vocabulary.special_ids,

@@ -3,7 +3,8 @@
 ``train`` and ``prefetch`` ask :class:`TrainingData` for a slot's sequences by stream and absolute
 index; nothing here remembers what was asked before, so any process gives the same answer.
 
-Shapes: B sequences of T tokens; the token after each sequence comes along as its last target.
+Shapes: B sequences of T positions. The target of a position is the next token of the same document:
+so ``<s>`` is never a target, and a document's last token never an input, as in the released code.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.data.plan import Piece, Rotation, StreamPlan, Subset, pieces_between
+from dualtrain.data.plan import Piece, Rotation, StreamPlan, Subset, Units, pieces_between
 from dualtrain.data.plan_files import PlanFiles
 from dualtrain.errors import UserError
-from dualtrain.mixing import Stream
+from dualtrain.mixing import Mixture, Stream
 
 # Below this many documents an epoch's plan is built faster than a file is opened.
 DOCUMENTS_IN_MEMORY = 1 << 18
@@ -30,12 +30,14 @@ DOCUMENTS_IN_MEMORY = 1 << 18
 
 @dataclass
 class Batch:
-    """Consecutive sequences of one stream."""
+    """Sequences of one stream."""
 
-    tokens: Tensor
-    """(B, T+1) int64: T inputs and the token after them."""
+    inputs: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64: of each position the next token of its document."""
     document_ids: Tensor
-    """(B, T) int32: 0 for the row's first document, one more after each ``<s>``."""
+    """(B, T) int32: 0 for the row's first document, one more for each that follows."""
     sequence_ids: Tensor
     """(B,) int64: absolute index of each sequence in its stream."""
     stream: Stream
@@ -45,7 +47,8 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for copies to a GPU that do not wait."""
         return Batch(
-            self.tokens.pin_memory(),
+            self.inputs.pin_memory(),
+            self.targets.pin_memory(),
             self.document_ids.pin_memory(),
             self.sequence_ids.pin_memory(),
             self.stream,
@@ -58,12 +61,11 @@ class TrainingData:
 
     Args:
         dataset: The ``train`` split.
+        mixture: Decides what the streams ``ar`` and ``diffusion`` have of each epoch, and how many
+            sequences a batch has.
         sequence_length: T.
-        micro_batch: Sequences of a batch.
-        seed: Of the run: decides groups and shuffles.
-        unique_tokens: Size of the unique subset with ``<s>`` and ``</s>``; None takes everything.
-        alpha: AR share by which documents rotate between the streams ``ar`` and ``diffusion``;
-            None gives every document to every stream in every epoch.
+        seed: Of the run: decides all orders.
+        unique_tokens: Size of the unique subset in positions; None takes everything.
         append_eos: End each document with ``</s>``.
         plan_dir: Local directory for plan files, shared by the ranks of a node and by any runs;
             used only for large corpora. None keeps plans in memory.
@@ -76,28 +78,39 @@ class TrainingData:
         self,
         dataset: TokenDataset,
         *,
+        mixture: Mixture,
         sequence_length: int,
-        micro_batch: int,
         seed: int,
         unique_tokens: int | None,
-        alpha: Fraction | None,
-        append_eos: bool = False,
+        append_eos: bool,
         plan_dir: Path | None = None,
     ) -> None:
         self.dataset = dataset
         self.sequence_length = sequence_length
-        self.micro_batch = micro_batch
+        self.micro_batch = mixture.micro_batch
         subset = Subset(dataset.lengths, unique_tokens=unique_tokens, append_eos=append_eos)
         self.unique_tokens = subset.tokens
         self.documents = subset.documents
-        key = repr((dataset.info, seed, subset.tokens, alpha, append_eos))
-        files = _plan_files(plan_dir, subset.documents, key)
+        units = Units(subset, sequence_length=sequence_length)
+        key = repr(
+            (dataset.info, seed, subset.tokens, sequence_length, append_eos, mixture.rotates)
+        )
+        files = _plan_files(plan_dir, subset.documents, key + mixture.key)
         rotation = None
-        if alpha is not None and 0 < alpha < 1:
-            rotation = Rotation(subset, alpha=alpha, seed=seed, files=files)
+        if mixture.rotates:
+            rotation = Rotation(
+                units, mixture=mixture, sequence_length=sequence_length, seed=seed, files=files
+            )
         names: tuple[Stream, ...] = ("ar", "diffusion", "all")
         self._plans: dict[Stream, StreamPlan] = {
-            name: StreamPlan(subset, stream=name, rotation=rotation, seed=seed, files=files)
+            name: StreamPlan(
+                units,
+                stream=name,
+                rotation=None if name == "all" else rotation,
+                sequence_length=sequence_length,
+                seed=seed,
+                files=files,
+            )
             for name in names
         }
 
@@ -107,18 +120,14 @@ class TrainingData:
         Raises:
             UserError: A shard is missing or damaged; names it.
         """
-        length = self.sequence_length
-        start = first_sequence * length
-        pieces = self._plans[stream].pieces(start, start + self.micro_batch * length + 1)
-        return _pack(self.dataset, pieces, stream, first_sequence, self.micro_batch, length)
-
-    def epoch(self, stream: Stream, sequence: int) -> int:
-        """The epoch in which a sequence of a stream begins."""
-        return self._plans[stream].epoch_at(sequence * self.sequence_length)
+        plan = self._plans[stream]
+        numbers = range(first_sequence, first_sequence + self.micro_batch)
+        rows = [plan.sequence(number) for number in numbers]
+        return _pack(self.dataset, rows, stream, numbers, self.sequence_length)
 
 
 class ValidationData:
-    """The held-out split as a fixed list of sequences: its documents in order, once.
+    """The held-out split as a fixed list of sequences, spread over all of it.
 
     Args:
         dataset: The ``val`` split.
@@ -135,7 +144,7 @@ class ValidationData:
         dataset: TokenDataset,
         *,
         sequence_length: int,
-        append_eos: bool = False,
+        append_eos: bool,
         sequences: int | None = None,
     ) -> None:
         self.dataset = dataset
@@ -143,31 +152,33 @@ class ValidationData:
         lengths = Subset(dataset.lengths, unique_tokens=None, append_eos=append_eos)
         self._ends = np.cumsum(lengths.packed_lengths())
         self._order = np.arange(dataset.documents)
-        whole = (lengths.tokens - 1) // sequence_length
+        whole = lengths.tokens // sequence_length
         if whole < 1:
             raise UserError(
                 str(dataset.directory),
                 f"the held-out split has {lengths.tokens:,} tokens",
-                f"at least one sequence and a token, {sequence_length + 1:,}",
+                f"at least one sequence, {sequence_length:,}",
                 "hold out more (data.build.val_fraction) or lower sequence_length",
             )
-        self._count = whole if sequences is None else min(whole, sequences)
-        self.bytes_per_token = dataset.facts.bytes / lengths.tokens
+        count = whole if sequences is None else min(whole, sequences)
+        self._windows = [n * whole // count for n in range(count)]
+        self.token_bytes = torch.from_numpy(dataset.token_bytes)
 
-    bytes_per_token: float
-    """UTF-8 bytes of text per target token of the packed split; loss in nats per token divided by
-    (ln 2 × this) is bits per byte."""
+    token_bytes: Tensor
+    """(vocabulary,) int64: bytes of text that each token stands for."""
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._windows)
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences first, …, first + count - 1; fewer at the end of the list."""
-        count = min(count, self._count - first)
-        start = first * self.sequence_length
-        stop = start + count * self.sequence_length + 1
-        pieces = pieces_between(self._order, self._ends, start, stop)
-        return _pack(self.dataset, pieces, "all", first, count, self.sequence_length)
+        numbers = range(first, min(first + count, len(self)))
+        length = self.sequence_length
+        rows = [
+            pieces_between(self._order, self._ends, n * length, (n + 1) * length)
+            for n in self._windows[numbers.start : numbers.stop]
+        ]
+        return _pack(self.dataset, rows, "all", numbers, length)
 
 
 def _plan_files(plan_dir: Path | None, documents: int, key: str) -> PlanFiles:
@@ -178,41 +189,46 @@ def _plan_files(plan_dir: Path | None, documents: int, key: str) -> PlanFiles:
 
 def _pack(
     dataset: TokenDataset,
-    pieces: Sequence[Piece],
+    rows: Sequence[Sequence[Piece]],
     stream: Stream,
-    first: int,
-    count: int,
+    numbers: range,
     length: int,
 ) -> Batch:
-    """Make a batch of `count` rows out of pieces that hold count·length + 1 tokens."""
-    flat = np.empty(count * length + 1, dtype=np.int64)
-    number = np.empty(len(flat), dtype=np.int32)
-    position = 0
-    dataset.prepare(piece.document for piece in pieces)
-    for i, piece in enumerate(pieces):
-        stop = position + piece.stop - piece.start
-        _copy(dataset, piece, flat[position:stop])
-        number[position:stop] = i
-        position = stop
-    rows = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
-    numbers = number[:-1].reshape(count, length)
-    spans = zip(number[:-1:length].tolist(), number[length::length].tolist(), strict=True)
+    """Make a batch out of the pieces of each row, which have `length` positions together."""
+    inputs = np.empty((len(rows), length), dtype=np.int64)
+    targets = np.empty_like(inputs)
+    document_ids = np.empty((len(rows), length), dtype=np.int32)
+    dataset.prepare(piece.document for row in rows for piece in row)
+    for row, pieces in enumerate(rows):
+        begin = 0
+        for number, piece in enumerate(pieces):
+            end = begin + piece.stop - piece.start
+            tokens = _read(dataset, piece)
+            inputs[row, begin:end] = tokens[:-1]
+            targets[row, begin:end] = tokens[1:]
+            document_ids[row, begin:end] = number
+            begin = end
     return Batch(
-        tokens=torch.from_numpy(rows.copy()),
-        document_ids=torch.from_numpy(numbers - numbers[:, :1]),
-        sequence_ids=torch.arange(first, first + count),
+        inputs=torch.from_numpy(inputs),
+        targets=torch.from_numpy(targets),
+        document_ids=torch.from_numpy(document_ids),
+        sequence_ids=torch.arange(numbers.start, numbers.stop),
         stream=stream,
-        documents=tuple(tuple(p.document for p in pieces[a : b + 1]) for a, b in spans),
+        documents=tuple(tuple(piece.document for piece in pieces) for pieces in rows),
     )
 
 
-def _copy(dataset: TokenDataset, piece: Piece, into: np.ndarray) -> None:
-    """Write the tokens of a piece: ``<s>`` at 0, then the document, then perhaps ``</s>``."""
+def _read(dataset: TokenDataset, piece: Piece) -> np.ndarray:
+    """The piece's inputs and the target of its last one, as (n + 1,) int64.
+
+    A packed document is ``<s>``, its tokens, then ``</s>`` where there is one.
+    """
+    packed = np.full(piece.stop - piece.start + 1, dataset.info.eos_id, dtype=np.int64)
     before = 1 if piece.start == 0 else 0
-    tokens = dataset.read(piece.document, piece.start - 1 + before, piece.stop - 1)
     if before:
-        into[0] = dataset.info.bos_id
-    into[before : before + len(tokens)] = tokens
-    into[before + len(tokens) :] = dataset.info.eos_id
+        packed[0] = dataset.info.bos_id
+    tokens = dataset.read(piece.document, piece.start - 1 + before, piece.stop)
+    packed[before : before + len(tokens)] = tokens
     if len(tokens) and int(tokens.max()) >= dataset.info.vocab_size:
         dataset.check_document(piece.document)
+    return packed

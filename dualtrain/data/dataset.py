@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dualtrain.data.token_bytes import token_bytes
 from dualtrain.errors import UserError, UserErrors
-
-if TYPE_CHECKING:
-    from streaming import LocalDataset
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"
@@ -40,7 +39,9 @@ LEFT_OUT_FILE = "left_out.jsonl"
 """What of the sources could not be read, one JSON object (kind, where, what) a line; not needed."""
 TOKENS_FIELD = "tokens"
 
-_CACHED_BYTES = 32 * 2**20
+_OPEN_FILES = 128
+_HEADERS = (6, 7, 9, 13)
+"""Bytes before the tokens of a sample: their size, number of dimensions, and 1, 2, 4 or 8 bytes."""
 _CHECKED_DOCUMENTS = 16
 _SHOWN_SHARDS = 10
 _REMAKE = "make it again with `dualtrain data convert`, or restore the file"
@@ -203,8 +204,8 @@ class TokenDataset:
         self.shards = self._read_index()
         self.lengths = self._read_lengths()
         self._shard_ends = list(accumulate(shard.documents for shard in self.shards))
-        self._recent: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._recent_bytes = 0
+        self._shard_begins = [0, *self._shard_ends]
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -259,27 +260,47 @@ class TokenDataset:
     def tokenizer_path(self) -> Path:
         return self.path / self.info.tokenizer_file
 
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocabulary,) int64: bytes of text that each token stands for."""
+        return token_bytes(self.tokenizer_path, self.info.special_ids)
+
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, as (stop - start,) of the dataset's dtype.
+
+        Only they are read from the disk: sequences come from all over the corpus, and a document
+        may be a whole library.
 
         Raises:
             UserError: The document's shard is missing or damaged.
         """
-        with self._lock:
-            tokens = self._recent.get(document)
-            if tokens is None:
-                tokens = self._remember(document, self._read_document(document))
-            else:
-                self._recent.move_to_end(document)
-        return tokens[start:stop]
+        length = int(self.lengths[document])
+        stop = length if stop is None else min(stop, length)
+        shard = self._shard(document)
+        source = self._source
+        try:
+            with (
+                self._lock,
+                source.reading(self.split, shard) if source else nullcontext(),
+                self._opened(shard) as file,
+            ):
+                return self._read_tokens(file, document, start, max(start, stop))
+        except FileNotFoundError:
+            raise UserError(
+                str(self.shard_of(document)), "shard is missing", hint=_REMAKE
+            ) from None
+        except OSError as error:
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} cannot be read: {error.strerror}",
+                hint=_REMAKE,
+            ) from None
 
     def prepare(self, documents: Iterable[int]) -> None:
         """Have the shards of documents fetched at once that will be read one after another."""
         if self._source is None:
             return
-        with self._lock:
-            missing = [document for document in documents if document not in self._recent]
-        self._source.fetch_ahead(self.split, [self._shard(document) for document in missing])
+        self._source.fetch_ahead(self.split, [self._shard(document) for document in documents])
 
     def prepare_all(self, documents: int) -> None:
         """Have the shards of the first documents fetched in the background, if there is room."""
@@ -288,7 +309,10 @@ class TokenDataset:
             self._source.fetch_all(self.split, self.shards[: last + 1])
 
     def close(self) -> None:
-        """Fetch no shards any more."""
+        """Close all files, and fetch no shards any more."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
         if self._source is not None:
             self._source.close()
 
@@ -414,44 +438,47 @@ class TokenDataset:
             return UserError(str(file), f"shard has {size:,} bytes", expected, _REMAKE)
         return None
 
-    @cached_property
-    def _shards_reader(self) -> LocalDataset:
-        from streaming import LocalDataset
-
-        return LocalDataset(str(self.path), split=self.split)
-
     def _shard(self, document: int) -> Shard:
         return self.shards[bisect_right(self._shard_ends, document)]
 
-    def _read_document(self, document: int) -> np.ndarray:
-        source = self._source
+    @contextmanager
+    def _opened(self, shard: Shard) -> Iterator[BinaryIO]:
+        """A shard's file; those that were opened last stay open, but for those of a cache."""
+        file = self._files.pop(shard.name, None) or (self.directory / shard.name).open("rb", 0)
         try:
-            with source.reading(self.split, self._shard(document)) if source else nullcontext():
-                tokens = self._shards_reader[document][TOKENS_FIELD]
-        except FileNotFoundError:
-            raise UserError(
-                str(self.shard_of(document)), "shard is missing", hint=_REMAKE
-            ) from None
-        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-            raise UserError(
-                str(self.shard_of(document)),
-                f"document {document} cannot be read: {error!r}",
-                hint=_REMAKE,
-            ) from None
-        if tokens.shape != (self.lengths[document],):
-            raise UserError(
-                str(self.shard_of(document)),
-                f"document {document} has {tokens.size} tokens",
-                f"{self.lengths[document]} as in {LENGTHS_FILE}",
-                _REMAKE,
-            )
-        return tokens
+            yield file
+        finally:
+            # A cache must be able to remove its shards.
+            self._files[shard.name] = file
+            while len(self._files) > (_OPEN_FILES if self._source is None else 0):
+                self._files.popitem(last=False)[1].close()
 
-    def _remember(self, document: int, tokens: np.ndarray) -> np.ndarray:
-        # Neighbouring sequences cut pieces out of the same document: a book is read once, not once
-        # for each of its sequences.
-        self._recent[document] = tokens
-        self._recent_bytes += tokens.nbytes
-        while self._recent_bytes > _CACHED_BYTES and len(self._recent) > 1:
-            self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
-        return tokens
+    def _read_tokens(self, file: BinaryIO, document: int, start: int, stop: int) -> np.ndarray:
+        """Read from an MDS shard: a count, where each sample begins and ends, then the samples.
+
+        A sample is here its size in four bytes, the number of tokens in two to nine, the tokens.
+        """
+        number = document - self._shard_begins[bisect_right(self._shard_ends, document)]
+        begin, end = np.frombuffer(self._bytes_at(file, 4 + 4 * number, 8, document), np.uint32)
+        dtype, length = np.dtype(self.info.dtype), int(self.lengths[document])
+        header = int(end) - int(begin) - length * dtype.itemsize
+        if header not in _HEADERS:
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} does not have the {length} tokens of {LENGTHS_FILE}",
+                hint=_REMAKE,
+            )
+        first = int(begin) + header + start * dtype.itemsize
+        return np.frombuffer(
+            self._bytes_at(file, first, (stop - start) * dtype.itemsize, document), dtype
+        )
+
+    def _bytes_at(self, file: BinaryIO, offset: int, size: int, document: int) -> bytes:
+        found = os.pread(file.fileno(), size, offset)
+        if len(found) != size:
+            raise UserError(
+                str(self.shard_of(document)),
+                f"document {document} cannot be read: the shard ends before it",
+                hint=_REMAKE,
+            )
+        return found

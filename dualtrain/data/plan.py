@@ -1,39 +1,46 @@
-"""The packing plan: which document stands at which token of a stream, in any epoch.
+"""The packing plan: which document stands at which token of a stream, in any pass over the text.
 
-A stream is one endless sequence of tokens: for epoch 0, 1, 2, … the documents of that stream in
-that epoch's shuffled order, each as ``<s>`` + tokens (+ ``</s>``), without a break. Sequence i of T
-tokens is stream tokens [i·T, i·T + T]: T inputs, and one more that is the last target and the next
-sequence's first input. So every token is a target exactly once in each pass.
+A document is packed as positions: its tokens with ``<s>`` in front (and ``</s>`` behind, when asked
+for), without the last one, which is a target only. A stream is one endless sequence of positions:
+for epoch 0, 1, 2, … the documents that the stream has in that epoch, in that epoch's shuffled
+order, without a break. Window i of T positions is [i·T, i·T + T): every position of a stream is in
+one window. The windows that begin in the same part of an epoch are shuffled, too, so that a batch
+mixes passages of many documents, as in the released code (``chunk`` in its ``dataset.py``); but
+nothing is dropped where an epoch ends.
 
-With rotation, a document of group g is in the AR stream in epoch e iff (g + e) mod G < α·G and
-otherwise in the diffusion stream, hence in α·R of R epochs exactly. The tokens of an epoch depend
-on e mod G only, which gives closed-form offsets and random access.
+Without rotation every stream has all documents in every epoch. With rotation the streams ``ar`` and
+``diffusion`` share each epoch: see :class:`Rotation`.
 
-Positions here count packed tokens, with ``<s>`` and ``</s>``; documents are numbers in the dataset.
+Positions here are packed ones; documents are numbers in the dataset.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 from dualtrain.data.plan_files import PlanFiles
 from dualtrain.errors import UserError
-from dualtrain.mixing import STREAM_NUMBERS, Stream, is_autoregressive, rotation_groups
-from dualtrain.randomness import generator
+from dualtrain.mixing import STREAM_NUMBERS, Mixture, Stream
+from dualtrain.randomness import KeyedPermutation, generator
+
+DATA_ORDER = 2
+"""Raised when the same recipe gives other sequences: runs of another order cannot go on."""
 
 _CHUNK = 1 << 20
-_GREEDY_ROWS = 20_000
-_KEPT_EPOCHS = 4
+_KEPT_PARTS = 4
+_LAST_EPOCH = 1 << 40
+_LARGEST_SHARE = 64
+_FEWEST_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of packed tokens [start, stop) of one document; 0 is its ``<s>``."""
+    """A run of positions [start, stop) of one document; 0 is its ``<s>``."""
 
     document: int
     start: int
@@ -41,27 +48,27 @@ class Piece:
 
 
 class Subset:
-    """The unique subset: the prefix of the documents that holds a given number of packed tokens.
+    """The unique subset: the prefix of the documents that holds a given number of positions.
 
     Its last document is cut, so that the number is met exactly and smaller subsets are prefixes of
     larger ones.
 
     Args:
         lengths: (documents,) int64, tokens of each document of the dataset.
-        unique_tokens: Packed tokens of the subset; None takes the whole dataset.
-        append_eos: Whether documents are packed with ``</s>``.
+        unique_tokens: Positions of the subset; None takes the whole dataset.
+        append_eos: Whether documents end with ``</s>``.
 
     Raises:
-        UserError: The dataset has fewer tokens than that.
+        UserError: The dataset has fewer than that.
     """
 
     def __init__(self, lengths: np.ndarray, *, unique_tokens: int | None, append_eos: bool) -> None:
         self._lengths = lengths
-        self._added = 2 if append_eos else 1
+        self._added = int(append_eos)
         self.documents, self.tokens, self._last = self._cut(unique_tokens)
 
     def packed_lengths(self, documents: np.ndarray | None = None) -> np.ndarray:
-        """Packed tokens of the given documents, or of all in the subset, as int64."""
+        """Positions of the given documents, or of all in the subset, as int64."""
         if documents is None:
             documents = np.arange(self.documents)
         packed = self._lengths[documents] + self._added
@@ -78,178 +85,302 @@ class Subset:
                 return first + cut + 1, unique_tokens, unique_tokens - before
             total = int(ends[-1])
         if unique_tokens is not None:
-            marks = "<s> and </s>" if self._added == 2 else "<s>"
+            counted = ", its tokens with </s>" if self._added else ""
             raise UserError(
                 "unique_tokens",
                 f"{unique_tokens:,} tokens are more than the dataset has",
-                f"at most {total:,}, its tokens with {marks}",
+                f"at most {total:,}{counted}",
                 "use unique_tokens: all, or more repetitions",
             )
         return len(self._lengths), total, int(self._lengths[-1]) + self._added
 
 
-class Rotation:
-    """Which documents of a subset are autoregressive in which epoch.
+class Units:
+    """What is shuffled: the documents of a subset, but long ones in pieces of equal length.
+
+    So the text of one huge document is mixed as that of many is. A piece has no more than 1/64 of
+    the subset, but always room for 16 sequences: shorter ones would take context away.
+
+    Unit u is document u, or its first piece; the further pieces come after all documents.
 
     Args:
         subset: The documents.
-        alpha: AR share.
-        seed: Of the run.
-        files: Where the groups are kept.
+        sequence_length: T.
     """
 
-    def __init__(self, subset: Subset, *, alpha: Fraction, seed: int, files: PlanFiles) -> None:
-        self.alpha = alpha
-        self.groups = rotation_groups(alpha)
+    def __init__(self, subset: Subset, *, sequence_length: int) -> None:
         self._subset = subset
-        self._seed = seed
-        self._group_of = files.load("groups", 0, self._assign)
-        tokens = files.load("grouptokens", 0, self._count)
-        self._group_tokens = np.asarray(tokens)
-
-    def belongs(self, documents: np.ndarray, epoch: int, stream: Stream) -> np.ndarray:
-        """(n,) bool: which of the documents are in `stream` in that epoch."""
-        autoregressive = np.asarray(
-            is_autoregressive(self._group_of[documents], epoch, self.groups, self.alpha)
+        self._longest = max(
+            -(-subset.tokens // _LARGEST_SHARE), _FEWEST_SEQUENCES * sequence_length
         )
-        return autoregressive if stream == "ar" else ~autoregressive
+        packed = subset.packed_lengths()
+        further = []
+        for document in np.flatnonzero(packed > self._longest).tolist():
+            whole = int(packed[document])
+            size = int(self._first_piece(whole))
+            further += [(document, n, min(size, whole - n)) for n in range(size, whole, size)]
+        self._further = np.array(further, dtype=np.int64).reshape(-1, 3)
+        self.tokens = subset.tokens
+        self.count = subset.documents + len(further)
 
-    def period_tokens(self, stream: Stream) -> np.ndarray:
-        """(groups,) int64: packed tokens of `stream` in each epoch of one period."""
-        everyone = np.arange(self.groups)
-        in_ar = np.stack(
-            [is_autoregressive(everyone, e, self.groups, self.alpha) for e in range(self.groups)]
-        )
-        return (in_ar if stream == "ar" else ~in_ar).astype(np.int64) @ self._group_tokens
+    def lengths(self, units: np.ndarray) -> np.ndarray:
+        """(n,) int64: positions of each of the units."""
+        number = units - self._subset.documents
+        is_further = number >= 0
+        lengths = self._first_piece(self._subset.packed_lengths(np.where(is_further, 0, units)))
+        lengths[is_further] = self._further[number[is_further], 2]
+        return lengths
 
-    def _assign(self) -> np.ndarray:
-        return balanced_groups(
-            self._subset.packed_lengths(),
-            self.groups,
-            generator(self._seed, "document groups", self.groups),
-        )
+    def locate(self, unit: int) -> tuple[int, int]:
+        """The document of a unit, and the position at which it begins in it."""
+        number = unit - self._subset.documents
+        if number < 0:
+            return unit, 0
+        return int(self._further[number, 0]), int(self._further[number, 1])
 
-    def _count(self) -> np.ndarray:
-        # float64 adds whole numbers exactly up to 2**53 tokens.
-        return np.bincount(
-            self._group_of, weights=self._subset.packed_lengths(), minlength=self.groups
-        ).astype(np.int64)
+    def _first_piece(self, whole: np.ndarray | int) -> np.ndarray:
+        pieces = -(-np.asarray(whole) // self._longest)
+        return -(-np.asarray(whole) // pieces)
 
 
-def balanced_groups(lengths: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Deal documents into groups of nearly equal token counts.
+class Rotation:
+    """How the objectives take turns over the text, so that each token gets its share of both.
 
-    The longest documents, `groups` at a time, go to the groups that have least so far; the mass of
-    short ones is dealt back and forth.
+    The units stand in a seeded order round a circle of N tokens. One objective, of which there is
+    less, walks round it: in epoch e it has the tokens [w(e), w(e+1)) of the circle, where w(e) is
+    how many it reads in the run's first e·N (``Mixture.ar_tokens``). The other one has the rest of
+    the circle. So in every epoch each token is read once, and after E epochs the walker has read it
+    floor(w(E)/N) or ceil(w(E)/N) times: for any corpus, alpha and schedule.
+
+    So that this holds in the middle of an epoch, too, each stream reads an epoch in up to two
+    parts, one after the other: first what its objective has had less often so far. The walker's
+    second part begins where it comes round the circle; the other's first part lies behind the
+    walker, up to the beginning of the circle.
+
+    Where its part of an epoch ends within a document, the walker goes on with the rest of it in the
+    next epoch, without a break; for the other one that document is cut.
 
     Args:
-        lengths: (documents,) int64.
-        groups: At most 256.
-        rng: Decides between documents of equal length.
-
-    Returns:
-        (documents,) uint8, the group of each document.
+        units: What stands round the circle.
+        mixture: Of the run.
+        sequence_length: T.
+        seed: Of the run.
+        files: Where the circle is kept.
     """
-    shuffled = rng.permutation(len(lengths))
-    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-    rows = -(-len(order) // groups)
-    table = np.empty((rows, groups), dtype=np.uint8)
-    table[0::2] = np.arange(groups)
-    table[1::2] = np.arange(groups)[::-1]
-    totals = np.zeros(groups, dtype=np.int64)
-    for row in range(min(rows, _GREEDY_ROWS)):
-        dealt = lengths[order[row * groups : (row + 1) * groups]]
-        table[row] = np.argsort(totals, kind="stable")
-        totals[table[row, : len(dealt)]] += dealt
-    group_of = np.empty(len(order), dtype=np.uint8)
-    group_of[order] = table.reshape(-1)[: len(order)]
-    return group_of
+
+    def __init__(
+        self,
+        units: Units,
+        *,
+        mixture: Mixture,
+        sequence_length: int,
+        seed: int,
+        files: PlanFiles,
+    ) -> None:
+        self._units = units
+        self._mixture = mixture
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._starts = files.load("circle", 0, self._place)
+        self._walked = lru_cache(maxsize=1 << 12)(self._count_walked)
+
+    def start(self, unit: int) -> int:
+        """Where a unit begins on the circle."""
+        return int(self._starts[unit])
+
+    def bounds(self, stream: Stream, epoch: int) -> int:
+        """Position of a stream at which an epoch begins."""
+        walked = self._walked(epoch)
+        return walked if self._walks(stream) else epoch * self._units.tokens - walked
+
+    def parts(self, stream: Stream, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The two arcs [begin, end) of the circle that a stream has in an epoch; may be empty."""
+        round_, begin = divmod(self._walked(epoch), self._units.tokens)
+        end = self._walked(epoch + 1) - round_ * self._units.tokens
+        over = max(0, end - self._units.tokens)
+        if self._walks(stream):
+            return (begin, end - over), (0, over)
+        return (over, begin), (end - over, self._units.tokens)
+
+    def pick(self, order: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The units of an arc and their lengths within it, in an order of all units.
+
+        The one that the arc's beginning cuts comes first, the one that its end cuts last, so that
+        both are whole in the stream of the walker.
+        """
+        starts = np.asarray(self._starts)[order]
+        stops = starts + self._units.lengths(order)
+        begins, ends = np.maximum(starts, begin), np.minimum(stops, end)
+        place = (ends < stops).astype(np.int8) - (begins > starts)
+        touched = np.flatnonzero(begins < ends)
+        touched = touched[np.argsort(place[touched], kind="stable")]
+        return order[touched], (ends - begins)[touched]
+
+    def _walks(self, stream: Stream) -> bool:
+        return (stream == "ar") == self._mixture.ar_walks
+
+    def _count_walked(self, epoch: int) -> int:
+        tokens = epoch * self._units.tokens
+        ar = self._mixture.ar_tokens(tokens, self._sequence_length)
+        return ar if self._mixture.ar_walks else tokens - ar
+
+    def _place(self) -> np.ndarray:
+        order = generator(self._seed, "circle").permutation(self._units.count)
+        starts = np.empty(self._units.count, dtype=np.int64)
+        lengths = self._units.lengths(order)
+        starts[order] = np.cumsum(lengths) - lengths
+        return starts
 
 
 class StreamPlan:
     """Random access to one stream.
 
+    A part is what is shuffled together: number 2·e and 2·e + 1 are those of epoch e.
+
     Args:
-        subset: The documents.
+        units: What is shuffled.
         stream: Its name; streams shuffle independently of each other.
-        rotation: Decides the stream's documents in each epoch; None takes all, in every epoch.
+        rotation: Decides what the stream has of each epoch; None: all of it.
+        sequence_length: T.
         seed: Of the run.
-        files: Where epochs are kept.
+        files: Where parts are kept.
     """
 
     def __init__(
         self,
-        subset: Subset,
+        units: Units,
         *,
         stream: Stream,
         rotation: Rotation | None,
+        sequence_length: int,
         seed: int,
         files: PlanFiles,
     ) -> None:
         self.stream: Stream = stream
-        self._subset = subset
-        self._rotation = rotation if stream != "all" else None
+        self._units = units
+        self._rotation = rotation
+        self._length = sequence_length
         self._seed = seed
         self._files = files
-        tokens = [subset.tokens] if self._rotation is None else self._rotation.period_tokens(stream)
-        self._period = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
-        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._latest = 0
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._permutations: OrderedDict[int, KeyedPermutation] = OrderedDict()
 
     def epoch_start(self, epoch: int) -> int:
-        """Stream position of the first token of an epoch."""
-        periods, rest = divmod(epoch, len(self._period) - 1)
-        return periods * int(self._period[-1]) + int(self._period[rest])
+        """Stream position at which an epoch begins."""
+        if self._rotation is None:
+            return epoch * self._units.tokens
+        return self._rotation.bounds(self.stream, epoch)
 
     def epoch_at(self, position: int) -> int:
-        """The epoch that a stream position belongs to; epochs without documents have none.
+        """The epoch that a stream position belongs to; one in which the stream is empty has none.
 
         Raises:
-            ValueError: The stream is empty (alpha is 0 or 1), or the position negative.
+            ValueError: The stream ends before that position, or the position is negative.
         """
-        if self._period[-1] == 0 or position < 0:
+        if position < 0:
             raise ValueError(f"stream '{self.stream}' has no token {position}")
-        periods, rest = divmod(position, int(self._period[-1]))
-        within = int(np.searchsorted(self._period, rest, side="right")) - 1
-        return periods * (len(self._period) - 1) + within
+        low = self._latest  # asked for in order, as a rule
+        if self.epoch_start(low) > position:
+            low = 0
+        step = 1
+        while self.epoch_start(low + step) <= position:
+            low, step = low + step, 2 * step
+            if low > _LAST_EPOCH:
+                raise ValueError(f"stream '{self.stream}' has no token {position}")
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.epoch_start(middle) <= position else (low, middle)
+        self._latest = low
+        return low
+
+    def sequence(self, index: int) -> list[Piece]:
+        """The pieces of the T positions that the stream has as its sequence `index`."""
+        part, window = self._part_at(index * self._length), index
+        first = -(-self._start(part) // self._length)
+        inside = self._start(part + 1) // self._length - first
+        # The one that lies across the part's end comes last: the next part begins in it.
+        if index < first + inside:
+            window = first + self._permutation(part, inside)[index - first]
+        return self.pieces(window * self._length, (window + 1) * self._length)
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
-        """The pieces of documents that make up stream tokens [start, stop), in order."""
+        """The pieces of documents that make up stream positions [start, stop), in order."""
         pieces: list[Piece] = []
-        epoch = self.epoch_at(start)
+        part = self._part_at(start)
         while start < stop:
-            first, end = self.epoch_start(epoch), self.epoch_start(epoch + 1)
-            if start < end:
-                order, ends = self._load(epoch)
-                pieces += pieces_between(order, ends, start - first, min(stop, end) - first)
-                start = end
-            epoch += 1
+            end = min(stop, self._start(part + 1))
+            for piece in self._pieces_within(part, start, end) if start < end else ():
+                before = pieces[-1] if pieces else None
+                if before and (before.document, before.stop) == (piece.document, piece.start):
+                    piece = Piece(before.document, pieces.pop().start, piece.stop)
+                pieces.append(piece)
+            start, part = max(start, end), part + 1
         return pieces
 
-    def sequence(self, index: int, length: int) -> list[Piece]:
-        """The pieces of sequence `index`: `length` inputs and the token after them."""
-        return self.pieces(index * length, index * length + length + 1)
+    def _start(self, part: int) -> int:
+        """Stream position at which a part begins."""
+        epoch, second = divmod(part, 2)
+        if not second:
+            return self.epoch_start(epoch)
+        begin, end = self._arcs(epoch)[0]
+        return self.epoch_start(epoch) + max(0, end - begin)
 
-    def _load(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._files.load(self.stream, epoch, self._builder(epoch))
-            self._files.build_ahead(self.stream, epoch + 1, self._builder(epoch + 1))
-            self._files.remove_below(self.stream, epoch - 1)
-        while len(self._epochs) > _KEPT_EPOCHS:
-            self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+    def _part_at(self, position: int) -> int:
+        epoch = self.epoch_at(position)
+        return 2 * epoch + (position >= self._start(2 * epoch + 1))
 
-    def _builder(self, epoch: int) -> Callable[[], np.ndarray]:
-        return lambda: self._build(epoch)
+    def _arcs(self, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        if self._rotation is None:
+            return (0, self._units.tokens), (0, 0)
+        return self._rotation.parts(self.stream, epoch)
 
-    def _build(self, epoch: int) -> np.ndarray:
-        """(2, documents in the epoch) int64: their numbers, and where each ends in the epoch."""
-        # All documents are shuffled before some are picked, so that runs with different alpha see
-        # what they share in the same order.
+    def _pieces_within(self, part: int, start: int, stop: int) -> Iterator[Piece]:
+        """The pieces of stream positions [start, stop), which lie in one part."""
+        order, ends = self._order(part)
+        begin = self._start(part)
+        for piece in pieces_between(order, ends, start - begin, stop - begin):
+            unit = piece.document
+            document, offset = self._units.locate(unit)
+            if self._rotation is not None and unit == order[0]:
+                # What the arc has of its first unit need not be its beginning.
+                offset += max(0, self._arcs(part // 2)[part % 2][0] - self._rotation.start(unit))
+            yield Piece(document, offset + piece.start, offset + piece.stop)
+
+    def _permutation(self, part: int, size: int) -> KeyedPermutation:
+        if part not in self._permutations:
+            key = STREAM_NUMBERS[self.stream], part
+            permutation = KeyedPermutation(size, self._seed, "sequence order", *key)
+            self._permutations[part] = permutation
+        while len(self._permutations) > _KEPT_PARTS:
+            self._permutations.popitem(last=False)
+        return self._permutations[part]
+
+    def _order(self, part: int) -> np.ndarray:
+        if part not in self._orders:
+            self._orders[part] = self._files.load(self.stream, part, self._builder(part))
+            self._files.build_ahead(self.stream, part + 1, self._builder(part + 1))
+            self._files.remove_below(self.stream, part - 2)
+        while len(self._orders) > _KEPT_PARTS:
+            self._orders.popitem(last=False)
+        return self._orders[part]
+
+    def _builder(self, part: int) -> Callable[[], np.ndarray]:
+        return lambda: self._build(part)
+
+    def _build(self, part: int) -> np.ndarray:
+        """(2, units in the part) int64: their numbers, and where each ends in the part."""
+        # All units are shuffled before some are picked, so that runs with different alpha see what
+        # they share in the same order.
+        epoch = part // 2
         rng = generator(self._seed, "document order", STREAM_NUMBERS[self.stream], epoch)
-        order = rng.permutation(self._subset.documents)
-        if self._rotation is not None:
-            order = order[self._rotation.belongs(order, epoch, self.stream)]
-        return np.stack([order, np.cumsum(self._subset.packed_lengths(order))])
+        order = rng.permutation(self._units.count)
+        if self._rotation is None:
+            lengths = self._units.lengths(order)
+        else:
+            order, lengths = self._rotation.pick(order, *self._arcs(epoch)[part % 2])
+        return np.stack([order, np.cumsum(lengths)])
 
 
 def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Piece]:

@@ -1,17 +1,22 @@
 """Held-out losses in all three modes: the same text and the same masks at every evaluation.
 
-``train`` calls :func:`held_out_losses` on all ranks at once. The result does not depend on their
-number: sequences are scored in the same micro-batches whoever scores them, and what the ranks
-exchange are the losses of single sequences.
+``train`` calls :func:`held_out_losses` on all ranks at once; ``compare`` asks for
+:func:`document_losses`, of which it is the sum. The result does not depend on the number of ranks:
+sequences are scored in the same micro-batches whoever scores them, and what the ranks exchange are
+the losses of what each sequence has of a document.
 
-The diffusion loss bounds the negative log-likelihood from above, in expectation over masks: uniform
-corruption whatever the training's, and without the published scheme's small deviations from the
-bound (``objectives.diffusion(exact=True)``).
+The three modes score the same targets (``objectives.scored_targets``). The diffusion loss bounds
+their negative log-likelihood from above, in expectation over masks: uniform corruption whatever the
+training's, and without the published scheme's small deviations from the bound
+(``objectives.diffusion(exact=True)``). A model trained in place is scored on inputs instead, which
+is what it predicts.
 
 Prefix mode: of each document, as far as a sequence holds it, the first half is a prompt whose
 tokens all see each other; the second half is scored causally after it. All documents of a sequence
 at once, at the positions of training. Second halves are easier to predict than whole documents, so
 the figure to compare with is the AR loss of the very same tokens, which comes along.
+
+Documents are what is independent of one another, so standard errors are over documents.
 """
 
 from __future__ import annotations
@@ -37,7 +42,13 @@ from dualtrain.model import (
     select_positions,
     to_device,
 )
-from dualtrain.objectives import Example, autoregressive, diffusion, validation_noise
+from dualtrain.objectives import (
+    Example,
+    autoregressive,
+    diffusion,
+    hidden_targets,
+    validation_noise,
+)
 from dualtrain.progress.metrics import EvalRecord
 from dualtrain.recipe.schema import UniformCorruption
 
@@ -47,7 +58,7 @@ _CORRUPTION = UniformCorruption()
 class HeldOutSequences(Protocol):
     """What is asked of ``data.ValidationData``."""
 
-    bytes_per_token: float
+    token_bytes: Tensor
 
     def __len__(self) -> int: ...
 
@@ -58,25 +69,28 @@ class HeldOutSequences(Protocol):
 class HeldOut:
     """Losses on held-out text, the same on every rank.
 
+    Bits per byte are by the bytes of text that the scored tokens stand for. Errors are standard
+    errors over documents, nan where there is one document only.
+
     Attributes:
-        ar_nll: Nats per token, every position scored.
-        ar_bits_per_byte: ``ar_nll`` / (ln 2 · bytes per token).
-        ar_error: Standard error of ``ar_nll`` over sequences.
+        ar_nll: Nats per token.
+        ar_bits_per_byte: Of the same tokens.
+        ar_error: Standard error of ``ar_nll``.
         diffusion_nll: Nats per token, an upper bound in expectation over masks.
-        diffusion_bits_per_byte: ``diffusion_nll`` / (ln 2 · bytes per token).
-        diffusion_error: Standard error of ``diffusion_nll`` over sequences; an overestimate, since
-            the rates of the sequences are spread rather than independent.
+        diffusion_bits_per_byte: Of the same tokens.
+        diffusion_error: Standard error of ``diffusion_nll``; an overestimate, since the rates of
+            the sequences are spread rather than independent.
         prefix_nll: Nats per token of the documents' second halves, each after its first half read
-            bidirectionally; nan where no document has two tokens.
-        prefix_bits_per_byte: ``prefix_nll`` / (ln 2 · bytes per token), with the bytes that a token
-            of the whole split has on average: how many these tokens have is not known.
-        prefix_error: Standard error of ``prefix_nll`` over sequences.
+            bidirectionally.
+        prefix_bits_per_byte: Of the same tokens.
+        prefix_error: Standard error of ``prefix_nll``.
         ar_nll_same_tokens: AR loss of the tokens that ``prefix_nll`` is the mean of.
-        prefix_minus_ar_error: Standard error over sequences of the paired difference,
-            ``prefix_nll`` - ``ar_nll_same_tokens``.
+        prefix_minus_ar_error: Standard error of the paired difference, ``prefix_nll`` -
+            ``ar_nll_same_tokens``.
         prefix_tokens: How many tokens these are.
+        documents: Number of documents, parts of which are scored.
         sequences: Number of sequences.
-        tokens: Tokens of them, ``<s>`` included.
+        tokens: Scored in AR.
     """
 
     ar_nll: float
@@ -91,6 +105,7 @@ class HeldOut:
     ar_nll_same_tokens: float
     prefix_minus_ar_error: float
     prefix_tokens: int
+    documents: int
     sequences: int
     tokens: int
 
@@ -111,6 +126,7 @@ class HeldOut:
             ar_nll_same_tokens=self.ar_nll_same_tokens,
             prefix_minus_ar_error=self.prefix_minus_ar_error,
             prefix_tokens=self.prefix_tokens,
+            documents=self.documents,
             tokens=self.tokens,
             elapsed_s=elapsed_s,
         )
@@ -128,6 +144,37 @@ class HeldOut:
         }
 
 
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Losses of each held-out document, as far as it is scored; all arrays are (D,).
+
+    Attributes:
+        documents: int64, numbers in the dataset's held-out split.
+        tokens: float64, scored by AR.
+        bytes: float64, of those tokens' text.
+        ar: float64, nats.
+        diffusion_tokens: float64, scored by diffusion.
+        diffusion_bytes: float64, of those.
+        diffusion: float64, nats, an upper bound in expectation over masks.
+        prefix_tokens: float64, tokens in the documents' second halves.
+        prefix_bytes: float64, of those.
+        prefix: float64, nats of those in prefix mode.
+        ar_same_tokens: float64, nats of the same tokens in AR.
+    """
+
+    documents: NDArray[np.int64]
+    tokens: NDArray[np.float64]
+    bytes: NDArray[np.float64]
+    ar: NDArray[np.float64]
+    diffusion_tokens: NDArray[np.float64]
+    diffusion_bytes: NDArray[np.float64]
+    diffusion: NDArray[np.float64]
+    prefix_tokens: NDArray[np.float64]
+    prefix_bytes: NDArray[np.float64]
+    prefix: NDArray[np.float64]
+    ar_same_tokens: NDArray[np.float64]
+
+
 def held_out_losses(
     forward: Callable[..., DualOutput],
     validation: HeldOutSequences,
@@ -137,94 +184,49 @@ def held_out_losses(
     special_ids: Sequence[int],
     target: Literal["next", "in_place"] = "next",
     seed: int = 0,
-    sequences: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     backend: str = "sdpa",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HeldOut:
-    """Score held-out sequences in all three modes. Called by all ranks at once.
-
-    Args:
-        forward: The DeepSpeed engine, or a ``DualLM``; put in evaluation mode and back.
-        validation: The held-out sequences.
-        micro_batch: Sequences of a forward pass. Every rank makes the same number of passes, of
-            the same shape, as ZeRO-3 and compiled models want it.
-        mask_id: The token that replaces a masked one.
-        special_ids: Tokens that are never masked.
-        target: What the diffusion objective was trained to predict at i: i+1, or i.
-        seed: Of the masks. The same for runs that are to be compared.
-        sequences: At most that many, from the first on; ``None`` takes all.
-        rank: This process.
-        world_size: All processes; more than one needs ``torch.distributed``.
-        backend: Attention backend.
-        device: Where the model is.
-        dtype: Compute type of the attention.
-    """
-    count = len(validation) if sequences is None else min(sequences, len(validation))
-    batches = -(-count // micro_batch)
-    # Rows: nats per token of AR and diffusion; nats of the second halves in prefix mode and in AR;
-    # tokens of the second halves.
-    losses = torch.zeros(5, count, dtype=torch.float64)
-    length = 0
-    with inference(forward):
-        for turn in range(-(-batches // world_size)):
-            number = turn * world_size + rank
-            # A rank without a batch left goes through the first one again, for the others' sake.
-            first = number * micro_batch if number < batches else 0
-            batch = validation.batch(first, min(micro_batch, count - first))
-            rows, length = batch.document_ids.shape
-            examples = _examples(batch, micro_batch, seed, count, mask_id, special_ids, target)
-            nlls = [_token_losses(forward, e, backend, device, dtype) for e in examples]
-            if number < batches:
-                losses[:, first : first + rows] = _sequence_losses(examples, nlls)[:, :rows]
-    if world_size > 1:
-        losses = _sum_over_ranks(losses, device)
-    ar, diffused, prefix, same, tokens = losses
-    ar_nll, ar_error = _mean_and_error(ar, torch.ones_like(ar))
-    diffusion_nll, diffusion_error = _mean_and_error(diffused, torch.ones_like(diffused))
-    prefix_nll, prefix_error = _mean_and_error(prefix, tokens)
-    bits = 1 / (math.log(2) * validation.bytes_per_token)
+    """Score held-out sequences in all three modes; arguments as for :func:`document_losses`."""
+    found = document_losses(
+        forward,
+        validation,
+        micro_batch=micro_batch,
+        mask_id=mask_id,
+        special_ids=special_ids,
+        target=target,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+    )
+    ar_nll, ar_error = mean_and_error(found.ar, found.tokens)
+    diffusion_nll, diffusion_error = mean_and_error(found.diffusion, found.diffusion_tokens)
+    prefix_nll, prefix_error = mean_and_error(found.prefix, found.prefix_tokens)
     return HeldOut(
         ar_nll=ar_nll,
-        ar_bits_per_byte=ar_nll * bits,
+        ar_bits_per_byte=_bits_per_byte(found.ar, found.bytes),
         ar_error=ar_error,
         diffusion_nll=diffusion_nll,
-        diffusion_bits_per_byte=diffusion_nll * bits,
+        diffusion_bits_per_byte=_bits_per_byte(found.diffusion, found.diffusion_bytes),
         diffusion_error=diffusion_error,
         prefix_nll=prefix_nll,
-        prefix_bits_per_byte=prefix_nll * bits,
+        prefix_bits_per_byte=_bits_per_byte(found.prefix, found.prefix_bytes),
         prefix_error=prefix_error,
-        ar_nll_same_tokens=_mean_and_error(same, tokens)[0],
-        prefix_minus_ar_error=_mean_and_error(prefix - same, tokens)[1],
-        prefix_tokens=int(tokens.sum()),
-        sequences=count,
-        tokens=count * length,
+        ar_nll_same_tokens=mean_and_error(found.ar_same_tokens, found.prefix_tokens)[0],
+        prefix_minus_ar_error=mean_and_error(
+            found.prefix - found.ar_same_tokens, found.prefix_tokens
+        )[1],
+        prefix_tokens=int(found.prefix_tokens.sum()),
+        documents=len(found.documents),
+        sequences=len(validation),
+        tokens=int(found.tokens.sum()),
     )
-
-
-@dataclass(frozen=True)
-class DocumentLosses:
-    """Losses of each held-out document, as far as it is scored; all arrays are (D,).
-
-    Attributes:
-        documents: int64, numbers in the dataset's held-out split.
-        tokens: float64, scored by AR and diffusion.
-        ar: float64, nats.
-        diffusion: float64, nats, an upper bound in expectation over masks.
-        prefix_tokens: float64, tokens in the documents' second halves.
-        prefix: float64, nats of those in prefix mode.
-        ar_same_tokens: float64, nats of the same tokens in AR.
-    """
-
-    documents: NDArray[np.int64]
-    tokens: NDArray[np.float64]
-    ar: NDArray[np.float64]
-    diffusion: NDArray[np.float64]
-    prefix_tokens: NDArray[np.float64]
-    prefix: NDArray[np.float64]
-    ar_same_tokens: NDArray[np.float64]
 
 
 def document_losses(
@@ -236,60 +238,97 @@ def document_losses(
     special_ids: Sequence[int],
     target: Literal["next", "in_place"] = "next",
     seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     backend: str = "sdpa",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> DocumentLosses:
-    """Score held-out sequences as :func:`held_out_losses` does, and add up by document.
+    """Score held-out sequences in all three modes, by document. Called by all ranks at once.
 
-    One process; arguments as there. What differs between documents decides how sure a difference
-    between models is, so these are what a bootstrap draws from.
+    Args:
+        forward: The DeepSpeed engine, or a ``DualLM``; put in evaluation mode and back.
+        validation: The held-out sequences.
+        micro_batch: Sequences of a forward pass. Every rank makes the same number of passes, of
+            the same shape, as ZeRO-3 and compiled models want it.
+        mask_id: The token that replaces a masked one.
+        special_ids: Tokens that are never masked.
+        target: What the diffusion objective was trained to predict at i: i+1, or i.
+        seed: Of the masks. The same for runs that are to be compared.
+        rank: This process.
+        world_size: All processes; more than one needs ``torch.distributed``.
+        backend: Attention backend.
+        device: Where the model is.
+        dtype: Compute type of the attention.
     """
     count = len(validation)
-    columns: list[Tensor] = []
-    numbers: list[Tensor] = []
+    batches = -(-count // micro_batch)
+    found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
     with inference(forward):
-        for first in range(0, count, micro_batch):
+        for turn in range(-(-batches // world_size)):
+            number = turn * world_size + rank
+            # A rank without a batch left goes through the first one again, for the others' sake.
+            first = number * micro_batch if number < batches else 0
             batch = validation.batch(first, min(micro_batch, count - first))
-            rows = len(batch.document_ids)
             examples = _examples(batch, micro_batch, seed, count, mask_id, special_ids, target)
-            nlls = [_token_losses(forward, e, backend, device, dtype)[:rows] for e in examples]
-            second = examples[2].weights[:rows].double()
-            ar, diffused = (n * e.weights[:rows] for n, e in zip(nlls, examples[:2], strict=False))
-            parts = [torch.ones_like(ar), ar, diffused, second, nlls[2] * second, ar * second]
-            columns.append(torch.stack(parts).flatten(1))
-            numbers.append(
-                torch.cat(
-                    [
-                        torch.tensor(documents)[ids.long()]
-                        for documents, ids in zip(batch.documents, batch.document_ids, strict=True)
-                    ]
-                )
-            )
-    documents, places = torch.cat(numbers).unique(return_inverse=True)
-    sums = torch.zeros(6, len(documents), dtype=torch.float64)
-    sums.index_add_(1, places, torch.cat(columns, dim=1).double())
-    return DocumentLosses(documents.numpy(), *sums.numpy())
+            nlls = [_token_losses(forward, e, backend, device, dtype) for e in examples]
+            if number < batches:
+                sizes = validation.token_bytes
+                columns = _columns(batch, examples, nlls, sizes, special_ids, target)
+                found.append(_by_document(batch, columns))
+    if world_size > 1:
+        gathered: list = [None] * world_size
+        dist.all_gather_object(gathered, found)
+        found = [part for parts in gathered for part in parts]
+    # Added up in the order of the sequences, whoever scored them.
+    found.sort(key=lambda part: part[0][0, 0])
+    numbers = np.concatenate([part[0] for part in found], axis=1)[1]
+    documents, places = np.unique(numbers, return_inverse=True)
+    sums = np.zeros((len(found[0][1]), len(documents)))
+    for row, values in enumerate(np.concatenate([part[1] for part in found], axis=1)):
+        np.add.at(sums[row], places, values)
+    return DocumentLosses(documents, *sums)
 
 
-def second_halves(document_ids: Tensor) -> Tensor:
-    """Tell which positions lie in the second half of their document.
+def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
+    """Return Σ sums / Σ counts over documents, and its standard error.
+
+    The error of a ratio of two means, by linearisation (Cochran, "Sampling Techniques", 1977); nan
+    for a single document, from which it cannot be known.
+
+    Args:
+        sums: (D,) nats of each document.
+        counts: (D,) tokens of each.
+    """
+    mean, number = sums.sum() / counts.sum(), len(sums)
+    if number < 2:
+        return float(mean), math.nan
+    spread = np.square(sums - mean * counts).sum() * number / (number - 1)
+    return float(mean), float(np.sqrt(spread) / counts.sum())
+
+
+def in_prompt(document_ids: Tensor) -> Tensor:
+    """Tell which inputs are of the first half of their document, which prefix mode reads at once.
 
     Args:
         document_ids: (B, T) integers, equal within a document; what a row holds of a document
             counts as the whole of it.
 
     Returns:
-        (B, T) bool; of n tokens the last n // 2.
+        (B, T) bool; of n inputs the first ceil(n / 2).
     """
     length = document_ids.shape[1]
     index = torch.arange(length)
-    is_first = torch.ones_like(document_ids, dtype=torch.bool)
-    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    is_last = torch.cat([is_first[:, 1:], torch.ones_like(is_first[:, :1])], dim=1)
+    is_last = hidden_targets(document_ids)
+    is_first = torch.cat([torch.ones_like(is_last[:, :1]), is_last[:, :-1]], dim=1)
     begin = torch.where(is_first, index, 0).cummax(1).values
     end = torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
-    return index - begin >= (end - begin + 2) // 2
+    return index - begin < (end - begin + 2) // 2
+
+
+def _bits_per_byte(nats: NDArray[np.float64], size: NDArray[np.float64]) -> float:
+    total = float(size.sum())
+    return float(nats.sum()) / (math.log(2) * total) if total else math.nan
 
 
 def _examples(
@@ -304,15 +343,15 @@ def _examples(
     """Make the examples of AR, diffusion and prefix, filled up with rows that count nothing."""
     length = batch.document_ids.shape[1]
     noise = validation_noise(seed, batch.sequence_ids, sequences, length)
-    ar = autoregressive(batch.tokens, batch.document_ids)
-    second = second_halves(batch.document_ids)
+    clean = batch.inputs, batch.targets, batch.document_ids
+    ar = autoregressive(*clean, special_ids=special_ids)
     # The first token of a second half is predicted by the last one of the prompt.
-    weights = F.pad(second[:, 1:].float(), (0, 1))
+    prompt = F.pad(in_prompt(batch.document_ids)[:, 1:], (0, 1))
+    second = ar.weights * (~prompt | hidden_targets(batch.document_ids))
     examples = (
         ar,
         diffusion(
-            batch.tokens,
-            batch.document_ids,
+            *clean,
             mask_id=mask_id,
             special_ids=special_ids,
             noise=noise,
@@ -320,7 +359,7 @@ def _examples(
             target=target,
             exact=True,
         ),
-        replace(ar, weights=weights, attention="prefix"),
+        replace(ar, weights=second, attention="prefix"),
     )
     missing = micro_batch - len(batch.document_ids)
     ar, diffused, prefix = (_fill(example, missing) for example in examples)
@@ -377,43 +416,66 @@ def _plan(
         backend=backend,
         device=device,
         dtype=dtype,
-        in_prefix=~second_halves(documents) if example.attention == "prefix" else None,
+        in_prefix=in_prompt(documents) if example.attention == "prefix" else None,
     )
 
 
-def _sequence_losses(examples: Sequence[Example], nlls: Sequence[Tensor]) -> Tensor:
-    """Sum up the rows of AR, diffusion and prefix: (5, B), as :func:`held_out_losses` keeps them.
+def _columns(
+    batch: Batch,
+    examples: Sequence[Example],
+    nlls: Sequence[Tensor],
+    token_bytes: Tensor,
+    special_ids: Sequence[int],
+    target: Literal["next", "in_place"],
+) -> Tensor:
+    """What each position adds to the columns of :class:`DocumentLosses`: (10, B, T) float64.
 
     Args:
-        examples: Of the three modes.
-        nlls: Of each, (B, T) float64 cross-entropies.
+        batch: What was scored.
+        examples: Of the three modes, perhaps with more rows than the batch.
+        nlls: Of each, (·, T) float64 cross-entropies.
+        token_bytes: (vocabulary,) int64.
+        special_ids: Tokens that are never masked.
+        target: What the diffusion objective predicts.
     """
-    (ar, diffused, prefix), second = nlls, examples[2].weights.double()
+    rows = len(batch.inputs)
+    ar, diffused, prefix = (nll[:rows] for nll in nlls)
+    scored, weights, second = (example.weights[:rows].double() for example in examples)
+    size = token_bytes[batch.targets]
+    masked, masked_size = scored, size
+    if target == "in_place":
+        masked = (~torch.isin(batch.inputs, torch.tensor(special_ids))).double()
+        masked_size = token_bytes[batch.inputs]
     return torch.stack(
         [
-            (ar * examples[0].weights).mean(1),
-            (diffused * examples[1].weights).mean(1),
-            (prefix * second).sum(1),
-            (ar * second).sum(1),
-            second.sum(1),
+            scored,
+            size * scored,
+            ar * scored,
+            masked,
+            masked_size * masked,
+            diffused * weights,
+            second,
+            size * second,
+            prefix * second,
+            ar * second,
         ]
     )
 
 
-def _sum_over_ranks(losses: Tensor, device: torch.device | str) -> Tensor:
-    # One rank's number and zeros: the sum is exact, whatever the order of the additions.
-    shared = losses.to(device)
-    dist.all_reduce(shared)
-    return shared.cpu()
+def _by_document(batch: Batch, columns: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Add up what each row has of each document.
 
+    Args:
+        batch: B rows.
+        columns: (K, B, T).
 
-def _mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Return Σ sums / Σ counts over sequences and its standard error, 0 for a single sequence.
-
-    The error of a ratio of two means, by linearisation; for equal counts it is that of the mean.
+    Returns:
+        (2, n) numbers of sequence and document, and (K, n) sums.
     """
-    mean, number = sums.sum() / counts.sum(), len(sums)
-    if number < 2:
-        return float(mean), 0.0
-    spread = (sums - mean * counts).square().sum() * number / (number - 1)
-    return float(mean), float(spread.sqrt() / counts.sum())
+    found = [
+        (int(sequence), document, columns[:, row, batch.document_ids[row] == number].sum(1))
+        for row, sequence in enumerate(batch.sequence_ids)
+        for number, document in enumerate(batch.documents[row])
+    ]
+    numbers = np.array([[sequence, document] for sequence, document, _ in found])
+    return numbers.T, torch.stack([sums for _, _, sums in found], dim=1).numpy()

@@ -154,7 +154,8 @@ def _print_held_out(losses: HeldOut, console: Console) -> None:
         "diffusion": "upper bound",
         "prefix": "second halves of documents, the first read both ways",
     }
-    console.print(f"\nheld-out loss, {losses.tokens:,} tokens", markup=False, style="bold")
+    counted = f"{losses.tokens:,} tokens of {losses.documents:,} documents"
+    console.print(f"\nheld-out loss, {counted}", markup=False, style="bold")
     table = _table("", "nats/token", "bits/byte", "")
     table.columns[-1].justify = "left"
     for name, text in about.items():

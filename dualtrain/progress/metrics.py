@@ -66,17 +66,18 @@ class EvalRecord(_EvalRecord, total=False):
     """Held-out losses: the same text and masks at every evaluation.
 
     The keys below are missing in files of older versions. Errors are standard errors over
-    sequences; prefix losses are null where no document has two tokens.
+    documents, null where there is only one.
     """
 
-    ar_error: float
-    diffusion_error: float
-    prefix_nll: float | None  # of documents' second halves, after first halves read both ways
-    prefix_bits_per_byte: float | None
+    ar_error: float | None
+    diffusion_error: float | None
+    prefix_nll: float  # of documents' second halves, after first halves read both ways
+    prefix_bits_per_byte: float
     prefix_error: float | None
-    ar_nll_same_tokens: float | None  # AR loss of just these tokens, to compare with
+    ar_nll_same_tokens: float  # AR loss of just these tokens, to compare with
     prefix_minus_ar_error: float | None  # of the paired difference
     prefix_tokens: int
+    documents: int  # that the scored tokens are of
 
 
 class EventRecord(TypedDict):

@@ -159,16 +159,8 @@ def check_alpha(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def check_rotation(recipe: Recipe) -> Iterator[Conflict]:
-    objective = recipe.objective
-    if not objective.rotation:
-        return
-    path: Path = ("objective", "rotation")
-    if isinstance(recipe.alpha, AlphaSchedule):
-        yield Conflict(
-            path, (("alpha",),), "true, but alpha changes during the run", "null or false"
-        )
-    if objective.mixing == "weighted_sum":
-        mixing = ("objective", "mixing")
+    if recipe.objective.rotation and recipe.objective.mixing == "weighted_sum":
+        path, mixing = ("objective", "rotation"), ("objective", "mixing")
         what = "true, but in a weighted sum every sequence has both objectives"
         yield Conflict(path, (mixing,), what, "null or false")
 

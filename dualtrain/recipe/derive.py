@@ -11,18 +11,14 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dualtrain.errors import UserError
-from dualtrain.mixing import Mixture, alpha_at, is_autoregressive, rotation_groups
+from dualtrain.mixing import Mixture, alpha_at
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.estimates import ModelCost, model_cost, model_sizes
 from dualtrain.recipe.merge import read_ds_config
 from dualtrain.recipe.reasons import (
     Length,
     LengthField,
-    asked_repetitions,
-    find_cache_warnings,
     find_warnings,
     give_reasons,
 )
@@ -54,8 +50,8 @@ class CorpusFacts:
         return 2 if self.vocab_size <= 1 << 16 else 4
 
     def packed_tokens(self, *, append_eos: bool) -> int:
-        """Tokens of one epoch over the whole split: with ``<s>``, and ``</s>`` if asked for."""
-        return self.tokens + self.documents * (2 if append_eos else 1)
+        """Targets of one epoch over the whole split: its tokens, and ``</s>`` if asked for."""
+        return self.tokens + (self.documents if append_eos else 0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Derived:
 
     Attributes:
         steps: Optimizer updates of the run.
-        unique_tokens: Tokens of the unique subset, ``<s>`` and ``</s>`` counted.
+        unique_tokens: Tokens of the unique subset, ``</s>`` counted.
         repetitions: Passes over it.
         follows: Which of the three followed from the others; None where all were given.
         tokens_per_step: Input tokens of an update.
@@ -89,11 +85,9 @@ class Derived:
         slots_per_step: S, or 2 S where each micro-batch is run with both objectives.
         ar_slots: Of the run.
         diffusion_slots: Of the run.
-        rotates: Whether documents rotate between the objectives.
-        groups: Rotation groups G; None without rotation.
-        ar_passes: AR passes over a document, on average.
-        ar_passes_range: Fewest and most over a document, before steps are rounded; None where
-            chance decides.
+        rotates: Whether the objectives share each pass over the text.
+        ar_passes: AR passes over a token, on average.
+        ar_passes_range: Fewest and most over a token.
         zero_stage: Of the ds_config.
         world_size: Ranks that the memory is for.
         imported: Family of an imported model, and what becomes of it; None for our own.
@@ -114,9 +108,8 @@ class Derived:
     ar_slots: int
     diffusion_slots: int
     rotates: bool
-    groups: int | None
     ar_passes: float
-    ar_passes_range: tuple[int, int] | None
+    ar_passes_range: tuple[int, int]
     zero_stage: int
     world_size: int
     imported: tuple[str, str] | None
@@ -151,7 +144,6 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
     slot_tokens = recipe.micro_batch * recipe.sequence_length
     ar_slots = mixture.ar_slots_before(length.steps)
     diffusion_slots = mixture.diffusion_slots_before(length.steps)
-    alpha = mixture.rotation_alpha
     ds_config = read_ds_config(recipe.engine.deepspeed)
     sizes, imported, notes = _look_at_model(recipe, known_vocabulary(recipe, corpus))
     cost = None
@@ -164,7 +156,8 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
             ar_tokens=ar_slots * slot_tokens,
             diffusion_tokens=diffusion_slots * slot_tokens,
         )
-    passes = None if alpha is None else passes_range(alpha, asked_repetitions(recipe, length))
+    passes = Fraction(ar_slots * slot_tokens, length.unique_tokens)
+    _check_cache(recipe, length, corpus)
     return Derived(
         steps=length.steps,
         unique_tokens=length.unique_tokens,
@@ -176,10 +169,9 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         slots_per_step=mixture.slots_per_step,
         ar_slots=ar_slots,
         diffusion_slots=diffusion_slots,
-        rotates=alpha is not None,
-        groups=None if alpha is None else rotation_groups(alpha),
-        ar_passes=float(Fraction(ar_slots * slot_tokens, length.unique_tokens)),
-        ar_passes_range=passes,
+        rotates=mixture.rotates,
+        ar_passes=float(passes),
+        ar_passes_range=(floor(passes), ceil(passes)),
         zero_stage=ds_config.stage,
         world_size=world_size or 1,
         imported=imported,
@@ -187,8 +179,7 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         milestones=learning_rate_milestones(recipe, length.steps),
         reasons=give_reasons(recipe, length, mixture, passes, available),
         warnings=(
-            *find_warnings(recipe, length, mixture, passes),
-            *(find_cache_warnings(recipe, length, corpus.token_bytes) if corpus else ()),
+            *find_warnings(recipe, length),
             *notes,
         ),
     )
@@ -253,10 +244,10 @@ def build_mixture(recipe: Recipe, steps: int) -> Mixture:
 
 
 def uses_rotation(recipe: Recipe) -> bool:
-    """Whether documents rotate between the objectives; by default, wherever that is possible."""
+    """Whether the objectives share each pass over the text; by default, where that is possible."""
     if recipe.objective.rotation is not None:
         return recipe.objective.rotation
-    return not isinstance(recipe.alpha, AlphaSchedule) and recipe.objective.mixing == "slots"
+    return recipe.objective.mixing == "slots"
 
 
 def known_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> int | None:
@@ -300,26 +291,6 @@ def check_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> None:
         )
 
 
-def passes_range(alpha: Fraction, repetitions: Fraction) -> tuple[int, int]:
-    """Fewest and most AR passes of a document in a run that rotates.
-
-    An epoch that the run does not finish counts for the most only.
-    """
-    groups = rotation_groups(alpha)
-    numbers = np.arange(groups)
-    in_cycle = int(is_autoregressive(numbers, 0, groups, alpha).sum())
-
-    def counts(epochs: int) -> np.ndarray:
-        # A cycle of G epochs gives every group the same number of passes.
-        cycles, rest = divmod(epochs, groups)
-        total = np.full(groups, cycles * in_cycle)
-        for epoch in range(rest):
-            total += is_autoregressive(numbers, epoch, groups, alpha)
-        return total
-
-    return int(counts(floor(repetitions)).min()), int(counts(ceil(repetitions)).max())
-
-
 def learning_rate_milestones(recipe: Recipe, steps: int) -> tuple[Milestone, ...]:
     """Where the learning rate begins to rise, stay or fall, from its schedule."""
     schedule, peak = recipe.optim.schedule, recipe.optim.lr
@@ -357,14 +328,31 @@ def _check_unique(
     asked = f"{unique:,} unique tokens"
     if follows == "unique_tokens":
         asked += f", which {recipe.steps:,} steps and {recipe.repetitions:g} repetitions need"
-    special = "<s> and </s>" if recipe.data.append_eos else "<s>"
+    ends = f" ({corpus.tokens:,} of text, and </s> of {corpus.documents:,} documents)"
     raise UserError(
         "unique_tokens",
         f"{asked}, but the train split of {recipe.data.path} has {available:,}"
-        f" ({corpus.tokens:,} of text, and {special} of {corpus.documents:,} documents)",
+        + (ends if recipe.data.append_eos else ""),
         f"at most {available:,}",
         "use more text, fewer steps or more repetitions",
     )
+
+
+def _check_cache(recipe: Recipe, length: Length, corpus: CorpusFacts | None) -> None:
+    """Refuse a cache that could not keep what every step reads from anywhere."""
+    limit = recipe.data.cache_limit_gib
+    if corpus is None or limit is None:
+        return
+    needed = length.unique_tokens * corpus.token_bytes / 2**30
+    if needed > limit:
+        raise UserError(
+            "data.cache_limit_gib",
+            f"{limit:.3g}, but the {length.unique_tokens:,} unique tokens take {needed:.3g} GiB, "
+            "and sequences come from all of them in random order: shards would be fetched for "
+            "every step again",
+            f"{1.05 * needed:.3g} or more, or null",
+            "or fewer unique tokens, such as by more repetitions",
+        )
 
 
 def _check_all_three(recipe: Recipe, real: Fraction, asked: Fraction, steps: int) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil
 from typing import Literal
 
-from dualtrain.mixing import Mixture, rotation_groups
+from dualtrain.mixing import Mixture
 from dualtrain.recipe.checks import divisors
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 
@@ -37,7 +37,7 @@ def give_reasons(
     recipe: Recipe,
     length: Length,
     mixture: Mixture,
-    passes: tuple[int, int] | None,
+    passes: Fraction,
     available: int | None,
 ) -> dict[str, str]:
     """How each derived number came about, by its name.
@@ -46,7 +46,7 @@ def give_reasons(
         recipe: The recipe.
         length: Of the run.
         mixture: Of the objectives.
-        passes: Fewest and most AR passes of a document, where documents rotate.
+        passes: AR passes over a token, on average.
         available: Tokens of the whole corpus, if it is there.
     """
     slots = recipe.global_batch // recipe.micro_batch
@@ -67,7 +67,7 @@ def give_reasons(
     if mixture.slots_per_step != slots:
         reasons["slots_per_step"] += ", each with both objectives"
     reasons["ar_slots"] = _alpha_reason(recipe, mixture)
-    reasons["ar_passes"] = _passes_reason(recipe, mixture, length, passes)
+    reasons["ar_passes"] = _passes_reason(recipe, length, mixture, passes)
     return reasons
 
 
@@ -79,32 +79,28 @@ def _alpha_reason(recipe: Recipe, mixture: Mixture) -> str:
     return f"alpha {recipe.alpha}"
 
 
-def _passes_reason(
-    recipe: Recipe, mixture: Mixture, length: Length, passes: tuple[int, int] | None
-) -> str:
-    if passes is None or mixture.rotation_alpha is None:
-        if mixture.slots_per_step != recipe.global_batch // recipe.micro_batch:
-            return "every pass has both objectives"
-        return "on average; without rotation chance decides for each document"
-    groups = rotation_groups(mixture.rotation_alpha)
-    if passes[0] != passes[1]:
-        return f"on average; {passes[0]} to {passes[1]} a document, {groups} groups rotate"
-    same = "the same for every document"
-    if asked_repetitions(recipe, length) != length.repetitions:
-        same += ", but for the rounding to whole steps"
-    return same if groups == 1 else f"{same}: {groups} groups rotate"
+def _passes_reason(recipe: Recipe, length: Length, mixture: Mixture, passes: Fraction) -> str:
+    if mixture.slots_per_step != recipe.global_batch // recipe.micro_batch:
+        return "every pass has both objectives"
+    fewest, more = divmod(passes, 1)
+    # Each stream ends a pass over the text before it begins another, so no token is two behind.
+    tokens = int(more * length.unique_tokens)
+    reason = f"{fewest} over every token"
+    if tokens:
+        reason += f", {fewest + 1} over {tokens:,} ({float(100 * more):.3g} %) of them"
+    if mixture.rotates:
+        return f"{reason}; the objectives share each pass over the text"
+    if mixture.ar_slots_before(mixture.steps) in (0, mixture.steps * mixture.slots_per_step):
+        return reason
+    return f"{reason}; without rotation each objective goes through the text at its own pace"
 
 
-def find_warnings(
-    recipe: Recipe, length: Length, mixture: Mixture, passes: tuple[int, int] | None
-) -> list[str]:
+def find_warnings(recipe: Recipe, length: Length) -> list[str]:
     """What is probably not meant, each with advice.
 
     Args:
         recipe: The recipe.
         length: Of the run.
-        mixture: Of the objectives.
-        passes: Fewest and most AR passes of a document, where documents rotate.
     """
     found = []
     alpha, per_step = recipe.alpha, recipe.global_batch * recipe.sequence_length
@@ -113,8 +109,6 @@ def find_warnings(
         for name, share in (("AR", alpha), ("diffusion", 1 - alpha)):
             if share * slots < 1:
                 found.append(_scarce(recipe, name, share, slots))
-    if passes and mixture.rotation_alpha is not None:
-        found += _unequal(asked_repetitions(recipe, length), mixture.rotation_alpha, passes)
     if length.unique_tokens < per_step:
         found.append(
             f"a step of {per_step:,} tokens reads the {length.unique_tokens:,} unique tokens more "
@@ -132,36 +126,6 @@ def find_warnings(
             f"{recipe.optim.lr:g}; reduce optim.schedule.warmup_steps"
         )
     return found
-
-
-def find_cache_warnings(recipe: Recipe, length: Length, token_bytes: int) -> list[str]:
-    """A cache of shards that makes every epoch fetch them again.
-
-    Args:
-        recipe: The recipe.
-        length: Of the run.
-        token_bytes: Bytes of a token in a shard.
-    """
-    limit, needed = recipe.data.cache_limit_gib, length.unique_tokens * token_bytes / 2**30
-    if limit is None or needed <= limit:
-        return []
-    return [
-        f"data.cache_limit_gib {limit:.3g} is below the {needed:.3g} GiB of the unique tokens, "
-        "and the order of documents is shuffled over all of them, so each epoch fetches shards "
-        f"again and again; {1.05 * needed:.3g} or null fetches each shard once"
-    ]
-
-
-def _unequal(repetitions: Fraction, alpha: Fraction, passes: tuple[int, int]) -> list[str]:
-    """Documents get different numbers of AR passes although they need not."""
-    groups = rotation_groups(alpha)
-    if passes[0] == passes[1] or repetitions <= groups:
-        return []
-    lower = floor(repetitions / groups) * groups
-    return [
-        f"repetitions {float(repetitions):g} is not a multiple of {groups}, so some documents get "
-        f"{passes[0]} AR passes and others {passes[1]}; {lower} or {lower + groups} make them equal"
-    ]
 
 
 def _scarce(recipe: Recipe, name: str, share: Fraction, slots: int) -> str:

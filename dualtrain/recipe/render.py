@@ -91,7 +91,7 @@ def derived_rows(derived: Derived) -> Iterator[Row]:
     slots = derived.ar_slots + derived.diffusion_slots
     yield "AR slots", f"{derived.ar_slots:,}", f"of {slots:,} in the run; {reasons['ar_slots']}"
     yield "diffusion slots", f"{derived.diffusion_slots:,}", "the others"
-    yield "AR passes a document", f"{derived.ar_passes:.6g}", reasons["ar_passes"]
+    yield "AR passes a token", f"{derived.ar_passes:.6g}", reasons["ar_passes"]
     for piece in derived.milestones:
         yield f"learning rate at {piece.step:,}", f"{piece.learning_rate:.3g}", piece.what
     yield from _cost_rows(derived)

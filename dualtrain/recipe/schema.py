@@ -197,7 +197,9 @@ class DataSection(Section):
         description="Makes `path` first when it does not exist; null demands that it exists.",
     )
     append_eos: bool = Field(
-        default=False, description="End each document with `</s>` before packing."
+        default=True,
+        description="End each document with `</s>`, so that a text that is written from left to "
+        "right can end; the released code does not.",
     )
     prefetch_steps: int = Field(
         default=4, ge=1, le=64, description="Steps of data prepared ahead in the background."
@@ -297,8 +299,9 @@ class ObjectiveSection(Section):
     )
     rotation: bool | None = Field(
         default=None,
-        description="Rotate objectives over document groups between epochs, so that each document "
-        "gets exactly alpha*R AR passes; null: yes when alpha is constant and mixing is slots.",
+        description="The objectives share each pass over the text: every token is read once in it, "
+        "and alpha*R times by AR, to within one. false: each goes through all of the text at its "
+        "own pace. null: true unless mixing is weighted_sum.",
     )
     ar_weight: float = Field(
         default=1.0, gt=0, description="Factor on the AR loss (paper 1.0, released code 2.0)."

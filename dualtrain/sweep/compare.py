@@ -183,9 +183,8 @@ def _score(source: Source, first: Source, options: Options) -> DocumentLosses:
     dataset = TokenDataset.open(recipe.data.path, "val")
     sequences = options.sequences
     if sequences is None:
-        # With <s>, and </s> where there is one; a document that is cut counts.
-        tokens = int((dataset.lengths[: WANTED_DOCUMENTS - 1] + 1 + recipe.data.append_eos).sum())
-        sequences = max(recipe.eval.sequences, tokens // recipe.sequence_length + 1)
+        # They are spread over the split, so most are of different documents.
+        sequences = max(recipe.eval.sequences, 2 * WANTED_DOCUMENTS)
     validation = ValidationData(
         dataset,
         sequence_length=recipe.sequence_length,
@@ -223,7 +222,7 @@ def _differences(
         found["prefix_minus_ar"] = prefix.json()
         if name != names[0]:
             for part in PARTS:
-                tokens = own.prefix_tokens if part == "prefix" else own.tokens
+                tokens = own.tokens if part == "ar" else getattr(own, f"{part}_tokens")
                 one, other = getattr(own, part), getattr(reference, part)
                 found[part] = over_documents(one, other, tokens, seed=seed).json()
         differences[name] = found

@@ -21,6 +21,7 @@ from dualtrain.recipe.schema import Recipe, UniformCorruption
 from dualtrain.trained import choose
 
 WARM_UPS, PASSES = 1, 3
+SPECIAL = (0, 1, 2, 3, 4)
 
 
 def time_slot(recipe: Recipe, vocab_size: int, objective: Objective) -> float:
@@ -38,16 +39,17 @@ def time_slot(recipe: Recipe, vocab_size: int, objective: Objective) -> float:
     torch.nn.Module.to(model, device)
     backend = resolve_backend(recipe.model.attention, device, dtype)
     rows, length = recipe.micro_batch, recipe.sequence_length
-    tokens = torch.randint(16, vocab_size, (rows, length + 1))
+    inputs, targets = torch.randint(16, vocab_size, (2, rows, length))
     documents = torch.zeros(rows, length, dtype=torch.int64)
     if objective == "ar":
-        example = autoregressive(tokens, documents)
+        example = autoregressive(inputs, targets, documents, special_ids=SPECIAL)
     else:
         example = diffusion(
-            tokens,
+            inputs,
+            targets,
             documents,
-            mask_id=4,
-            special_ids=(0, 1, 2, 3, 4),
+            mask_id=SPECIAL[-1],
+            special_ids=SPECIAL,
             noise=masking_noise(0, "timing", 0, list(range(rows)), length),
             corruption=UniformCorruption(),
         )

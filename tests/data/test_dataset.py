@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_support import distinct_documents, write_dataset
+from streaming import LocalDataset
 
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.errors import UserError
@@ -35,13 +37,44 @@ def test_documents_and_facts(path: Path) -> None:
     assert TokenDataset.open(path, "val").read(0).tolist() == [17, 18, 19]
 
 
-def test_few_documents_stay_in_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualtrain.data.dataset._CACHED_BYTES", 300)
+def test_few_files_stay_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualtrain.data.dataset._OPEN_FILES", 2)
     dataset = TokenDataset.open(path, check=False)
     for document in [2, 0, 1, 2, 5, 3, 2, 2, 6]:
         assert dataset.read(document).tolist() == distinct_documents(LENGTHS)[document]
-        assert dataset._recent_bytes == sum(t.nbytes for t in dataset._recent.values())
-        assert dataset._recent_bytes <= 300 or len(dataset._recent) == 1
+        assert len(dataset._files) <= 2 and not any(file.closed for file in dataset._files.values())
+    files = list(dataset._files.values())
+    dataset.close()
+    assert all(file.closed for file in files)
+    assert dataset.read(6).tolist() == distinct_documents(LENGTHS)[6]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_parts_are_what_streaming_itself_reads(tmp_path: Path, dtype: type) -> None:
+    """Lengths whose number takes one, two and four bytes; beginnings and ends anywhere in them."""
+    lengths = [1, 2, 255, 256, 300, 65_535, 65_536, 70_000, 5]
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(16, 900, n).tolist() for n in lengths]
+    path = write_dataset(tmp_path / "data", documents, dtype=dtype, shard_bytes=200_000)
+    dataset, theirs = TokenDataset.open(path), LocalDataset(str(path), split="train")
+    assert len(dataset.shards) > 2
+    for document, length in enumerate(lengths):
+        whole = theirs[document]["tokens"]
+        assert whole.dtype == dtype and dataset.read(document).dtype == dtype
+        for _ in range(20):
+            start, stop = sorted(rng.integers(0, length + 1, 2).tolist())
+            assert np.array_equal(dataset.read(document, start, stop), whole[start:stop])
+        assert np.array_equal(dataset.read(document, 0, length + 9), whole)
+
+
+def test_shard_that_is_cut_later(path: Path) -> None:
+    dataset = TokenDataset.open(path)
+    last = dataset.documents - 1
+    shard = dataset.shard_of(last)
+    os.truncate(shard, shard.stat().st_size - 3)
+    with pytest.raises(UserError, match="cannot be read: the shard ends before it") as caught:
+        dataset.read(last)
+    assert caught.value.where == str(shard)
 
 
 def test_missing_dataset(tmp_path: Path) -> None:
@@ -90,7 +123,7 @@ def test_compressed_shard_is_not_taken_for_missing(path: Path) -> None:
 def test_shard_that_disappears_later(path: Path) -> None:
     dataset = TokenDataset.open(path)
     last = dataset.documents - 1
-    dataset._recent.clear()
+    dataset.close()
     dataset.shard_of(last).unlink()
     with pytest.raises(UserError, match="shard is missing") as caught:
         dataset.read(last)
@@ -100,7 +133,7 @@ def test_shard_that_disappears_later(path: Path) -> None:
 def test_shard_with_other_content_of_the_same_size(path: Path) -> None:
     shard = path / "train" / "shard.00002.mds"
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match="cannot be read|has 0 tokens") as caught:
+    with pytest.raises(UserError, match="document 3 does not have the 40 tokens") as caught:
         TokenDataset.open(path)
     assert caught.value.where == str(shard)
 
@@ -114,7 +147,7 @@ def test_lengths_that_do_not_fit(path: Path) -> None:
     wrong = right.copy()
     wrong[0] += 1
     np.save(file, wrong)
-    with pytest.raises(UserError, match="document 0 has 5 tokens — expected 6"):
+    with pytest.raises(UserError, match="document 0 does not have the 6 tokens of lengths.npy"):
         TokenDataset.open(path)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match="lengths.npy: is damaged"):

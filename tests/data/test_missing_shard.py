@@ -6,6 +6,7 @@ missing and there are no loader workers, and hangs when there are some.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from dualtrain.data.batches import TrainingData
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.errors import UserError
-from dualtrain.mixing import Slot
+from dualtrain.mixing import Mixture, Slot
 from dualtrain.recipe.load import load_recipe
 
 RECIPE = """
@@ -45,14 +46,20 @@ class Batches(Dataset):
     def __init__(self, path: Path) -> None:
         dataset = TokenDataset.open(path)
         self._data = TrainingData(
-            dataset, sequence_length=32, micro_batch=1, seed=0, unique_tokens=None, alpha=None
+            dataset,
+            mixture=Mixture(alpha=Fraction(1, 2), steps=60, slots=1, micro_batch=1, rotation=False),
+            sequence_length=32,
+            seed=0,
+            unique_tokens=None,
+            append_eos=True,
         )
+        dataset.close()  # a shard that is open is read on, wherever its name has gone
 
     def __len__(self) -> int:
         return 60
 
     def __getitem__(self, index: int):
-        return self._data.batch("all", index).tokens
+        return self._data.batch("all", index).targets
 
 
 @pytest.fixture
@@ -96,4 +103,5 @@ def test_run_stops_with_the_name(tmp_path: Path) -> None:
     file.write_text(RECIPE.format(folder=tmp_path, data=data, shard=shard))
     texts = [load_recipe(str(file)).text]
     (outcome,) = on_ranks(train_all, texts, ranks=1, tmp_path=tmp_path)[0]
-    assert str(outcome).startswith(f"{shard}: shard is missing")
+    assert str(outcome).startswith(f"{shard}: document ")
+    assert "cannot be read: the shard ends before it" in str(outcome)

@@ -1,7 +1,8 @@
-"""Groups, subsets and plan files."""
+"""Subsets, pieces of long documents, and plan files."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,43 +15,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualtrain.data.locks import locked
-from dualtrain.data.plan import StreamPlan, Subset, balanced_groups, pieces_between
+from dualtrain.data.plan import StreamPlan, Subset, Units, pieces_between
 from dualtrain.data.plan_files import PlanFiles
 from dualtrain.errors import UserError
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 12), st.integers(0, 9)
-)
-def test_groups_are_balanced_by_tokens(lengths: list[int], groups: int, seed: int) -> None:
-    values = np.array(lengths)
-    found = balanced_groups(values, groups, np.random.default_rng(seed))
-    totals = np.bincount(found, weights=values, minlength=groups)
-    assert found.shape == values.shape and found.max() < groups
-    assert totals.max() - totals.min() <= values.max()
-
-
-def test_mass_of_short_documents_is_balanced_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualtrain.data.plan._GREEDY_ROWS", 20)
-    values = np.random.default_rng(0).geometric(1 / 300, 20_000)
-    found = balanced_groups(values, 16, np.random.default_rng(1))
-    totals = np.bincount(found, weights=values)
-    assert (totals.max() - totals.min()) / totals.mean() < 0.001
-
-
-def test_groups_differ_by_seed_among_equals() -> None:
-    values = np.full(100, 7)
-    one, other = (balanced_groups(values, 4, np.random.default_rng(seed)) for seed in (0, 1))
-    assert (one != other).any()
-    assert np.bincount(one).tolist() == np.bincount(other).tolist() == [25] * 4
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=40), st.integers(1, 6), st.booleans())
+def test_long_documents_are_shuffled_in_pieces(
+    lengths: list[int], sequence_length: int, append_eos: bool
+) -> None:
+    subset = Subset(np.array(lengths), unique_tokens=None, append_eos=append_eos)
+    units = Units(subset, sequence_length=sequence_length)
+    everyone = np.arange(units.count)
+    sizes = units.lengths(everyone)
+    longest = max(16 * sequence_length, math.ceil(subset.tokens / 64))
+    assert sizes.min() >= 1 and sizes.max() <= longest
+    found: dict[int, list[tuple[int, int]]] = {}
+    for unit, size in zip(everyone.tolist(), sizes.tolist(), strict=True):
+        document, begin = units.locate(unit)
+        found.setdefault(document, []).append((begin, begin + size))
+        assert unit >= len(lengths) or (document, begin) == (unit, 0)
+    for document, length in enumerate(lengths):
+        pieces, whole = sorted(found[document]), length + append_eos
+        assert pieces[0][0] == 0 and pieces[-1][1] == whole
+        assert all(one[1] == other[0] for one, other in zip(pieces, pieces[1:], strict=False))
+        assert len(pieces) == math.ceil(whole / longest)
+        assert max(b - a for a, b in pieces) - min(b - a for a, b in pieces) < len(pieces)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.booleans(), st.integers(1, 5))
 def test_subset_is_exact_for_any_chunk(lengths: list[int], append_eos: bool, chunk: int) -> None:
     values = np.array(lengths)
-    added = 2 if append_eos else 1
+    added = 1 if append_eos else 0
     everything = int((values + added).sum())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dualtrain.data.plan._CHUNK", chunk)
@@ -78,13 +76,15 @@ def test_pieces_cover_exactly_what_is_asked(lengths: list[int], data: st.DataObj
 
 def plan(directory: Path | None, documents: int = 50) -> StreamPlan:
     subset = Subset(np.full(documents, 9), unique_tokens=None, append_eos=False)
-    return StreamPlan(subset, stream="all", rotation=None, seed=0, files=PlanFiles(directory))
+    units = Units(subset, sequence_length=16)
+    files = PlanFiles(directory)
+    return StreamPlan(units, stream="all", rotation=None, sequence_length=16, seed=0, files=files)
 
 
 def test_files_give_what_memory_gives(tmp_path: Path) -> None:
     with_files, in_memory = plan(tmp_path), plan(None)
     for index in (0, 200, 7, 1500, 60):
-        assert with_files.sequence(index, 16) == in_memory.sequence(index, 16)
+        assert with_files.sequence(index) == in_memory.sequence(index)
 
 
 def test_array_is_built_once_by_many_threads(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_old_arrays_are_removed_and_come_back_when_asked(tmp_path: Path) -> None
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="the data plan cannot be written"):
-        plan(tmp_path / "file" / "plans").sequence(0, 8)
+        plan(tmp_path / "file" / "plans").sequence(0)
 
 
 USE = """

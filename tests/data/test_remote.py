@@ -26,6 +26,7 @@ from dualtrain.data.locks import locked
 from dualtrain.data.remote import MissingRemoteFile, Remote, fetch_facts, fetch_info
 from dualtrain.data.shard_cache import ShardCache
 from dualtrain.errors import UserError
+from dualtrain.mixing import Mixture
 
 LIMIT = 2500
 
@@ -97,11 +98,11 @@ def test_batches_are_those_of_the_same_dataset_on_disk(
     def training(dataset: TokenDataset) -> TrainingData:
         return TrainingData(
             dataset,
+            mixture=Mixture(alpha=Fraction(1, 2), steps=30, slots=2, micro_batch=4, rotation=True),
             sequence_length=48,
-            micro_batch=4,
             seed=5,
             unique_tokens=1800,
-            alpha=Fraction(1, 2),
+            append_eos=True,
         )
 
     remote = opened(url, tmp_path / "copy", limit_bytes=limit)
@@ -109,11 +110,11 @@ def test_batches_are_those_of_the_same_dataset_on_disk(
     for stream in ("ar", "diffusion"):
         for first in range(0, 60, 4):
             got, expected = mine.batch(stream, first), theirs.batch(stream, first)
-            assert torch.equal(got.tokens, expected.tokens)
+            assert torch.equal(got.targets, expected.targets)
             assert torch.equal(got.document_ids, expected.document_ids)
             assert got.documents == expected.documents
     held_out = [
-        ValidationData(dataset, sequence_length=16).batch(0, 5).tokens
+        ValidationData(dataset, sequence_length=16, append_eos=True).batch(0, 5).targets
         for dataset in (
             TokenDataset.open(tmp_path / "copy", "val", source=remote._source),
             TokenDataset.open(original, "val"),
@@ -175,7 +176,6 @@ for limit in limits:
     order = random.Random(reader).sample(range(dataset.documents), dataset.documents)
     total = 0
     for i, document in enumerate(order):
-        dataset._recent.clear()
         dataset.prepare(order[i : i + 4])
         total += int(dataset.read(document).astype(np.int64).sum()) * (document + 1)
     dataset.close()
@@ -247,7 +247,6 @@ def test_least_recently_read_goes_first(original: Path, tmp_path: Path) -> None:
     dataset = opened(str(original), path, limit_bytes=sum(sizes[:3]) + max(sizes))
     first = [0, *np.cumsum([shard.documents for shard in dataset.shards]).tolist()]
     for shard in (0, 1, 2, 0):
-        dataset._recent.clear()
         dataset.read(first[shard])
         time.sleep(0.01)
     assert len(shards_in(path)) == 3

@@ -95,8 +95,8 @@ def test_a_dry_run_looks_at_the_remote_and_keeps_nothing(tmp_path: Path) -> None
     corpus = read_corpus(recipe)
     assert corpus is not None and corpus.tokens == sum(LENGTHS)
     assert not copy.exists()
-    warnings = derive(recipe, corpus=corpus).warnings
-    assert any("data.cache_limit_gib 1e-06 is below the 2.79e-06 GiB" in w for w in warnings)
+    with pytest.raises(UserError, match="1e-06, but the 1,500 unique tokens take 2.79e-06 GiB"):
+        derive(recipe, corpus=corpus)
     nowhere = load_recipe(str(file), [f"data.remote={url}/nowhere"]).recipe
     with pytest.raises(UserError, match="data.remote: there is no dataset at s3://.*/nowhere"):
         read_corpus(nowhere)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from fractions import Fraction
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualtrain.errors import UserError
-from dualtrain.mixing import is_autoregressive, rotation_groups
 from dualtrain.recipe import CorpusFacts, check_world_size, derive, load_recipe
-from dualtrain.recipe.derive import build_mixture, passes_range, run_length, uses_rotation
+from dualtrain.recipe.derive import build_mixture, run_length, uses_rotation
 from dualtrain.recipe.estimates import Memory
 from dualtrain.recipe.schema import Recipe
 from dualtrain.schedules import learning_rate_factor
 
 CORPUS = CorpusFacts(tokens=99_000, documents=1_000, vocab_size=4090)
-"""100,000 tokens an epoch, with a <s> for each document."""
+"""100,000 tokens an epoch, with a </s> for each document."""
 
 
 def make(**changes) -> Recipe:
@@ -73,10 +69,10 @@ def test_rounding_to_whole_steps_is_said():
     assert exact.reasons["repetitions"] == "given"
 
 
-def test_special_tokens_count():
-    assert CORPUS.packed_tokens(append_eos=False) == 100_000
-    recipe = make(unique_tokens="all", repetitions=1, data={"path": "x", "append_eos": True})
-    assert derive(recipe, corpus=CORPUS).unique_tokens == 101_000
+def test_ends_of_documents_count():
+    assert CORPUS.packed_tokens(append_eos=True) == 100_000
+    recipe = make(unique_tokens="all", repetitions=1, data={"path": "x", "append_eos": False})
+    assert derive(recipe, corpus=CORPUS).unique_tokens == 99_000
 
 
 def test_more_unique_tokens_than_the_corpus_has_are_refused_with_both_numbers():
@@ -84,7 +80,7 @@ def test_more_unique_tokens_than_the_corpus_has_are_refused_with_both_numbers():
         derive(make(unique_tokens=100_001, repetitions=1), corpus=CORPUS)
     message = str(caught.value)
     assert message.startswith("unique_tokens: 100,001 unique tokens, but the train split of")
-    assert "has 100,000 (99,000 of text, and <s> of 1,000 documents)" in message
+    assert "has 100,000 (99,000 of text, and </s> of 1,000 documents)" in message
     assert derive(make(unique_tokens=100_000, repetitions=1), corpus=CORPUS).steps == 100
     # The number may follow from the others.
     with pytest.raises(UserError, match="101 steps and 1 repetitions need"):
@@ -128,7 +124,7 @@ def test_slots_of_the_paper():
     derived = derive(load_recipe("paper/470m-r128").recipe, corpus=None)
     assert derived.total_tokens == 34_359_738_368
     assert derived.unique_tokens == 268_435_456
-    assert (derived.slots_per_step, derived.groups) == (256, 8)
+    assert derived.slots_per_step == 256 and derived.rotates
     assert derived.ar_slots * 8 == derived.ar_slots + derived.diffusion_slots == 8192 * 256
     assert derived.ar_passes == 16 and derived.ar_passes_range == (16, 16)
     assert derived.cost is not None
@@ -164,31 +160,47 @@ def test_slots_and_passes(changes, ar, diffusion, passes):
         ({}, True),
         ({"objective": {"rotation": False}}, False),
         ({"objective": {"mixing": "weighted_sum"}}, False),
-        ({"alpha": {"name": "phases", "phases": [{"until": 1, "alpha": 1}]}}, False),
+        ({"alpha": {"name": "phases", "phases": [{"until": 1, "alpha": "1/2"}]}}, True),
     ],
 )
 def test_rotation_is_on_where_it_can_be(changes, rotates):
     recipe = make(steps=40, repetitions=8, **changes)
     assert uses_rotation(recipe) == rotates
-    assert (build_mixture(recipe, 40).rotation_alpha is not None) == rotates
-    assert (derive(recipe, corpus=CORPUS).groups is not None) == rotates
+    assert build_mixture(recipe, 40).rotates == rotates
+    assert derive(recipe, corpus=CORPUS).rotates == rotates
 
 
-@settings(max_examples=60, deadline=None)
-@given(alpha=st.fractions(0, 1, max_denominator=300), epochs=st.integers(0, 700))
-def test_range_of_passes_against_counting(alpha, epochs):
-    groups = rotation_groups(alpha)
-    counts = Counter[int]()
-    for epoch in range(epochs):
-        for group in np.flatnonzero(is_autoregressive(np.arange(groups), epoch, groups, alpha)):
-            counts[int(group)] += 1
-    every = [counts[group] for group in range(groups)]
-    assert passes_range(alpha, Fraction(epochs)) == (min(every), max(every))
+@pytest.mark.parametrize(
+    ("changes", "fewest_and_most", "reason"),
+    [
+        # 40 steps of 10 slots of 100 tokens; a fifth of 8 passes is 1.6.
+        ({}, (1, 2), "1 over every token, 2 over 3,000 (60 %) of them; the objectives share each"),
+        ({"repetitions": 10}, (2, 2), "2 over every token; the objectives share each pass"),
+        ({"repetitions": 2.5, "alpha": "2/5"}, (1, 1), "1 over every token; the objectives share"),
+        ({"alpha": 1}, (8, 8), "8 over every token"),
+        (
+            {"objective": {"rotation": False}},
+            (1, 2),
+            "1 over every token, 2 over 3,000 (60 %) of them; without rotation each objective",
+        ),
+        ({"objective": {"mixing": "weighted_sum"}}, (8, 8), "every pass has both objectives"),
+    ],
+)
+def test_passes_of_a_token_are_said(changes, fewest_and_most, reason):
+    recipe = make(**({"steps": 40, "repetitions": 8} | changes))
+    derived = derive(recipe, corpus=CORPUS)
+    assert derived.ar_passes_range == fewest_and_most
+    assert derived.reasons["ar_passes"].startswith(reason)
 
 
-def test_an_unfinished_epoch_counts_for_the_most_passes_only():
-    assert passes_range(Fraction(1), Fraction(3, 2)) == (1, 2)
-    assert passes_range(Fraction(1, 4), Fraction(17, 4)) == (1, 2)
+def test_a_cache_below_the_unique_tokens_is_refused():
+    data = {"path": "x", "remote": "s3://bucket/d", "cache_limit_gib": 1e-4}
+    recipe = make(steps=1000, repetitions=10, data=data)
+    with pytest.raises(UserError, match="100,000 unique tokens take 0.000186 GiB") as caught:
+        derive(recipe, corpus=CORPUS)
+    assert caught.value.where == "data.cache_limit_gib"
+    assert derive(make(steps=400, repetitions=10, data=data), corpus=CORPUS).unique_tokens == 40_000
+    derive(recipe, corpus=None)  # nobody knows how many bytes a token has
 
 
 def test_the_ranks_must_divide_a_step():
@@ -254,18 +266,6 @@ def test_less_than_a_slot_a_step_is_warned_about_with_advice(alpha, name, advice
     assert warning.startswith(name) and advice in warning
     changed = {"micro_batch": 2} if advice == "micro_batch 2" else {"global_batch": 100}
     assert not warnings_of(alpha=alpha, **({"micro_batch": 1} | changed))
-
-
-def test_unequal_passes_are_warned_about_where_they_could_be_equal():
-    (warning,) = warnings_of(repetitions=8)[:1] or [""]
-    assert warning == (
-        "repetitions 8 is not a multiple of 5, so some documents get 1 AR passes and others 2; "
-        "5 or 10 make them equal"
-    )
-    for repetitions in (5, 10, 1, 3):
-        assert not warnings_of(repetitions=repetitions)
-    # Rounding to whole steps is no reason to warn.
-    assert not warnings_of(steps=None, unique_tokens=4_100, repetitions=10)
 
 
 @pytest.mark.parametrize(

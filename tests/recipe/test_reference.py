@@ -107,7 +107,7 @@ def test_the_numbers_of_a_dry_run_have_their_reasons():
     for part in (
         "unique tokens 268,435,456 follows: 8,192 steps x 4,194,304 / 128 repetitions",
         "AR slots 262,144 of 2,097,152 in the run; alpha 1/8",
-        "AR passes a document 16 the same for every document: 8 groups rotate",
+        "AR passes a token 16 16 over every token; the objectives share each pass",
         "learning rate at 6,144 0.007 falls linearly",
         "parameters 468,700,160 363,842,560 without",
     ):

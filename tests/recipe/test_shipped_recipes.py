@@ -13,7 +13,7 @@ from dualtrain.recipe import derive, load_recipe, shipped, shipped_recipes
 from dualtrain.sweep.definition import load_sweep
 
 SWEEPS = {
-    "replication/cpu": (153, 524_288, 469_568),
+    "replication/cpu": (189, 524_288, 469_568),
     "replication/gpu": (54, 8_388_608, 34_357_760),
 }
 NAMES = [name for name in shipped.recipe_names() if name not in SWEEPS]

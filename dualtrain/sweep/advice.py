@@ -21,7 +21,7 @@ from dualtrain.errors import UserError
 
 FEW, MANY = 16, 32
 """Repetitions up to which the first rule holds, and from which on the second does."""
-FEW_ALPHA = 63 / 64
+FEW_ALPHA = Fraction(63, 64)
 BEST_PASSES, LEAST_PASSES, MOST_PASSES = 16, 8, 32
 MOST_REPETITIONS = 1e6
 FIT_FORMAT = 1
@@ -38,25 +38,30 @@ class Advice:
 
     Attributes:
         repetitions: R.
-        alpha: The best guess.
+        alpha: The best guess: a fraction where a rule gives it exactly, a float where estimated.
         window: Lowest and highest alpha of the window that comes with it; None without one.
         basis: Where that is from, in words.
         warnings: What to be careful about.
     """
 
     repetitions: float
-    alpha: float
+    alpha: Fraction | float
     window: tuple[float, float] | None
     basis: str
     warnings: tuple[str, ...] = ()
 
+    @property
+    def share(self) -> Fraction:
+        """What to write in the recipe: alpha where it is exact, else a short share near it."""
+        return self.alpha if isinstance(self.alpha, Fraction) else short_share(self.alpha)
+
     def lines(self, slots: int) -> Iterator[str]:
         """What to tell the user who has `slots` micro-batches in a step."""
-        passes = self.alpha * self.repetitions
-        yield f"alpha {self.alpha:.4g} for {self.repetitions:g} repetitions: {self.basis}"
+        passes = float(self.share * _exact(self.repetitions))
+        yield f"alpha {float(self.alpha):.4g} for {self.repetitions:g} repetitions: {self.basis}"
         yield (
-            f"  {passes:.3g} AR passes over a document, "
-            f"{self.repetitions - passes:.3g} diffusion passes"
+            f"  {passes:.6g} AR passes over a document, "
+            f"{self.repetitions - passes:.6g} diffusion passes"
         )
         if self.window is not None:
             low, high = self.window
@@ -64,7 +69,7 @@ class Advice:
                 f"  window: alpha {low:.4g} to {high:.4g}, which is {low * self.repetitions:.3g} "
                 f"to {high * self.repetitions:.3g} AR passes"
             )
-        yield from realisable(self.alpha, slots)
+        yield from realisable(self.share, slots)
         for warning in self.warnings:
             yield f"warning: {warning}"
 
@@ -82,10 +87,10 @@ def by_rules(repetitions: float) -> Advice:
     window = (LEAST_PASSES / repetitions, min(1.0, MOST_PASSES / repetitions))
     if repetitions >= MANY:
         basis = f"the paper's second rule, {BEST_PASSES} AR passes from {MANY} repetitions on"
-        alpha = BEST_PASSES / repetitions
+        alpha = BEST_PASSES / _exact(repetitions)
         return Advice(repetitions, alpha, window, basis, _extrapolated(repetitions))
     share = math.log2(repetitions / FEW) / math.log2(MANY / FEW)
-    ends = [math.log(a / (1 - a)) for a in (FEW_ALPHA, BEST_PASSES / MANY)]
+    ends = [math.log(a / (1 - a)) for a in (FEW_ALPHA, Fraction(BEST_PASSES, MANY))]
     odds = ends[0] + share * (ends[1] - ends[0])
     basis = (
         f"interpolated between the paper's rules, which say nothing from {FEW} to {MANY} "
@@ -166,18 +171,17 @@ def _is_fit(fit: Any) -> bool:
         return False
 
 
-def realisable(alpha: float, slots: int) -> Iterator[str]:
-    """What of an alpha is realised with some slots in a step, and what that costs."""
-    share = simple_share(alpha)
-    ar = float(share * slots)
+def realisable(share: Fraction, slots: int) -> Iterator[str]:
+    """What of a share is realised with some slots in a step, and what that costs."""
+    ar = share * slots
     yield (
-        f"  write alpha: {share}. With {slots} slots in a step {ar:.4g} are AR and "
-        f"{slots - ar:.4g} diffusion on average: no slot more than with a single objective"
+        f"  write alpha: {share}. With {slots} slots in a step {float(ar):.6g} are AR and "
+        f"{float(slots - ar):.6g} diffusion on average: no slot more than with a single objective"
     )
-    if share * slots == int(share * slots):
+    if ar.denominator == 1:
         return
     whole = Fraction(min(max(round(ar), 1), slots - 1), slots) if slots > 1 else None
-    if whole is not None and _is_near(float(whole), alpha):
+    if whole is not None and _is_near(whole, share):
         yield (
             f"  steps differ then; the nearest alpha with all steps alike is {whole}: "
             f"{whole * slots} AR and {slots - whole * slots} diffusion slots"
@@ -185,26 +189,31 @@ def realisable(alpha: float, slots: int) -> Iterator[str]:
     else:
         yield f"  steps differ then; no alpha near it has all steps alike with {slots} slots"
     rare = min(ar, slots - ar)
-    if 0 < rare < 1:
-        yield f"  the rarer objective has a slot in every {1 / rare:.3g} steps"
+    if rare < 1:
+        yield f"  the rarer objective has a slot in every {float(1 / rare):.3g} steps"
 
 
-def simple_share(alpha: float) -> Fraction:
-    """The share with the smallest power of two below it that is within 5 % of alpha.
+def short_share(alpha: float) -> Fraction:
+    """A share of few digits that is within 5 % of an estimate.
 
     Both of alpha and of 1 - alpha, whichever is the smaller.
     """
     for power in count():
-        share = Fraction(round(alpha * 2**power), 2**power)
+        share = Fraction(alpha).limit_denominator(2**power)
         if abs(float(share) - alpha) <= 0.05 * min(alpha, 1 - alpha):
             return share
     raise AssertionError("unreachable: a float is a multiple of some power of two")
 
 
-def _is_near(alpha: float, other: float) -> bool:
+def _is_near(share: Fraction, other: Fraction) -> bool:
     """Whether the rarer objective's shares are within a factor of two of each other."""
-    pairs = ((alpha, other), (1 - alpha, 1 - other))
-    return all(max(pair) <= (2 + 1e-9) * min(pair) for pair in pairs)
+    pairs = ((share, other), (1 - share, 1 - other))
+    return all(max(pair) <= 2 * min(pair) for pair in pairs)
+
+
+def _exact(repetitions: float) -> Fraction:
+    """The number as it is written: 33.3 is 333/10, not the nearest binary number."""
+    return Fraction(str(repetitions))
 
 
 def _check(repetitions: float) -> None:

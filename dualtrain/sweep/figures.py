@@ -284,7 +284,7 @@ def _paint_rules(axes: Axes, surface: Surface) -> None:
     few = np.linspace(first, min(last, np.log2(FEW)), 2)
     colour, label = PALETTE[1], "the paper's rules"
     if first <= np.log2(FEW):
-        heights = surface.transform(np.full(2, FEW_ALPHA))
+        heights = surface.transform(np.full(2, float(FEW_ALPHA)))
         axes.plot(few, heights, color=colour, ls="--", lw=1.5, label=label)
         label = ""
     if last >= np.log2(MANY):

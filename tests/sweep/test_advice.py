@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 
 import pytest
 
 from dualtrain.errors import UserError
-from dualtrain.sweep.advice import by_fit, by_rules, simple_share
+from dualtrain.recipe.schema import parse_share
+from dualtrain.sweep.advice import by_fit, by_rules, short_share
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,28 @@ def test_the_papers_rules(repetitions, alpha, window):
     advice = by_rules(repetitions)
     assert (advice.alpha, advice.window, advice.warnings) == (alpha, window, ())
     assert "rule" in advice.basis and "interpolated" not in advice.basis
+
+
+@pytest.mark.parametrize(
+    ("repetitions", "written"),
+    [
+        (32, "1/2"),
+        (33.3, "160/333"),
+        (40, "2/5"),
+        (48, "1/3"),
+        (100, "4/25"),
+        (128, "1/8"),
+        (1000, "2/125"),
+        (33.333333333333336, "2000000000000000/4166666666666667"),
+    ],
+)
+def test_the_second_rule_is_16_passes_exactly(repetitions, written):
+    advice = by_rules(repetitions)
+    text = "\n".join(advice.lines(256))
+    told = re.search(r"write alpha: (\S+)\. ", text)
+    assert told is not None and told[1] == written
+    assert parse_share(told[1]) * Fraction(str(repetitions)) == 16
+    assert "\n  16 AR passes over a document" in text
 
 
 def test_between_the_rules_it_is_interpolated_and_said_so():
@@ -52,6 +76,24 @@ def test_slots_that_realise_alpha():
     assert "32 are AR and 224 diffusion" in whole and "steps differ" not in whole
 
 
+def test_slots_that_realise_an_alpha_without_a_power_of_two():
+    text = "\n".join(by_rules(40).lines(256))
+    assert "alpha 0.4 for 40" in text and "16 AR passes over a document, 24 diffusion" in text
+    assert "With 256 slots in a step 102.4 are AR and 153.6 diffusion on average" in text
+    assert "all steps alike is 51/128: 102 AR and 154 diffusion" in text
+    assert "steps differ" not in "\n".join(by_rules(40).lines(20))
+    rare = "\n".join(by_rules(1000).lines(25))
+    assert "0.4 are AR and 24.6 diffusion" in rare and "a slot in every 2.5 steps" in rare
+
+
+def test_what_is_told_of_an_estimate_is_that_of_the_share_to_write():
+    advice = by_rules(24)
+    assert isinstance(advice.alpha, float) and advice.share == Fraction(11, 13)
+    text = "\n".join(advice.lines(13))
+    assert "write alpha: 11/13. With 13 slots in a step 11 are AR and 2 diffusion" in text
+    assert "20.3077 AR passes over a document, 3.69231 diffusion" in text
+
+
 def test_an_alpha_far_away_is_not_advised_for_having_all_steps_alike():
     far = "\n".join(by_rules(1).lines(4))  # 63/64, of which 3/4 has 16 times the diffusion
     assert "no alpha near it has all steps alike with 4 slots" in far
@@ -63,15 +105,23 @@ def test_an_alpha_far_away_is_not_advised_for_having_all_steps_alike():
 
 @pytest.mark.parametrize(
     ("alpha", "share"),
-    [(0.5, "1/2"), (63 / 64, "63/64"), (0.9432, "121/128"), (0.032, "1/32"), (0.0, "0"), (1, "1")],
+    [
+        (0.5, "1/2"),
+        (63 / 64, "63/64"),
+        (0.9432, "17/18"),
+        (0.334, "1/3"),
+        (0.032, "1/31"),
+        (0.0, "0"),
+        (1, "1"),
+    ],
 )
-def test_simple_shares(alpha, share):
-    assert simple_share(alpha) == Fraction(share)
+def test_short_shares(alpha, share):
+    assert short_share(alpha) == Fraction(share)
 
 
 def test_a_share_is_none_of_the_ends_however_near_it_is():
-    assert float(simple_share(1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
-    assert float(1 - simple_share(1 - 1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
+    assert float(short_share(1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
+    assert float(1 - short_share(1 - 1.6e-5)) == pytest.approx(1.6e-5, rel=0.05)
 
 
 def write_fit(path, entries):

@@ -18,6 +18,7 @@ from dualtrain.checkpoint import (
     retain,
 )
 from dualtrain.checkpoint_files import MARKER, Files, find_defects, write_marker
+from dualtrain.data.plan import DATA_ORDER
 from dualtrain.errors import UserError
 from dualtrain.resume import (
     Resume,
@@ -34,7 +35,8 @@ def make(run_dir, step, *, recipe="a: 1\n", **state):
     path = checkpoint_path(run_dir, step)
     (path / "deepspeed").mkdir(parents=True)
     files = Files(path)
-    facts = {"step": step, "world_size": 2, "zero_stage": 1, "fingerprint": "f"} | state
+    facts = {"step": step, "world_size": 2, "zero_stage": 1, "fingerprint": "f"}
+    facts |= {"data_order": DATA_ORDER} | state
     files.torch_save(torch.arange(20), path / "deepspeed" / "part.pt")
     files.text(recipe, path / "recipe.yaml")
     files.text(json.dumps(facts), path / "state.json")
@@ -185,6 +187,12 @@ def test_another_recipe_or_dataset_is_refused_and_other_ranks_are_said(tmp_path)
         check_compatible(Resume("full", path), **(same | {"recipe_text": "a: 2\n"}))
     with pytest.raises(UserError, match="the dataset has changed"):
         check_compatible(Resume("branch", path), **(same | {"fingerprint": "g"}))
+    earlier = make(tmp_path, 4, data_order=None)
+    for kind in ("full", "branch"):
+        with pytest.raises(
+            UserError, match="earlier version, which read the text in another order"
+        ):
+            check_compatible(Resume(kind, earlier), **(same | {"recipe_text": "a: 2\n"}))
     assert describe_change(path, world_size=2, zero_stage=1) is None
     said = describe_change(path, world_size=4, zero_stage=3)
     assert said is not None and "by 2 ranks at ZeRO stage 1, now 4 at stage 3" in said

@@ -194,20 +194,31 @@ def _pack(
     numbers: range,
     length: int,
 ) -> Batch:
-    """Make a batch out of the pieces of each row, which have `length` positions together."""
-    inputs = np.empty((len(rows), length), dtype=np.int64)
-    targets = np.empty_like(inputs)
+    """Make a batch out of the pieces of each row, which have `length` positions together.
+
+    A packed document is ``<s>``, its tokens, then ``</s>`` where there is one.
+    """
+    targets = np.full((len(rows), length), dataset.info.eos_id, dtype=np.int64)
+    inputs = np.empty_like(targets)
     document_ids = np.empty((len(rows), length), dtype=np.int32)
     dataset.prepare(piece.document for row in rows for piece in row)
     for row, pieces in enumerate(rows):
+        begins, firsts = [], []
         begin = 0
         for number, piece in enumerate(pieces):
             end = begin + piece.stop - piece.start
-            tokens = _read(dataset, piece)
-            inputs[row, begin:end] = tokens[:-1]
-            targets[row, begin:end] = tokens[1:]
+            before = min(piece.start, 1)  # the first input is the token before the first target
+            tokens = dataset.read(piece.document, piece.start - before, piece.stop)
+            targets[row, begin : begin + len(tokens) - before] = tokens[before:]
             document_ids[row, begin:end] = number
+            begins.append(begin)
+            firsts.append(tokens[0] if before else dataset.info.bos_id)
             begin = end
+        inputs[row, 1:] = targets[row, :-1]
+        inputs[row, begins] = firsts
+    if max(inputs.max(), targets.max()) >= dataset.info.vocab_size:
+        for document in {piece.document for row in rows for piece in row}:
+            dataset.check_document(document)
     return Batch(
         inputs=torch.from_numpy(inputs),
         targets=torch.from_numpy(targets),
@@ -216,19 +227,3 @@ def _pack(
         stream=stream,
         documents=tuple(tuple(piece.document for piece in pieces) for pieces in rows),
     )
-
-
-def _read(dataset: TokenDataset, piece: Piece) -> np.ndarray:
-    """The piece's inputs and the target of its last one, as (n + 1,) int64.
-
-    A packed document is ``<s>``, its tokens, then ``</s>`` where there is one.
-    """
-    packed = np.full(piece.stop - piece.start + 1, dataset.info.eos_id, dtype=np.int64)
-    before = 1 if piece.start == 0 else 0
-    if before:
-        packed[0] = dataset.info.bos_id
-    tokens = dataset.read(piece.document, piece.start - 1 + before, piece.stop)
-    packed[before : before + len(tokens)] = tokens
-    if len(tokens) and int(tokens.max()) >= dataset.info.vocab_size:
-        dataset.check_document(piece.document)
-    return packed

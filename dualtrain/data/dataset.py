@@ -14,8 +14,8 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -276,19 +276,17 @@ class TokenDataset:
         """
         length = int(self.lengths[document])
         stop = length if stop is None else min(stop, length)
-        shard = self._shard(document)
-        source = self._source
+        shard, source = self._shard(document), self._source
         try:
-            with (
-                self._lock,
-                source.reading(self.split, shard) if source else nullcontext(),
-                self._opened(shard) as file,
-            ):
-                return self._read_tokens(file, document, start, max(start, stop))
+            with self._lock:
+                if source is None:
+                    return self._read_tokens(self._file(shard), document, start, max(start, stop))
+                # Not kept open: a cache must be able to remove its shards.
+                with source.reading(self.split, shard), self._open(shard) as file:
+                    return self._read_tokens(file, document, start, max(start, stop))
         except FileNotFoundError:
-            raise UserError(
-                str(self.shard_of(document)), "shard is missing", hint=_REMAKE
-            ) from None
+            where = str(self.shard_of(document))
+            raise UserError(where, "shard is missing", hint=_REMAKE) from None
         except OSError as error:
             raise UserError(
                 str(self.shard_of(document)),
@@ -424,7 +422,7 @@ class TokenDataset:
                 f"({self.documents},) int64: the tokens of each document",
                 _REMAKE,
             )
-        return lengths
+        return np.asarray(lengths)  # still mapped, but quicker to take single numbers from
 
     def shard_error(self, shard: Shard) -> UserError | None:
         """What is wrong with the presence or the size of a shard, if anything."""
@@ -441,17 +439,19 @@ class TokenDataset:
     def _shard(self, document: int) -> Shard:
         return self.shards[bisect_right(self._shard_ends, document)]
 
-    @contextmanager
-    def _opened(self, shard: Shard) -> Iterator[BinaryIO]:
-        """A shard's file; those that were opened last stay open, but for those of a cache."""
-        file = self._files.pop(shard.name, None) or (self.directory / shard.name).open("rb", 0)
-        try:
-            yield file
-        finally:
-            # A cache must be able to remove its shards.
-            self._files[shard.name] = file
-            while len(self._files) > (_OPEN_FILES if self._source is None else 0):
+    def _open(self, shard: Shard) -> BinaryIO:
+        return (self.directory / shard.name).open("rb", 0)
+
+    def _file(self, shard: Shard) -> BinaryIO:
+        """A shard's file; those that were read last stay open."""
+        file = self._files.get(shard.name)
+        if file is None:
+            file = self._files[shard.name] = self._open(shard)
+            if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
+        else:
+            self._files.move_to_end(shard.name)
+        return file
 
     def _read_tokens(self, file: BinaryIO, document: int, start: int, stop: int) -> np.ndarray:
         """Read from an MDS shard: a count, where each sample begins and ends, then the samples.

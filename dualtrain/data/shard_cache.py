@@ -129,9 +129,21 @@ class ShardCache:
         """Fetch shards one after another in the background, if there is room for the dataset.
 
         The processes of a machine begin at different shards, and leave alone what another fetches.
+
+        Raises:
+            UserError: The disk has no room for them: they are all read, again and again.
         """
         if self._background is not None or not self._has_room_for_all():
             return
+        needed = sum(shard.bytes for shard in shards if not self.is_local(split, shard))
+        if needed > (free := shutil.disk_usage(self.path).free):
+            raise UserError(
+                str(self.path),
+                f"has {free / 2**30:.3g} GiB free, and the shards of the unique tokens that are "
+                f"still to be fetched take {needed / 2**30:.3g} GiB",
+                "room for all of them, since sequences come from all of them in random order",
+                "set data.path to a larger disk, or use fewer unique tokens",
+            )
         first = len(shards) * self._reader // self._readers
         order = [*shards[first:], *shards[:first]]
         self._background = threading.Thread(

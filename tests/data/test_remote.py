@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -397,6 +398,25 @@ def test_limits_that_cannot_be_kept(original: Path, tmp_path: Path) -> None:
     unlimited.close()
     ShardCache(url, path, limit_bytes=LIMIT)
     assert sum(shards_in(path).values()) <= LIMIT, "a lower limit than before holds at once"
+
+
+def test_a_disk_too_small_for_the_unique_tokens_is_refused(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all shards, less those that are here: they are read in every epoch, in any order."""
+    dataset = opened(str(original), tmp_path / "copy")
+    dataset.read(0)
+    missing = sum(shard.bytes for shard in dataset.shards[1:])
+    for free in (missing - 1, missing):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if free < missing:
+            with pytest.raises(UserError, match="still to be fetched take") as caught:
+                dataset.prepare_all(dataset.documents)
+            assert caught.value.where == str(tmp_path / "copy")
+        else:
+            dataset.prepare_all(dataset.documents)
+    dataset.close()
 
 
 def test_unwritable_copy(original: Path, tmp_path: Path) -> None:

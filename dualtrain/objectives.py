@@ -20,8 +20,8 @@ wherever and whenever it is trained.
 What the uniform corruption estimates, for a row of T inputs, M of them ordinary. The bound on the
 negative log-likelihood, t ~ U(0, 1) with weight 1/t, is m_1 + ... + m_M, where m_k is the mean
 cross-entropy of a masked token over all sets of k masked ones; on top comes that of each hidden
-target, at weight 1: it is predicted when k of the others are masked, k uniform, as if its turn
-among all came at random. The published fixed-count scheme, k = max(1, floor(T·u + u')) but at most
+target, at weight 1, predicted while k of the others are masked, k uniform in 1..M: nearly as if its
+turn among all came at random. The published fixed-count scheme, k = max(1, floor(T·u + u')) but at most
 M, with p = k/T and weight 1/p, has the expectation T·(P(1)·m_1 + ... + P(M)·m_M) with P(k) = 1/T,
 except 3/(2T) for k = 1 and (T - M + 1/2)/T for k = M. Smoothing multiplies m_k by
 1 / (1 + s·(1 - p)/p). The row's last target counts about ln T + 1 times, at the weight of the
@@ -29,7 +29,7 @@ others. A masked token that nothing in its row predicts is not scored. Training 
 published; the released code scores no hidden target before the row's end. Held-out losses are to
 be bounds on what AR scores: ``exact=True``, with the rounding of :func:`validation_noise`, has none
 of these deviations, masks only what is predicted, and its weights add up to the number of scored
-targets, whatever is masked.
+targets, whatever is masked (``in_place``: of ordinary inputs).
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def diffusion(
             inputs, chosen, span, noise, corruption, mask_id, _ordinary(special_ids, vocab_size)
         )
         weight = None
-    scored = chosen if target == "in_place" else _following(chosen) & ~hidden
+    scored = chosen if target == "in_place" else _following(chosen)
     if weight is None:
         scored = scored | hidden if target == "next" else scored
         weights = scored * (scored.shape[1] / scored.sum(dim=1, keepdim=True).clamp(min=1))

@@ -126,17 +126,21 @@ class Slots:
         from dualtrain.events import Vocabulary
 
         source = TokenDataset.open(dataset, "train")
-        info, alpha = source.info, Fraction(3, 8)
+        info = source.info
         self.mixture = Mixture(
-            alpha=alpha, steps=MARKS[-1], slots=slots, micro_batch=MICRO_BATCH, rotation=True
+            alpha=Fraction(3, 8),
+            steps=MARKS[-1],
+            slots=slots,
+            micro_batch=MICRO_BATCH,
+            rotation=True,
         )
         self._data = TrainingData(
             source,
+            mixture=self.mixture,
             sequence_length=LENGTH,
-            micro_batch=MICRO_BATCH,
             seed=SEED,
             unique_tokens=None,
-            alpha=alpha,
+            append_eos=True,
         )
         self._vocabulary = Vocabulary(info.vocab_size, info.mask_id, info.special_ids)
         self._hook = DualObjective(seed=SEED, objective=ObjectiveSection())

@@ -251,7 +251,7 @@ def test_losses_reach_the_host_ahead_of_the_backward_pass():
     watch = LossWatch(2, device)
     slot = Slot(0, "ar", "ar", 0, 1.0)
     empty = torch.zeros(0)
-    batch = Batch(empty, empty, empty, "ar", ((7,),))
+    batch = Batch(empty, empty, empty, empty, "ar", ((7,),))
     busy = torch.randn(8192, 8192, device=device)
     for last in (torch.nan, 2.0):
         torch.cuda.synchronize()

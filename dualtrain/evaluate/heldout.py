@@ -291,7 +291,7 @@ def document_losses(
 
 
 def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
-    """Return Σ sums / Σ counts over documents, and its standard error.
+    """Return Σ sums / Σ counts over documents, and its standard error; nan where nothing counts.
 
     The error of a ratio of two means, by linearisation (Cochran, "Sampling Techniques", 1977); nan
     for a single document, from which it cannot be known.
@@ -300,6 +300,8 @@ def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tu
         sums: (D,) nats of each document.
         counts: (D,) tokens of each.
     """
+    if not counts.any():
+        return math.nan, math.nan
     mean, number = sums.sum() / counts.sum(), len(sums)
     if number < 2:
         return float(mean), math.nan

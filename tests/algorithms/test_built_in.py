@@ -37,9 +37,13 @@ def make_batch(stream, first=0, count=4):
         for number in range(first, first + count)
     ]
     tokens = torch.stack(rows)
-    tokens[:, ::9] = 1
-    documents = torch.zeros(count, LENGTH, dtype=torch.int32)
-    return Batch(tokens, documents, torch.arange(first, first + count), stream, ((0,),) * count)
+    inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    # Documents of nine tokens, the last one cut: `<s>` and eight inputs, then `</s>`.
+    inputs[:, ::9] = 1
+    targets[:, 8::9] = 2
+    documents = (torch.arange(LENGTH) // 9).int().expand(count, LENGTH)
+    numbers = torch.arange(first, first + count)
+    return Batch(inputs, targets, documents, numbers, stream, ((0, 1, 2),) * count)
 
 
 def make_state(recipe, slots=4):
@@ -103,7 +107,10 @@ def test_learning_rate_and_alpha_of_every_step():
 def test_ar_slots_get_clean_inputs_and_causal_attention():
     recipe, batch = make_recipe(objective={"ar_weight": 2.0}), make_batch("ar")
     example = example_for(recipe, slot("ar"), batch)
-    assert same(example, autoregressive(batch.tokens, batch.document_ids, ar_weight=2.0))
+    wanted = autoregressive(
+        batch.inputs, batch.targets, batch.document_ids, special_ids=SPECIAL, ar_weight=2.0
+    )
+    assert same(example, wanted)
     assert example.attention == "causal"
 
 
@@ -113,7 +120,8 @@ def test_diffusion_slots_are_corrupted_as_the_recipe_says(corruption, target):
     recipe = make_recipe(objective={"target": target, "corruption": {"name": corruption}})
     batch = make_batch("diffusion", first=12)
     wanted = diffusion(
-        batch.tokens,
+        batch.inputs,
+        batch.targets,
         batch.document_ids,
         mask_id=MASK,
         special_ids=SPECIAL,
@@ -124,7 +132,7 @@ def test_diffusion_slots_are_corrupted_as_the_recipe_says(corruption, target):
     )
     example = example_for(recipe, slot("diffusion", first=12), batch)
     assert same(example, wanted) and example.attention == "full"
-    assert not torch.equal(example.input_ids, batch.tokens[:, :-1])
+    assert not torch.equal(example.input_ids, batch.inputs)
 
 
 def test_masks_are_the_same_on_any_number_of_ranks_and_shared_by_none():
@@ -149,7 +157,7 @@ def test_masks_are_the_same_on_any_number_of_ranks_and_shared_by_none():
 
 def test_seed_and_stream_change_the_masks():
     batch, other = make_batch("diffusion"), make_batch("all")
-    assert torch.equal(batch.tokens, other.tokens)
+    assert torch.equal(batch.inputs, other.inputs)
     examples = [
         example_for(make_recipe(), slot("diffusion"), batch),
         example_for(make_recipe(seed=6), slot("diffusion"), batch),
@@ -168,7 +176,7 @@ def test_input_masking_hides_inputs_of_ar_slots_only():
     )
     log, batch = Log(), make_batch("ar", count=64)
     example = example_for(recipe, slot("ar"), batch, log)
-    clean = autoregressive(batch.tokens, batch.document_ids)
+    clean = autoregressive(batch.inputs, batch.targets, batch.document_ids, special_ids=SPECIAL)
     masked = example.input_ids != clean.input_ids
     assert (example.input_ids[masked] == MASK).all()
     assert not masked[clean.input_ids < 5].any()
@@ -193,7 +201,7 @@ def test_input_masking_takes_its_share_of_sequences_whoever_runs_them():
         algorithms=[{"use": "input_masking", "args": {"share": 0.25, "max_rate": 1.0}}]
     )
     whole = example_for(recipe, slot("ar"), make_batch("ar", count=400)).input_ids
-    touched = (whole != make_batch("ar", count=400).tokens[:, :-1]).any(dim=1)
+    touched = (whole != make_batch("ar", count=400).inputs).any(dim=1)
     # 400 draws: a standard deviation of 0.022; a rate near 0 leaves some chosen ones untouched.
     assert 0.15 < touched.float().mean() < 0.33
     part = example_for(recipe, slot("ar", first=40), make_batch("ar", first=40, count=4)).input_ids

@@ -65,15 +65,15 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
 
     recipe = load_recipe("quickstart", overrides).recipe
     dataset = TokenDataset.open(recipe.data.path)
+    mixture = build_mixture(recipe, steps)
     data = TrainingData(
         dataset,
+        mixture=mixture,
         sequence_length=recipe.sequence_length,
-        micro_batch=recipe.micro_batch,
         seed=0,
         unique_tokens=None,
-        alpha=None,
+        append_eos=recipe.data.append_eos,
     )
-    mixture = build_mixture(recipe, steps)
     model = build_model(recipe, dataset.info)
     parameters = dict(model.named_parameters())
     optimizer = PaperOptimizer(parameters, muon_parameter_names(model))
@@ -82,7 +82,7 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
         start = time.perf_counter()
         for slot in mixture.slots(step):
             batch = data.batch(slot.stream, slot.first_sequence)
-            inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+            inputs, targets = batch.inputs, batch.targets
             kind = "causal"
             if slot.objective == "diffusion":
                 kind = "full"

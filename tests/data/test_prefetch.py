@@ -34,7 +34,7 @@ class Source:
             raise OSError("disk gone")
         self.made.append(first_sequence)
         ids = torch.tensor([first_sequence])
-        return Batch(ids[:, None], ids[:, None], ids, stream, ((0,),))
+        return Batch(ids[:, None], ids[:, None], ids[:, None], ids, stream, ((0,),))
 
 
 def wait_until(condition: object, timeout_s: float = 10) -> None:
@@ -110,7 +110,8 @@ def test_pinned_batches() -> None:
     with Prefetcher(Source(), map(slot, range(2)), depth=2, pin_memory=True) as prefetcher:
         batches = [batch for _, batch in prefetcher]
     assert [batch.sequence_ids.item() for batch in batches] == [0, 2]
-    assert all(b.tokens.is_pinned() and b.document_ids.is_pinned() for b in batches)
+    parts = [(b.inputs, b.targets, b.document_ids, b.sequence_ids) for b in batches]
+    assert all(tensor.is_pinned() for tensors in parts for tensor in tensors)
 
 
 def test_waiting_is_counted() -> None:

@@ -154,7 +154,11 @@ def test_a_limit_is_told(run_dir, tasks_dir, out, capsys):
 def test_without_tasks_held_out_losses_are_all(run_dir, out, capsys):
     evaluate(Options(path=str(run_dir), sequences=4, out=out))
     shown = capsys.readouterr().out
-    assert "held-out loss, 128 tokens" in shown and "zero-shot" not in shown
+    held_out = results(out)["held_out"]
+    # 4 sequences of 32 targets, each of them scored.
+    assert held_out["tokens"] == 128 and 1 <= held_out["documents"] <= held_out["tokens"]
+    counted = f"held-out loss, 128 tokens of {held_out['documents']} documents"
+    assert counted in shown and "zero-shot" not in shown
     assert "note: no tasks: put their data, such as arc_challenge.jsonl" in shown
     assert results(out)["tasks"] == {} and results(out)["average"] == {}
     with pytest.raises(UserError, match="there is nothing to do: neither"):

@@ -82,6 +82,7 @@ def three_modes(step: int) -> EvalRecord:
         ar_nll_same_tokens=4.625,
         prefix_minus_ar_error=0.0042,
         prefix_tokens=32_000,
+        documents=61,
     )
 
 

@@ -20,6 +20,10 @@ Smoothing multiplies m_k by 1 / (1 + s·(1 - p)/p). On top comes the last positi
 is masked, at the weight of the others: its cross-entropy counts about (ln T + 1)/T, where a bound
 has 1/T. Training does all that as published. Held-out losses are to be bounds: ``exact=True``, with
 the rounding of :func:`validation_noise`, has none of these deviations.
+
+At one rate for all rows (:func:`with_scheduled_rate`) weights of 1/p make a row's loss the mean
+cross-entropy of its k masked tokens, m_k, up to the smoothing and the last position: the usual
+masked language model, on the scale of the AR loss at any rate, but a bound of nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from torch import Tensor
 from dualtrain.randomness import generator
 
 if TYPE_CHECKING:
-    from dualtrain.recipe.schema import SpanCorruption, UniformCorruption
+    from dualtrain.recipe.schema import RateSchedule, SpanCorruption, UniformCorruption
 
     Corruption = UniformCorruption | SpanCorruption
 
@@ -77,7 +81,7 @@ class MaskingNoise:
     """The uniform numbers of [0, 1) that decide the corruption of B sequences.
 
     Attributes:
-        rate: (B,) float64: u, the share of tokens to mask.
+        rate: (B,) float64: u, the share of tokens to mask; each row's own as drawn.
         rounding: (B,) float64: u', rounds T·u to a whole number.
         order: (B, T) float64: positions, or spans, are masked in increasing order.
         spans: (3, B, T) float64, for span corruption only: span lengths, replacements by span, and
@@ -121,6 +125,24 @@ def masking_noise(
         order=numbers[:, 2 : 2 + length],
         spans=further if spans else None,
     )
+
+
+def with_scheduled_rate(
+    noise: MaskingNoise, schedule: RateSchedule, step: int, steps: int
+) -> MaskingNoise:
+    """Give all rows the rate of a step, start + (end - start)·n / N, in place of their own.
+
+    That is GPT-BERT's formula: the first step has exactly `start`; `end` belongs to step N, which a
+    run of N steps does not come to.
+
+    Args:
+        noise: As drawn.
+        schedule: The corruption's.
+        step: Finished updates n, 0..steps-1.
+        steps: N, updates of the run.
+    """
+    rate = schedule.start + (schedule.end - schedule.start) * step / steps
+    return replace(noise, rate=torch.full_like(noise.rate, rate))
 
 
 def validation_noise(
@@ -183,16 +205,15 @@ def diffusion(
     is scored iff input i was chosen, and predicts that.
 
     A scored position weighs 1 / ((1 - s)·p + s), where p is the share of the row's T tokens that
-    were chosen, and s the smoothing (uniform corruption). Spans are chosen at a narrow range of
-    rates, where weights by rate are not called for: there each row's scored positions weigh the
-    same, T in all, so that the loss is their mean cross-entropy, on the scale of the AR loss.
+    were chosen, and s the smoothing (uniform corruption). With spans, each row's scored positions
+    weigh the same, T in all: its loss is their mean cross-entropy, on the scale of the AR loss.
 
     Args:
         tokens: (B, T+1) int64, x_0..x_T.
         document_ids: (B, T) int32.
         mask_id: The token that replaces a masked one.
         special_ids: Tokens that are never masked.
-        noise: Of these B sequences and T positions.
+        noise: Of these B sequences and T positions; the rates are in it.
         corruption: The recipe's.
         target: See above.
         vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
@@ -252,8 +273,9 @@ def choose_spans(
 ) -> tuple[Tensor, Tensor]:
     """Choose whole spans of 1..max_span tokens until their share of a row reaches its rate.
 
-    Each row is cut into spans of random lengths. The rate is uniform between the corruption's, and
-    rounded as in :func:`choose_positions`; the last span may overshoot it.
+    Each row is cut into spans of random lengths. The rate is rounded as in
+    :func:`choose_positions`; the last span may overshoot it. GPT-BERT also prefers tokens that it
+    has chosen less often before; that takes a memory of every token, and is left out.
 
     Returns:
         (B, T) bool, the chosen positions; and (B, T) int64, the span that each position is in.
@@ -268,8 +290,7 @@ def choose_spans(
     marks.scatter_(1, starts.clamp(max=length), 1)
     span = marks[:, :-1].cumsum(dim=1) - 1
     order = noise.order.gather(1, span).masked_fill(special, torch.inf)
-    rate = corruption.min_rate + (corruption.max_rate - corruption.min_rate) * noise.rate
-    count = _count(rate, noise, torch.tensor(length)).clamp(max=length)
+    count = _count(noise.rate, noise, torch.tensor(length)).clamp(max=length)
     last = order.sort(dim=1).values.gather(1, count[:, None] - 1)
     return (order <= last) & ~special, span
 

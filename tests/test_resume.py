@@ -11,10 +11,10 @@ import torch
 from run_support import records, results, rewind, slots, train_on
 from safetensors.torch import load_file
 
-from dualtrain.branch import load_branch
+from dualtrain.branch import load_branch, read_parent
 from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
 from dualtrain.errors import UserError
-from dualtrain.recipe.load import LoadedRecipe
+from dualtrain.recipe.load import LoadedRecipe, load_recipe
 
 COMMON = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
 
@@ -315,6 +315,14 @@ def test_branch_is_refused_where_the_data_would_be_other(tiny, tmp_path):
     assert "steps: 8, and the branch begins after 8 — expected more" in refused[0]
     assert "alpha: checkpoint '3/8', recipe '1/2'" in refused[1]
     assert "its schedule is stretched over 12 steps instead of 8" in refused[2]
+
+
+def test_branch_from_a_recipe_of_another_version_is_refused_by_name(tmp_path):
+    text = load_recipe("ablations/span-masking").text
+    older = text.replace("    max_span: 3\n", "    max_span: 3\n    min_rate: 0.15\n")
+    (tmp_path / "recipe.yaml").write_text(older)
+    with pytest.raises(UserError, match="objective.corruption.min_rate: unknown key"):
+        read_parent(tmp_path)
 
 
 def test_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path):

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import yaml
-
 from dualtrain.checkpoint import RECIPE, checkpoint_path, find_checkpoints, read_state, step_of
 from dualtrain.checkpoint_files import find_defects
 from dualtrain.data.corpus import read_corpus
@@ -71,8 +69,12 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
 
 
 def read_parent(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint was made with."""
-    return Recipe.model_validate(yaml.safe_load((checkpoint / RECIPE).read_text()))
+    """The recipe that a checkpoint was made with.
+
+    Raises:
+        UserError: It has settings that this version does not know.
+    """
+    return load_recipe(str(checkpoint / RECIPE)).recipe
 
 
 def check_branch(recipe: Recipe, checkpoint: Path, corpus: CorpusFacts) -> list[str]:

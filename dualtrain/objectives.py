@@ -21,15 +21,19 @@ What the uniform corruption estimates, for a row of T inputs, M of them ordinary
 negative log-likelihood, t ~ U(0, 1) with weight 1/t, is m_1 + ... + m_M, where m_k is the mean
 cross-entropy of a masked token over all sets of k masked ones; on top comes that of each hidden
 target, at weight 1, predicted while k of the others are masked, k uniform in 1..M: nearly as if its
-turn among all came at random. The published fixed-count scheme, k = max(1, floor(T·u + u')) but at most
-M, with p = k/T and weight 1/p, has the expectation T·(P(1)·m_1 + ... + P(M)·m_M) with P(k) = 1/T,
-except 3/(2T) for k = 1 and (T - M + 1/2)/T for k = M. Smoothing multiplies m_k by
+turn among all came at random. The published fixed-count scheme, k = max(1, floor(T·u + u')) but at
+most M, with p = k/T and weight 1/p, has the expectation T·(P(1)·m_1 + ... + P(M)·m_M) with
+P(k) = 1/T, except 3/(2T) for k = 1 and (T - M + 1/2)/T for k = M. Smoothing multiplies m_k by
 1 / (1 + s·(1 - p)/p). The row's last target counts about ln T + 1 times, at the weight of the
 others. A masked token that nothing in its row predicts is not scored. Training does all that as
 published; the released code scores no hidden target before the row's end. Held-out losses are to
 be bounds on what AR scores: ``exact=True``, with the rounding of :func:`validation_noise`, has none
 of these deviations, masks only what is predicted, and its weights add up to the number of scored
 targets, whatever is masked (``in_place``: of ordinary inputs).
+
+At one rate for all rows (:func:`with_scheduled_rate`) weights of 1/p make a row's loss the mean
+cross-entropy of its k masked tokens, m_k, up to the smoothing and the hidden targets: the usual
+masked language model, on the scale of the AR loss at any rate, but a bound of nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from torch import Tensor
 from dualtrain.randomness import generator
 
 if TYPE_CHECKING:
-    from dualtrain.recipe.schema import SpanCorruption, UniformCorruption
+    from dualtrain.recipe.schema import RateSchedule, SpanCorruption, UniformCorruption
 
     Corruption = UniformCorruption | SpanCorruption
 
@@ -87,7 +91,7 @@ class MaskingNoise:
     """The uniform numbers of [0, 1) that decide the corruption of B sequences.
 
     Attributes:
-        rate: (B,) float64: u, the share of tokens to mask.
+        rate: (B,) float64: u, the share of tokens to mask; each row's own as drawn.
         rounding: (B,) float64: u', rounds T·u to a whole number.
         order: (B, T) float64: positions, or spans, are masked in increasing order.
         spans: (3, B, T) float64, for span corruption only: span lengths, replacements by span, and
@@ -131,6 +135,24 @@ def masking_noise(
         order=numbers[:, 2 : 2 + length],
         spans=further if spans else None,
     )
+
+
+def with_scheduled_rate(
+    noise: MaskingNoise, schedule: RateSchedule, step: int, steps: int
+) -> MaskingNoise:
+    """Give all rows the rate of a step, start + (end - start)·n / N, in place of their own.
+
+    That is GPT-BERT's formula: the first step has exactly `start`; `end` belongs to step N, which a
+    run of N steps does not come to.
+
+    Args:
+        noise: As drawn.
+        schedule: The corruption's.
+        step: Finished updates n, 0..steps-1.
+        steps: N, updates of the run.
+    """
+    rate = schedule.start + (schedule.end - schedule.start) * step / steps
+    return replace(noise, rate=torch.full_like(noise.rate, rate))
 
 
 def validation_noise(
@@ -231,9 +253,8 @@ def diffusion(
 
     A position that predicts a chosen token weighs 1 / ((1 - s)·p + s), where p is the share of the
     row's T tokens that were chosen, and s the smoothing (uniform corruption); so does the row's
-    last one, and those of other hidden targets weigh 1. Spans are chosen at a narrow range of
-    rates, where weights by rate are not called for: there each row's scored positions weigh the
-    same, T in all, so that the loss is their mean cross-entropy, on the scale of the AR loss.
+    last one, and those of other hidden targets weigh 1. With spans, each row's scored positions
+    weigh the same, T in all: its loss is their mean cross-entropy, on the scale of the AR loss.
 
     Args:
         inputs: (B, T) int64, clean.
@@ -241,7 +262,7 @@ def diffusion(
         document_ids: (B, T) int32.
         mask_id: The token that replaces a masked one.
         special_ids: Tokens that are never masked.
-        noise: Of these B sequences and T positions.
+        noise: Of these B sequences and T positions; the rates are in it.
         corruption: The recipe's.
         target: See above.
         vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
@@ -319,8 +340,9 @@ def choose_spans(
 ) -> tuple[Tensor, Tensor]:
     """Choose whole spans of 1..max_span tokens until their share of a row reaches its rate.
 
-    Each row is cut into spans of random lengths. The rate is uniform between the corruption's, and
-    rounded as in :func:`choose_positions`; the last span may overshoot it.
+    Each row is cut into spans of random lengths. The rate is rounded as in
+    :func:`choose_positions`; the last span may overshoot it. GPT-BERT also prefers tokens that it
+    has chosen less often before; that takes a memory of every token, and is left out.
 
     Returns:
         (B, T) bool, the chosen positions; and (B, T) int64, the span that each position is in.
@@ -335,8 +357,7 @@ def choose_spans(
     marks.scatter_(1, starts.clamp(max=length), 1)
     span = marks[:, :-1].cumsum(dim=1) - 1
     order = noise.order.gather(1, span).masked_fill(special, torch.inf)
-    rate = corruption.min_rate + (corruption.max_rate - corruption.min_rate) * noise.rate
-    count = _count(rate, noise, torch.tensor(length)).clamp(max=length)
+    count = _count(noise.rate, noise, torch.tensor(length)).clamp(max=length)
     last = order.sort(dim=1).values.gather(1, count[:, None] - 1)
     return (order <= last) & ~special, span
 

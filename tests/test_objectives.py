@@ -19,8 +19,9 @@ from dualtrain.objectives import (
     masking_noise,
     scored_targets,
     validation_noise,
+    with_scheduled_rate,
 )
-from dualtrain.recipe.schema import SpanCorruption, UniformCorruption
+from dualtrain.recipe.schema import RateSchedule, SpanCorruption, UniformCorruption
 
 MASK, SPECIAL, VOCABULARY = 4, (0, 1, 2, 3, 4), 40
 UNKNOWN, BEGIN, END = 0, 1, 2
@@ -51,6 +52,11 @@ def corrupt(texts, noise, corruption=UNIFORM, **options):
 
 def noise_of(count, length, seed=0, spans=False):
     return masking_noise(seed, "corruption", 1, range(count), length, spans=spans)
+
+
+def at_rate(rate, noise):
+    """The noise with one rate for all rows."""
+    return with_scheduled_rate(noise, RateSchedule(start=rate, end=rate), 0, 1)
 
 
 def one_document(inputs, following):
@@ -327,8 +333,7 @@ def test_spans_reach_their_rate_and_no_further_than_one_span(batch, target):
         row, last = texts.inputs[b].tolist(), are_last(texts.documents[b].tolist())
         ordinary = sum(token not in SPECIAL for token in row)
         masked = [i for i in range(length) if inputs[i] != row[i]]
-        rate = 0.15 + 0.15 * noise.rate[b].item()
-        wanted = max(1, math.floor(length * rate + noise.rounding[b].item()))
+        wanted = max(1, math.floor(length * noise.rate[b].item() + noise.rounding[b].item()))
         assert min(wanted, ordinary) <= len(masked) <= wanted + 2
         scored = {*masked} if target == "in_place" else {*last, *(i - 1 for i in masked if i)}
         weights = example.weights[b].tolist()
@@ -342,11 +347,12 @@ def test_spans_reach_their_rate_and_no_further_than_one_span(batch, target):
 def test_span_lengths_are_one_to_three_and_fates_eighty_ten_ten():
     count, length = 64, 512
     texts = ordinary_texts(count, length)
-    noise = noise_of(count, length, spans=True)
+    noise = at_rate(0.2, noise_of(count, length, spans=True))
     example = corrupt(texts, noise, SPAN, target="in_place")
     inputs, true = example.input_ids, texts.inputs
     chosen = example.weights > 0
-    assert 0.15 < chosen.float().mean() < 0.30
+    # The last span may overshoot, by less than 2 tokens of 512.
+    assert 0.2 < chosen.float().mean() < 0.204
     masked = chosen & (inputs == MASK)
     # One of the 35 ordinary tokens is the true one by chance.
     kept = chosen & (inputs == true)
@@ -356,9 +362,10 @@ def test_span_lengths_are_one_to_three_and_fates_eighty_ten_ten():
     replaced = inputs[chosen & (inputs != true) & (inputs != MASK)]
     assert set(replaced.tolist()) == set(range(5, VOCABULARY))
     # Where spans are rare they do not touch, and every run is one span.
-    rare = SpanCorruption(name="span", min_rate=0.01, max_rate=0.02, random_share=0, keep_share=0)
+    everything = SpanCorruption(name="span", random_share=0, keep_share=0)
+    rare = corrupt(texts, at_rate(0.015, noise), everything)
     runs = Counter()
-    for row in (corrupt(texts, noise, rare).input_ids == MASK).int().tolist():
+    for row in (rare.input_ids == MASK).int().tolist():
         runs.update(len(run) for run in "".join(map(str, row)).split("0") if run)
     assert runs[1] > 60 and runs[2] > 60 and runs[3] > 60
     assert sum(runs[k] for k in (1, 2, 3)) > 0.95 * sum(runs.values())
@@ -388,6 +395,25 @@ def test_noise_belongs_to_seed_purpose_stream_and_sequence():
     keys += [(3, "corruption", 0, 6), (3, "corruption", 2, 6), (3, "corruption", 1, 7)]
     orders = {tuple(masking_noise(*key[:3], [key[3]], 32).order[0].tolist()) for key in keys}
     assert len(orders) == len(keys)
+
+
+@quick
+@given(start=st.floats(0.01, 1), end=st.floats(0.01, 1), steps=st.integers(1, 1000))
+def test_a_scheduled_rate_begins_at_start_and_leads_in_a_straight_line_to_end(start, end, steps):
+    noise = noise_of(3, 8, spans=True)
+    line = RateSchedule(start=start, end=end)
+    rates = []
+    for step in (0, steps // 2, steps - 1, steps):
+        scheduled = with_scheduled_rate(noise, line, step, steps)
+        assert len(set(scheduled.rate.tolist())) == 1 and scheduled.rate.dtype == torch.float64
+        # Which tokens, how numbers are rounded, and what becomes of them: still the sequence's own.
+        for name in ("rounding", "order", "spans"):
+            assert getattr(scheduled, name) is getattr(noise, name)
+        rates.append(scheduled.rate[0].item())
+    middle = ((steps - steps // 2) * start + steps // 2 * end) / steps
+    last = (start + (steps - 1) * end) / steps
+    assert rates[0] == start
+    assert rates[1:] == pytest.approx([middle, last, end])
 
 
 def test_masks_differ_from_epoch_to_epoch():

@@ -11,10 +11,10 @@ import torch
 from run_support import records, results, rewind, slots, train_on
 from safetensors.torch import load_file
 
-from dualtrain.branch import load_branch
+from dualtrain.branch import load_branch, read_parent
 from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
 from dualtrain.errors import UserError
-from dualtrain.recipe.load import LoadedRecipe
+from dualtrain.recipe.load import LoadedRecipe, load_recipe
 
 COMMON = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
 
@@ -24,7 +24,11 @@ RESUMED: tuple[tuple[str, ...], ...] = (
     ("optim.name=adamw", "optim.schedule={name: constant, warmup_steps: 7}"),
     ("optim.schedule={name: cosine, warmup_steps: 7}", "engine.deepspeed=zero2-offload"),
     ("alpha={name: linear, start: 1, phases: [{until: 1, alpha: 0}]}", "optim.clip_norm=0.5"),
-    ("objective.mixing=weighted_sum", "optim.schedule.shape=one_minus_sqrt"),
+    (
+        "objective.mixing=weighted_sum",
+        "objective.corruption={name: span}",
+        "optim.schedule.shape=one_minus_sqrt",
+    ),
     (
         "algorithms=[{use: run_workers:Average}, {use: input_masking}]",
         "alpha={name: phases, phases: [{until: 1/2, alpha: 1}, {until: 1, alpha: 1/4}]}",
@@ -204,13 +208,14 @@ def test_what_would_be_another_run_is_refused(tiny, tmp_path):
         1,
         tmp_path,
         tiny("optim.lr=1e-3", "seed=4", name="first"),
-        tiny("optim.lr=1e-3", name="first"),
+        tiny("optim.lr=1e-3", "objective.corruption={name: uniform, rate: {}}", name="first"),
         tiny(other_state, name="stateful"),
         weights,
         tiny("model.width=16", start, "steps=1", name="narrow"),
     )
     assert "optim.lr: checkpoint 0.002, recipe 0.001; seed: checkpoint 3, recipe 4" in outcomes[0]
     assert "--from" not in outcomes[0] and "--from 8 to branch off" in outcomes[1]
+    assert "objective.corruption.rate.end: checkpoint None, recipe 0.15" in outcomes[1]
     assert "RankState has a state of its own on each of the 2 ranks" in outcomes[2]
     assert outcomes[3] == 0
     assert "weights do not fit the model" in outcomes[4]
@@ -259,7 +264,13 @@ def test_branch_goes_on_with_the_data_and_only_then_differs(tiny, tmp_path):
     branch = load_branch(str(file), ["steps=12"], "6")
     assert branch.recipe.directory == tmp_path / "parent-from-00000006"
     late = load_branch(str(file), ["steps=12", "optim.lr=1e-4"], f"{tmp_path}/parent/step-00000008")
-    assert train_on(2, tmp_path, branch, late) == [0, 0]
+    falling = ["steps=12", "objective.corruption={name: span, rate: {start: 0.4}}"]
+    falling.append(f"run_dir={tmp_path}/spans")
+    spans = load_branch(str(file), falling, f"{tmp_path}/parent/step-00000006")
+    assert train_on(2, tmp_path, branch, late, spans) == [0, 0, 0]
+    # The same sequences, and other masks: AR slots are as they were, diffusion slots are not.
+    for one, other in zip(slots(spans), slots(branch), strict=True):
+        assert one[:5] == other[:5] and (one == other) == (one[2] == "ar")
     assert slots(branch) == [slot for slot in slots(longer) if slot[0] >= 6]
     # The metrics begin with the parent's; 6 steps are the same in both, and so is the rest.
     assert sorted(without_steps(branch)) == sorted(without_steps(longer))
@@ -304,6 +315,14 @@ def test_branch_is_refused_where_the_data_would_be_other(tiny, tmp_path):
     assert "steps: 8, and the branch begins after 8 — expected more" in refused[0]
     assert "alpha: checkpoint '3/8', recipe '1/2'" in refused[1]
     assert "its schedule is stretched over 12 steps instead of 8" in refused[2]
+
+
+def test_branch_from_a_recipe_of_another_version_is_refused_by_name(tmp_path):
+    text = load_recipe("ablations/span-masking").text
+    older = text.replace("    max_span: 3\n", "    max_span: 3\n    min_rate: 0.15\n")
+    (tmp_path / "recipe.yaml").write_text(older)
+    with pytest.raises(UserError, match="objective.corruption.min_rate: unknown key"):
+        read_parent(tmp_path)
 
 
 def test_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path):

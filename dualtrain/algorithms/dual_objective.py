@@ -11,7 +11,6 @@ from dualtrain.mixing import STREAM_NUMBERS
 
 if TYPE_CHECKING:
     from dualtrain.data.batches import Batch
-    from dualtrain.events import Vocabulary
     from dualtrain.recipe.schema import ObjectiveSection
 
 
@@ -25,7 +24,7 @@ class DualObjective(Algorithm):
 
     Both predict with the same network and the same head, so this is all that tells them apart. The
     masks belong to (seed, stream, sequence): no two ranks or epochs share them, and any number of
-    ranks makes the same ones.
+    ranks makes the same ones. A scheduled rate goes by the step alone.
 
     The z-loss is not an algorithm of its own: it needs the log-sum-exp of the logits that the
     model's fused cross-entropy has computed anyway, chunk by chunk, and whole logits never exist.
@@ -55,17 +54,17 @@ class DualObjective(Algorithm):
                 ar_weight=self.objective.ar_weight,
             )
         else:
-            state.example = self._diffusion(batch, state.vocabulary)
+            state.example = self._diffusion(batch, state)
 
     def state_dict(self) -> dict[str, object]:
-        # Masks are keyed by sequence: there is no generator to keep.
+        # Masks are keyed by sequence, rates by step: there is no generator to keep.
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         return None
 
-    def _diffusion(self, batch: Batch, vocabulary: Vocabulary) -> objectives.Example:
-        corruption = self.objective.corruption
+    def _diffusion(self, batch: Batch, state: State) -> objectives.Example:
+        corruption, vocabulary = self.objective.corruption, state.vocabulary
         noise = objectives.masking_noise(
             self.seed,
             "corruption",
@@ -74,6 +73,8 @@ class DualObjective(Algorithm):
             batch.document_ids.shape[1],
             spans=corruption.name == "span",
         )
+        if corruption.rate is not None:
+            noise = objectives.with_scheduled_rate(noise, corruption.rate, state.step, state.steps)
         return objectives.diffusion(
             batch.inputs,
             batch.targets,

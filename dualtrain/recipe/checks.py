@@ -169,13 +169,6 @@ def check_corruption(recipe: Recipe) -> Iterator[Conflict]:
     corruption, path = recipe.objective.corruption, ("objective", "corruption")
     if not isinstance(corruption, SpanCorruption):
         return
-    if corruption.min_rate > corruption.max_rate:
-        yield Conflict(
-            (*path, "min_rate"),
-            ((*path, "max_rate"),),
-            f"{corruption.min_rate} is above max_rate {corruption.max_rate}",
-            "min_rate <= max_rate",
-        )
     if corruption.random_share + corruption.keep_share > 1:
         yield Conflict(
             (*path, "random_share"),

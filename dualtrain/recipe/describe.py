@@ -92,7 +92,7 @@ def _walk(sections: Sequence[Schema], prefix: str) -> Iterator[Field]:
         items = [n for value in values if "items" in value for n in _alternatives(value["items"])]
         inner = [n for n in values if "properties" in n]
         in_list = [n for n in items if "properties" in n]
-        only_sections = inner and all("properties" in n or n.get("type") == "null" for n in values)
+        only_sections = inner and all("properties" in n for n in values)
         yield Field(
             path=prefix + key,
             type="" if only_sections else _in_words(values),

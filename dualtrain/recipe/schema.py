@@ -262,23 +262,45 @@ class ModelSection(Section):
     )
 
 
+class RateSchedule(Section):
+    """A share of tokens that moves in a straight line over the run, as in GPT-BERT."""
+
+    start: float = Field(default=0.3, gt=0, le=1, description="Rate at step 0.")
+    end: float = Field(
+        default=0.15,
+        gt=0,
+        le=1,
+        description="Rate at the end: step n of N has start + (end - start) * n / N.",
+    )
+
+
+Rate = Annotated[
+    RateSchedule | None,
+    Field(
+        description="Share of tokens to choose, the same for all rows of a step: a diffusion loss "
+        "is then a mean per chosen token, no bound. Null, the default of uniform: each row draws "
+        "its own from (0, 1), as in the paper."
+    ),
+]
+
+
 class UniformCorruption(Section):
-    """The paper: a uniform share of the tokens becomes the mask token."""
+    """The paper: single tokens become the mask token, at any rate."""
 
     name: Literal["uniform"] = Field(
-        default="uniform", description="Masked diffusion, linear schedule."
+        default="uniform", description="uniform: masked diffusion; span: GPT-BERT's short spans."
     )
+    rate: Rate = None
     smoothing: float = Field(
         default=1e-4, ge=0, lt=1, description="The weight is 1 / ((1 - smoothing) * p + smoothing)."
     )
 
 
 class SpanCorruption(Section):
-    """GPT-BERT: short spans, a narrow range of rates, BERT's 80/10/10."""
+    """GPT-BERT: short spans, a rate that falls during the run, BERT's 80/10/10."""
 
-    name: Literal["span"] = Field(description="Span masking at a limited rate.")
-    min_rate: float = Field(default=0.15, gt=0, le=1, description="Lowest share of masked tokens.")
-    max_rate: float = Field(default=0.30, gt=0, le=1, description="Highest share of masked tokens.")
+    name: Literal["span"] = Field(description="Short spans, mostly masked.")
+    rate: Rate = RateSchedule()
     max_span: int = Field(
         default=3, ge=1, description="Longest span, in tokens; lengths are uniform from 1."
     )

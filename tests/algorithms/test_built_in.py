@@ -1,5 +1,6 @@
 """The algorithms of every run, at their moments, through the dispatcher."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -9,8 +10,9 @@ from dualtrain.algorithms import REGISTRY, build_algorithms
 from dualtrain.data.batches import Batch
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.mixing import STREAM_NUMBERS, Mixture, Slot, alpha_at
-from dualtrain.objectives import autoregressive, diffusion, masking_noise
-from dualtrain.recipe.schema import Recipe
+from dualtrain.objectives import autoregressive, diffusion, masking_noise, with_scheduled_rate
+from dualtrain.recipe.load import load_recipe
+from dualtrain.recipe.schema import RateSchedule, Recipe
 
 SPECIAL, MASK, SIZE, LENGTH = (0, 1, 2, 3, 4), 4, 60, 24
 
@@ -28,11 +30,11 @@ def make_recipe(**changes):
     return Recipe.model_validate(basis | changes)
 
 
-def make_batch(stream, first=0, count=4):
+def make_batch(stream, first=0, count=4, length=LENGTH):
     """Sequences first, first + 1, ... of a stream: the same whoever asks for them."""
     rows = [
         torch.randint(
-            5, SIZE, (LENGTH + 1,), generator=torch.Generator().manual_seed(100 * number + 7)
+            5, SIZE, (length + 1,), generator=torch.Generator().manual_seed(100 * number + 7)
         )
         for number in range(first, first + count)
     ]
@@ -41,9 +43,11 @@ def make_batch(stream, first=0, count=4):
     # Documents of nine tokens, the last one cut: `<s>` and eight inputs, then `</s>`.
     inputs[:, ::9] = 1
     targets[:, 8::9] = 2
-    documents = (torch.arange(LENGTH) // 9).int().expand(count, LENGTH)
+    documents = (torch.arange(length) // 9).int().expand(count, length)
     numbers = torch.arange(first, first + count)
-    return Batch(inputs, targets, documents, numbers, stream, ((0, 1, 2),) * count)
+    return Batch(
+        inputs, targets, documents, numbers, stream, (tuple(range(-(-length // 9))),) * count
+    )
 
 
 def make_state(recipe, slots=4):
@@ -71,9 +75,10 @@ def dispatcher(recipe, log=None):
     return Dispatcher(build_algorithms(recipe), logger=log or Log())
 
 
-def example_for(recipe, slot, batch, log=None):
+def example_for(recipe, slot, batch, log=None, step=0):
     """The example that a slot's batch becomes, before the model sees it."""
     state = make_state(recipe)
+    state.step = step
     state.slot, state.batch = slot, batch
     run = dispatcher(recipe, log)
     for event in (Event.BATCH_START, Event.BEFORE_FORWARD):
@@ -119,13 +124,16 @@ def test_ar_slots_get_clean_inputs_and_causal_attention():
 def test_diffusion_slots_are_corrupted_as_the_recipe_says(corruption, target):
     recipe = make_recipe(objective={"target": target, "corruption": {"name": corruption}})
     batch = make_batch("diffusion", first=12)
+    noise = masking_noise(5, "corruption", 1, range(12, 16), LENGTH, spans=True)
+    if corruption == "span":
+        noise = with_scheduled_rate(noise, RateSchedule(start=0.3, end=0.15), 0, 8)
     wanted = diffusion(
         batch.inputs,
         batch.targets,
         batch.document_ids,
         mask_id=MASK,
         special_ids=SPECIAL,
-        noise=masking_noise(5, "corruption", 1, range(12, 16), LENGTH, spans=True),
+        noise=noise,
         corruption=recipe.objective.corruption,
         target=target,
         vocab_size=SIZE,
@@ -133,6 +141,57 @@ def test_diffusion_slots_are_corrupted_as_the_recipe_says(corruption, target):
     example = example_for(recipe, slot("diffusion", first=12), batch)
     assert same(example, wanted) and example.attention == "full"
     assert not torch.equal(example.input_ids, batch.inputs)
+
+
+def chosen_by_gpt_bert(tokens, noise, row, rate, max_span):
+    """Positions of a row that GPT-BERT's recipe chooses at a rate, in plain Python."""
+    length = len(tokens)
+    order, lengths = noise.order[row].tolist(), noise.spans[0, row].tolist()
+    ratios = []
+    for number, chance in enumerate(lengths):
+        ratios += [order[number]] * (1 + int(max_span * chance))
+    ratios = [
+        ratios[i] if token not in SPECIAL else math.inf for i, token in enumerate(tokens.tolist())
+    ]
+    count = max(1, int(length * rate + noise.rounding[row].item()))
+    threshold = sorted(ratios)[count - 1]
+    return {i for i in range(length) if ratios[i] <= threshold}
+
+
+@pytest.mark.parametrize(
+    ("corruption", "start", "end", "max_span"),
+    [
+        (load_recipe("ablations/span-masking").recipe.objective.corruption, 0.3, 0.15, 3),
+        ({"name": "span", "rate": {"start": 0.1, "end": 0.5}, "max_span": 5}, 0.1, 0.5, 5),
+        ({"name": "uniform", "rate": {}}, 0.3, 0.15, 1),
+        ({"name": "uniform", "rate": {"start": 0.4}}, 0.4, 0.15, 1),
+    ],
+)
+def test_all_rows_of_a_step_have_the_rate_that_gpt_bert_has_there(corruption, start, end, max_span):
+    steps, count, length = 9, 16, 200
+    objective = {"target": "in_place", "corruption": corruption}
+    recipe = make_recipe(objective=objective, steps=steps)
+    batch = make_batch("diffusion", first=12, count=count, length=length)
+    noise = masking_noise(5, "corruption", 1, range(12, 12 + count), length, spans=True)
+    shares = []
+    for step in range(steps):
+        example = example_for(recipe, slot("diffusion", first=12), batch, step=step)
+        # In place, what is scored is what was chosen, whatever became of it.
+        chosen = example.weights > 0
+        rate = start + (end - start) * step / steps
+        for row, scored in enumerate(chosen):
+            expected = chosen_by_gpt_bert(batch.inputs[row], noise, row, rate, max_span)
+            assert set(scored.nonzero().flatten().tolist()) == expected
+            # The loss is a mean over them; the uniform corruption's is smoothed a little.
+            assert example.weights[row].sum().item() == pytest.approx(length, rel=2e-3)
+        counts = chosen.sum(dim=1)
+        # Rounding makes a difference of 1, and a last span is finished.
+        assert counts.max() - counts.min() <= max_span
+        shares.append(counts.double().mean().item() / length)
+    overshoot = (max_span - 1) / length
+    for step in (0, steps // 2, steps - 1):
+        rate = start + (end - start) * step / steps
+        assert rate - 0.005 < shares[step] < rate + overshoot + 0.005
 
 
 def test_masks_are_the_same_on_any_number_of_ranks_and_shared_by_none():
@@ -208,9 +267,11 @@ def test_input_masking_takes_its_share_of_sequences_whoever_runs_them():
     assert torch.equal(part, whole[40:44])
 
 
-def test_every_registered_algorithm_resumes_exactly():
+@pytest.mark.parametrize("corruption", ["uniform", "span"])
+def test_every_registered_algorithm_resumes_exactly(corruption):
     """Twice four steps with a new process between them, against eight steps in one go."""
     recipe = make_recipe(
+        objective={"corruption": {"name": corruption}},
         alpha={"name": "linear", "phases": [{"until": 1, "alpha": "1/4"}]},
         algorithms=[{"use": name} for name in REGISTRY],
     )

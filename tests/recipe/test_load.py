@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe import dump_recipe, load_recipe
-from dualtrain.recipe.schema import AlphaSchedule, Recipe, SpanCorruption
+from dualtrain.recipe.schema import AlphaSchedule, RateSchedule, Recipe, SpanCorruption
 
 MINIMAL = """\
 name: tiny
@@ -88,6 +88,10 @@ def test_shares_are_exact(tmp_path, text, alpha):
         ("optim.schedule.cool_down=0.1", "(did you mean cooldown?)"),
         ("objective.corruption={name: uniform, smothing: 1}", "(did you mean smoothing?)"),
         ("objective.corruption={name: uniform, max_span: 1}", "max_span: unknown key"),
+        (
+            "objective.corruption={name: span, rate: {strat: 0.2}}",
+            "rate.strat: unknown key — expected one of start, end (did you mean start?)",
+        ),
         ("algorithms=[{use: x, arg: {}}]", "algorithms.0.arg: unknown key"),
         ("alpha={name: linear, phases: [{until: 1, alpha: 1, x: 1}]}", "alpha.phases.0.x: unknown"),
         ("optim-lr=1", "optim-lr: unknown key"),
@@ -116,6 +120,15 @@ def test_shares_are_exact(tmp_path, text, alpha):
         ("optim.lr=0", "optim.lr: 0 is not allowed — expected a number > 0"),
         ("optim.lr=.inf", "optim.lr: inf is not allowed"),
         ("optim.lr=.nan", "optim.lr: nan is not allowed"),
+        (
+            "objective.corruption={name: span, rate: {start: 0}}",
+            "objective.corruption.rate.start: 0 is not allowed — expected a number in (0, 1]",
+        ),
+        (
+            "objective.corruption={name: uniform, rate: {end: 15}}",
+            "objective.corruption.rate.end: 15 is not allowed — expected a number in (0, 1]",
+        ),
+        ("objective.corruption={name: uniform, rate: 0.2}", "expected a section or null"),
         ("checkpoint.keep=1", "expected an integer >= 2 or null"),
         ("name=a b", "name: 'a b' is not allowed — expected text of letters, digits and ._- only"),
         ("alpha=3/2", "alpha: '3/2' is outside [0, 1] — expected a share in [0, 1] such as 1/8"),
@@ -135,7 +148,6 @@ def test_shares_are_exact(tmp_path, text, alpha):
             "steps: 10 steps of 4,194,304 tokens are not 2 repetitions of 5 unique",
         ),
         ("repetitions=null", "unique_tokens: the length of the run is open: only steps is given"),
-        ("objective.corruption={name: span, min_rate: 0.5}", "min_rate: 0.5 is above max_rate 0.3"),
         ("objective.corruption={name: span, keep_share: 0.95}", "is above 1"),
         (
             "alpha={name: phases, phases: [{until: 1/2, alpha: 1}, {until: 1/2, alpha: 0}]}",
@@ -312,6 +324,27 @@ def test_another_kind_starts_afresh(tmp_path):
     # The command line, too; without the rule, cooldown 0.5 would be refused as unused.
     recipe = load_recipe("base.yaml", ["optim.schedule.name=cosine"]).recipe
     assert recipe.optim.schedule.cooldown == 0.25
+
+
+def test_the_rate_of_a_corruption_may_be_given_in_part(tmp_path):
+    base = MINIMAL + "objective: {corruption: {name: uniform}}\n"
+    path = write(tmp_path / "base.yaml", base)
+    assert load_recipe(path).recipe.objective.corruption.rate is None
+    start = "objective.corruption.rate.start=0.4"
+    rate = load_recipe(path, [start]).recipe.objective.corruption.rate
+    assert rate == RateSchedule(start=0.4, end=0.15)
+    loaded = load_recipe("ablations/span-masking", [start])
+    assert loaded.recipe.objective.corruption.rate == rate
+    again = load_recipe(write(tmp_path / "dump.yaml", loaded.text))
+    assert again.recipe == loaded.recipe
+    falling = base.replace("uniform", "uniform, rate: {start: 0.5, end: 0.1}")
+    write(tmp_path / "falling.yaml", falling)
+    over = "extends: falling.yaml\nobjective: {corruption: {rate: {end: 0.2}}}\n"
+    rate = load_recipe(write(tmp_path / "over.yaml", over)).recipe.objective.corruption.rate
+    assert rate == RateSchedule(start=0.5, end=0.2)
+    over = over.replace("{end: 0.2}", "null")
+    corruption = load_recipe(write(tmp_path / "own.yaml", over)).recipe.objective.corruption
+    assert corruption.rate is None
 
 
 def test_errors_name_the_file_of_the_chain_where_the_key_stands(tmp_path):

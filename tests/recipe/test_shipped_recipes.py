@@ -133,7 +133,7 @@ def test_every_field_shown_has_a_comment(name):
 
 @pytest.mark.parametrize("name", [n for n in PAPER if n != "paper/470m"])
 def test_paper_recipes_show_only_their_difference(name):
-    allowed = {"name", "alpha", "repetitions", "objective.ar_weight"}
+    allowed = {"name", "alpha", "repetitions", "objective.ar_weight", "data.append_eos"}
     assert differences(name, "paper/470m") <= allowed
     text = (shipped.shipped_directory("recipes") / f"{name}.yaml").read_text()
     assert set(yaml.safe_load(text)) <= {"extends", "name", "alpha", "repetitions", "objective"}

@@ -20,6 +20,8 @@ from dualtrain.model.exported import is_exported, read_exported_config
 from dualtrain.model.imported import ImportedLM
 from dualtrain.model.imported_config import parse_config
 from dualtrain.model.initialize import initialize_parameter
+from dualtrain.model.norms import norm_parameters
+from dualtrain.norm_gains import set_type
 from dualtrain.pretrained import load_pretrained
 from dualtrain.recipe.estimates import model_sizes
 from dualtrain.recipe.schema import Recipe
@@ -61,6 +63,7 @@ def _build_own(recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object
     config = model_config(recipe, info)
     with nullcontext() if ds_config is None else partitioned_build(ds_config):
         model = DualLM(config, seed=recipe.seed)
+    set_type(norm_parameters(model), torch.float32)  # which partitioned_build may have made bf16
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "ds_id"):
             continue

@@ -12,16 +12,19 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from itertools import product
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from dualtrain.errors import UserError
 from dualtrain.launch import World
+from dualtrain.model.norms import norm_parameters
+from dualtrain.norm_gains import set_type, widen_groups
 from dualtrain.parameter_groups import ParameterGroup
 from dualtrain.peers import announce
 from dualtrain.recipe.schema import OptimSection
@@ -45,18 +48,24 @@ def build_optimizer(
     """Make DeepSpeed's Muon with AdamW beside it, or AdamW alone.
 
     The optimizer is an object, not a ds_config entry, because DeepSpeed would otherwise choose
-    Muon's matrices by their names.
+    Muon's matrices by their names. What a norm keeps in fp32 is in a group of its own, because
+    ZeRO's buffers are by group and of one type.
     """
     parameters = dict(model.named_parameters())
+    kept = {id(parameter) for parameter in norm_parameters(model)}
     options = []
-    for group in groups:
+    for group, is_kept in product(groups, (False, True)):
         members = [parameters[name] for name in group.names]
+        members = [member for member in members if (id(member) in kept) is is_kept]
+        if not members:
+            continue
         for member in members:
             # ZeRO reads the tag of the parameter, the optimizer that of the group.
             member.use_muon = group.uses_muon  # type: ignore[attr-defined]
         shared = {
             "params": members,
             "lr": optim.lr * group.lr_scale,
+            "lr_scale": group.lr_scale,
             "weight_decay": optim.weight_decay / group.lr_scale,
             "use_muon": group.uses_muon,
         }
@@ -72,14 +81,12 @@ def build_optimizer(
     return MuonWithAuxAdam(options, adam_optimizer=torch.optim.AdamW)
 
 
-def set_learning_rate(
-    engine: DeepSpeedEngine, groups: Sequence[ParameterGroup], learning_rate: float
-) -> None:
+def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     """Give every group its learning rate; takes effect in the next ``engine.step()``."""
     # Some of DeepSpeed's optimizers are not torch's, but all have its parameter groups.
     optimizer = cast("torch.optim.Optimizer", engine.optimizer)
-    for options, group in zip(optimizer.param_groups, groups, strict=True):
-        options["lr"] = learning_rate * group.lr_scale
+    for options in optimizer.param_groups:
+        options["lr"] = learning_rate * options["lr_scale"]
 
 
 def choose_device(world: World) -> torch.device:
@@ -209,12 +216,20 @@ def build_engine(
     """Wrap model and optimizer in DeepSpeed.
 
     Args:
-        model: On the rank's device, in fp32; DeepSpeed casts it for bf16.
+        model: On the rank's device, in fp32; DeepSpeed casts it for bf16, all but its norms.
         config: From ``recipe.merge``.
     """
     import deepspeed
     from deepspeed.runtime import torch_autocast
 
+    bfloat16 = config["bf16"]
+    assert isinstance(bfloat16, Mapping)
+    gains = norm_parameters(model) if bfloat16["enabled"] else []
+    with whole_parameters(gains):
+        values = [gain.detach().clone() for gain in gains]
+    for value in values:
+        torch.distributed.broadcast(value, src=0)  # as DeepSpeed does with whole parameters
+    set_type(gains, torch.bfloat16)
     # An earlier engine of this process that used autocast leaves a mark by which ZeRO would reduce
     # this one's gradients in bf16. To be removed when DeepSpeed keeps it in the engine.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -224,6 +239,12 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+    if gains:
+        widen_groups(engine, gains)
+        with torch.no_grad(), whole_parameters(gains):
+            for gain, value in zip(gains, values, strict=True):
+                gain.copy_(value)
+        cast("Any", engine.optimizer).refresh_fp32_params()  # the masters, from what computes
     return engine
 
 

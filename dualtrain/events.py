@@ -115,7 +115,7 @@ class State:
         model: The bare model; ``engine`` wraps it.
         step: Finished steps; the number of the one that runs.
         engine: DeepSpeed's engine, from FIT_START on.
-        optimizer_groups: How parameters are divided, in the engine's order; from FIT_START on.
+        optimizer_groups: Which parameters share a learning rate; from FIT_START on.
         alpha: AR share of this step, as ``mixture`` has it; for records and for algorithms.
         learning_rate: Of this step; each group multiplies it by its ``lr_scale``.
         slot: What this micro-batch is: its objective and its place in the step.

@@ -23,6 +23,8 @@ from dualtrain.errors import UserError
 from dualtrain.model.arithmetic import ImportedSizes
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
+from dualtrain.model.norms import norm_parameters
+from dualtrain.norm_gains import set_type
 from dualtrain.pretrained import NewRows, load_pretrained
 from dualtrain.recipe.estimates import VOCABULARY_MULTIPLE
 from dualtrain.recipe.merge import zero_stage
@@ -235,6 +237,7 @@ def build_imported(
         with partitioned_build(ds_config):
             model = ImportedLM(config)
         model.renew_rotary()
+        set_type(norm_parameters(model), torch.float32)  # as published, not made bf16
     else:
         with torch.device("meta"):
             model = ImportedLM(config)

@@ -31,6 +31,7 @@ from dualtrain.errors import UserError
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.launch import ALONE
 from dualtrain.model import DualOutput, resolve_backend
+from dualtrain.model.norms import cast_weights
 from dualtrain.non_finite import DIRECTORY, FORMAT, REPORT
 from dualtrain.recipe.derive import build_mixture, derive
 from dualtrain.recipe.load import load_recipe
@@ -263,7 +264,7 @@ class _Rerun:
         checkpoint.load_weights(directory, state.model)
         nn.Module.to(state.model, self.device)
         if self.bfloat16 == "weights":
-            nn.Module.to(state.model, torch.bfloat16)
+            cast_weights(state.model, torch.bfloat16)
         self.dispatcher.dispatch(Event.FIT_START, state)
         file = directory / f"rank-{state.rank:05d}.pt"
         begun = torch.load(file, map_location="cpu", weights_only=False)

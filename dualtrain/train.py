@@ -110,7 +110,7 @@ def train_step(run: Run) -> Verdict:
     run.losses.start_step(run.dispatcher.state_dict())
     run.meter.mark()
     run.dispatch(Event.STEP_START)
-    set_learning_rate(run.engine, state.optimizer_groups, state.learning_rate)
+    set_learning_rate(run.engine, state.learning_rate)
     for slots_left in reversed(range(run.slots_per_rank)):
         train_slot(run)
         acknowledge_signal(run)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dualtrain.mixing import Mixture, Slot
 from dualtrain.model import DualConfig, DualLM, DualOutput, muon_parameter_names, plan_attention
+from dualtrain.model.norms import cast_weights
 from dualtrain.objectives import Example
 from dualtrain.recipe.merge import bfloat16_mode, merge_settings
 from dualtrain.recipe.schema import ObjectiveSection, OptimSection
@@ -203,7 +204,7 @@ def _train(cell: Cell, dataset: Path, rank: int, world: int) -> Trained:
     dtype = torch.float32 if cell.precision == "fp32" else torch.bfloat16
     source = Slots(dataset, world * cell.accumulation)
     for step in range(cell.steps):
-        set_learning_rate(engine, groups, learning_rate(step))
+        set_learning_rate(engine, learning_rate(step))
         for slot in source.mixture.for_rank(step, rank, world):
             engine.backward(slot_loss(engine, source.example(slot), dtype) * slot.loss_scale)
             engine.step()
@@ -278,11 +279,11 @@ def reference(cell: Cell, ranks: int, dataset: Path) -> Trained:
     """What the cell must become: every slot in one process, the paper's update in fp32.
 
     The gradient is computed as the cell's precision says (in fp32, under autocast, or by a copy of
-    the weights in bf16), summed and averaged in fp32.
+    the matrices in bf16), summed and averaged in fp32.
     """
     model, trained = make_model(), Trained()
     if cell.bfloat16 == "weights":
-        model.bfloat16()
+        cast_weights(model, torch.bfloat16)
     parameters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     muon = muon_parameter_names(model) if cell.optimizer == "muon" else []
     standard = cell.newton_schulz == "standard"

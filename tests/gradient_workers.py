@@ -105,7 +105,7 @@ def train_cell(cell: Cell, rank: int, world_size: int) -> Trained:
     engine = build_engine(model, optimizer, cell.ds_config(world_size))
     gradients = Gradients(engine, clip_norm=cell.clip_norm)
     trained = Trained()
-    set_learning_rate(engine, groups, LEARNING_RATE)
+    set_learning_rate(engine, LEARNING_RATE)
     for step, scale in enumerate(LOSS_SCALES):
         for slot in range(rank, cell.accumulation * world_size, world_size):
             if slot >= world_size:

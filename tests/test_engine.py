@@ -61,7 +61,8 @@ def test_model_built_partitioned_is_the_same_model(tmp_path):
     """At stage 3 no rank ever holds the whole model, and nothing else is different."""
     precisions = ["fp32", "bf16"]
     results = on_ranks(partitioned_models, precisions, str(tmp_path), ranks=2, tmp_path=tmp_path)
-    for result in (cell for rank in results for cell in rank):
+    cells = [(p, cell) for rank in results for p, cell in zip(precisions, rank, strict=True)]
+    for precision, result in cells:
         assert result["largest"] == 0
         whole, partitioned = result["groups"]
         assert whole == partitioned
@@ -72,6 +73,9 @@ def test_model_built_partitioned_is_the_same_model(tmp_path):
             for name, value in whole.items():
                 # A partitioned model in bf16 is so from the start, a whole one from the engine on.
                 assert torch.equal(value.to(partitioned[name].dtype), partitioned[name]), name
+                if kind != "trained":
+                    kept = precision == "fp32" or "norm" in name
+                    assert (partitioned[name].dtype == torch.float32) is kept, name
         start, trained = result["values"][0], result["trained"][0]
         assert all(not torch.equal(start[name], value) for name, value in trained.items())
 

@@ -96,12 +96,13 @@ def test_learning_rate_and_weight_decay_of_every_group_in_the_engine(outcomes):
     for name in names:
         sizes[shapes[name]] = sizes.get(shapes[name], 0) + 1
     rest = sum(torch.Size(s).numel() for name, s in shapes.items() if name not in names)
+    gains = sum(torch.Size(s).numel() for name, s in shapes.items() if "norm" in name)
     for ranks in (1, 2):
         for cell, trained, _ in outcomes(ranks):
             if cell.optimizer == "adamw":
-                assert [uses_muon for *_, uses_muon in trained.groups] == [False]
+                assert [uses_muon for *_, uses_muon in trained.groups] == [False, False]
                 continue
-            *muon, adamw = trained.groups
+            *muon, adamw, norms = trained.groups
             for (shape, number), group in zip(sizes.items(), muon, strict=True):
                 elements, rate, decay, uses_muon = group
                 scale = muon_scale(*shape)
@@ -110,10 +111,11 @@ def test_learning_rate_and_weight_decay_of_every_group_in_the_engine(outcomes):
                 # Partitions are padded by a few numbers; stage 3 shows its own only while it steps.
                 share = number * shape[0] * shape[1] / (ranks if cell.stage else 1)
                 assert cell.stage == 3 or share <= elements <= share + 4 * ranks
-            elements, rate, decay, uses_muon = adamw
-            assert (rate, decay, uses_muon) == (7e-3, 0.1, False)
-            share = rest / (ranks if cell.stage else 1)
-            assert cell.stage == 3 or share <= elements <= share + 4 * ranks
+            for number, group in ((rest - gains, adamw), (gains, norms)):
+                elements, rate, decay, uses_muon = group
+                assert (rate, decay, uses_muon) == (7e-3, 0.1, False)
+                share = number / (ranks if cell.stage else 1)
+                assert cell.stage == 3 or share <= elements <= share + 4 * ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

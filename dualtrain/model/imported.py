@@ -24,6 +24,7 @@ from dualtrain.model.arithmetic import ImportedSizes
 from dualtrain.model.attention import AttentionPlan, plan_rows
 from dualtrain.model.imported_config import longest_row, remove_dropout
 from dualtrain.model.loss import OutputLayer
+from dualtrain.model.norms import exempt_norms
 from dualtrain.model.output import DualOutput, head_output
 from dualtrain.model.transformer import muon_parameter_names
 from dualtrain.randomness import generator
@@ -60,6 +61,7 @@ class ImportedLM(nn.Module):
         self._body_name: str = model.base_model_prefix
         self._head_name = _HEADS.get(config.model_type, "lm_head")
         self.add_module(self._body_name, model.base_model)
+        exempt_norms(self)
         head = model.get_output_embeddings()
         head.__class__ = OutputLayer  # the same matrix, with the loss inside
         self.add_module(self._head_name, head)

@@ -57,6 +57,8 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with gain, computed in float32 whatever comes in."""
 
+    keeps_float32 = True
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))

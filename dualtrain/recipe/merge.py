@@ -100,7 +100,8 @@ def merge_settings(
         "gradient_clipping": 0.0,
         **precision_settings(precision, given.stage),
     }
-    _raise_all(_conflicts(given.tree, settings))
+    mode = bfloat16_mode(precision, given.stage)
+    _raise_all([*_conflicts(given.tree, settings), *_check_types(given, mode)])
     free = given.tree.plain()
     assert isinstance(free, dict)
     for key, rule in RULES.items():
@@ -113,8 +114,9 @@ def merge_settings(
 def precision_settings(precision: Precision, stage: int) -> dict[str, object]:
     """The precision sections of DeepSpeed 0.19.8 that keep everything but the matrix products fp32.
 
-    fp32 master weights, accumulated gradients and momentum are what the method asks for, and
-    ``"bf16": {"enabled": true}`` alone gives none of the last two. What does depends on the stage:
+    fp32 master weights, accumulated gradients, momentum and norm gains are what the method asks
+    for, and ``"bf16": {"enabled": true}`` alone gives none of the last three. ``norm_gains`` sees
+    to the gains; what does for the others depends on the stage:
 
     - 1 and 3: bf16 weights with ``grad_accum_dtype`` fp32. At stage 1 this selects BF16_Optimizer.
       Momentum at stage 3 has the type of the communication, which is fp32 unless the ds_config
@@ -147,7 +149,7 @@ def zero_stage(config: Mapping[str, object]) -> int:
 
 
 def bfloat16_mode(precision: Precision, stage: int) -> BFloat16:
-    """How bf16 is used at a stage: ``weights`` casts the module, ``autocast`` keeps it in fp32."""
+    """How bf16 is used at a stage: ``autocast`` keeps the module in fp32, ``weights`` its norms."""
     if precision == "fp32":
         return "off"
     return "autocast" if stage in (0, 2) else "weights"
@@ -253,6 +255,16 @@ def _check_stage(zero: Located, stage: int) -> Iterator[UserError]:
         if given is not None and stage < lowest:
             where = f"{given.place}: zero_optimization.{section}"
             yield UserError(where, f"has no effect at stage {stage}", f"stage {lowest} or above")
+
+
+def _check_types(given: DsConfig, mode: BFloat16) -> Iterator[UserError]:
+    """What does not work where the norms of a bf16 module are fp32."""
+    name = "stage3_use_all_reduce_for_fetch_params"
+    zero = given.tree.child("zero_optimization")
+    node = zero.child(name) if zero else None
+    if given.stage == 3 and mode == "weights" and node is not None and node.value is True:
+        what = "true does not work in bf16: norms are fp32, and it fetches one type only"
+        yield UserError(f"{node.place}: zero_optimization.{name}", what, "false", "remove it")
 
 
 def _fits(node: Located, rule: Rule) -> bool:

@@ -180,6 +180,14 @@ def test_stage_3_never_scatters_gradients(tmp_path):
     assert "reduce_scatter: true does not work at stage 3" in error
 
 
+def test_parameters_of_two_types_are_not_fetched_by_all_reduce(tmp_path):
+    zero = {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}
+    asked = write(tmp_path, {"zero_optimization": zero})
+    (error,) = errors_of(asked, precision="bf16")
+    assert "fetch_params: true does not work in bf16" in error
+    assert merge(asked)["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] is True
+
+
 def test_values_that_repeat_the_recipe_are_accepted(tmp_path):
     values = {
         "zero_optimization": {"stage": 1},

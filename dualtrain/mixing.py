@@ -160,7 +160,7 @@ class Mixture:
         if self._constant is not None:
             return _nearest(step * self._constant * self._batches)
         further = max(0, step - self.steps)
-        last = self.alpha_at(self.steps - 1) if further else 0
+        last = self.alpha_at(self.steps - 1) if further else Fraction(0)
         return self._scheduled[step - further] + _nearest(further * last * self._batches)
 
     def diffusion_slots_before(self, step: int) -> int:

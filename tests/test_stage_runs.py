@@ -58,7 +58,7 @@ def test_what_was_changed_or_loaded_before_the_engine_counts(runs):
     def first(name: str) -> float:
         return records(runs[name])[0]["loss"]
 
-    assert first("shifted-3") != pytest.approx(first("plain"), rel=1e-3)
+    assert first("shifted-3") != pytest.approx(first("plain"), rel=1e-4)
     assert first("weights-3") < 0.99 * first("plain")
 
 

@@ -125,6 +125,8 @@ class Units:
 
     def lengths(self, units: np.ndarray) -> np.ndarray:
         """(n,) int64: positions of each of the units."""
+        if not len(self._further):
+            return self._subset.packed_lengths(units)
         number = units - self._subset.documents
         is_further = number >= 0
         lengths = self._first_piece(self._subset.packed_lengths(np.where(is_further, 0, units)))
@@ -181,7 +183,7 @@ class Rotation:
         self._mixture = mixture
         self._sequence_length = sequence_length
         self._seed = seed
-        self._starts = files.load("circle", 0, self._place)
+        self._starts = np.asarray(files.load("circle", 0, self._place))
         self._walked = lru_cache(maxsize=1 << 12)(self._count_walked)
 
     def start(self, unit: int) -> int:
@@ -208,13 +210,14 @@ class Rotation:
         The one that the arc's beginning cuts comes first, the one that its end cuts last, so that
         both are whole in the stream of the walker.
         """
-        starts = np.asarray(self._starts)[order]
-        stops = starts + self._units.lengths(order)
+        stops = self._starts + self._units.lengths(np.arange(self._units.count))
+        is_touched = (self._starts < end) & (stops > begin)
+        order = order[is_touched[order]]
+        starts, stops = self._starts[order], stops[order]
         begins, ends = np.maximum(starts, begin), np.minimum(stops, end)
         place = (ends < stops).astype(np.int8) - (begins > starts)
-        touched = np.flatnonzero(begins < ends)
-        touched = touched[np.argsort(place[touched], kind="stable")]
-        return order[touched], (ends - begins)[touched]
+        by_place = np.argsort(place, kind="stable")
+        return order[by_place], (ends - begins)[by_place]
 
     def _walks(self, stream: Stream) -> bool:
         return (stream == "ar") == self._mixture.ar_walks

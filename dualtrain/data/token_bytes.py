@@ -38,8 +38,9 @@ def token_bytes(tokenizer_file: Path, special_ids: Iterable[int]) -> np.ndarray:
 
 
 def _decoders(tokenizer: Tokenizer) -> set[str]:
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    return {decoder.get("type"), *(part["type"] for part in decoder.get("decoders", ()))}
+    decoder = json.loads(tokenizer.to_str())["decoder"]
+    parts = [] if decoder is None else [decoder, *decoder.get("decoders", ())]
+    return {part["type"] for part in parts}
 
 
 def _added_bytes(tokenizer: Tokenizer, token: int) -> int:

@@ -83,7 +83,7 @@ def test_verify_compares_lengths_and_vocabulary(tmp_path: Path) -> None:
         verify_dataset(path)
     text = str(caught.value)
     assert "adds up to 2,401 tokens — expected 2,400" in text
-    assert "document 30 has 40 tokens — expected 41" in text
+    assert "document 30 does not have the 41 tokens of lengths.npy" in text
     np.save(path / "train" / "lengths.npy", lengths)
     facts = json.loads((path / "dataset.json").read_text())
     (path / "dataset.json").write_text(json.dumps(facts | {"vocab_size": 60}))

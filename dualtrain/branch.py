@@ -17,6 +17,7 @@ from dualtrain.checkpoint import RECIPE, checkpoint_path, find_checkpoints, read
 from dualtrain.checkpoint_files import find_defects
 from dualtrain.data.corpus import read_corpus
 from dualtrain.errors import UserError
+from dualtrain.mixing import Mixture
 from dualtrain.progress.metrics import FILE_NAME, read_metrics
 from dualtrain.recipe.derive import CorpusFacts, build_mixture, run_length
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
@@ -109,7 +110,10 @@ def check_branch(recipe: Recipe, checkpoint: Path, corpus: CorpusFacts) -> list[
             "the same up to there",
             "keep steps, or give a schedule with the same values up to there",
         )
-    return [f"branches off from {checkpoint}", *_cooldown_note(parent, old, step)]
+    if before[1].rotates:
+        _check_pass(recipe, old.unique_tokens, step, before)
+    notes = (*_cooldown_note(parent, old, step), *_rate_note(recipe, old, new))
+    return [f"branches off from {checkpoint}", *notes]
 
 
 def inherit_metrics(parent: Path, run_dir: Path, step: int) -> None:
@@ -123,6 +127,35 @@ def inherit_metrics(parent: Path, run_dir: Path, step: int) -> None:
         return
     lines = [json.dumps(r) for r in read_metrics(source) if r["step"] <= step]
     (run_dir / FILE_NAME).write_text("".join(line + "\n" for line in lines))
+
+
+def _check_pass(recipe: Recipe, unique: int, step: int, before: Sequence[Mixture]) -> None:
+    """Check that the pass over the text in which a branch begins is shared as it was begun.
+
+    What of the text an objective has in a pass depends on alpha up to the pass's end.
+    """
+    per_step = recipe.global_batch * recipe.sequence_length
+    passes = -(-step * per_step // unique)
+    for end in range(passes + 1):
+        old, new = (m.ar_tokens(end * unique, recipe.sequence_length) for m in before)
+        if old != new:
+            last = -(-end * unique // per_step)
+            raise UserError(
+                "alpha",
+                f"its schedule gives AR {new:,} of the first {end * unique:,} tokens, the "
+                f"checkpoint's {old:,}: the objectives share pass {end} over the text by that",
+                f"the same up to step {last}, where that pass ends",
+                "branch off there, or give a schedule with the same values up to there",
+            )
+
+
+def _rate_note(recipe: Recipe, old: Length, new: Length) -> list[str]:
+    if recipe.objective.corruption.rate is None or old.steps == new.steps:
+        return []
+    return [
+        f"objective.corruption.rate is stretched over {new.steps} steps instead of {old.steps}, so "
+        "it jumps where the branch begins"
+    ]
 
 
 def _cooldown_note(parent: Recipe, length: Length, step: int) -> list[str]:

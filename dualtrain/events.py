@@ -119,7 +119,7 @@ class State:
         alpha: AR share of this step, as ``mixture`` has it; for records and for algorithms.
         learning_rate: Of this step; each group multiplies it by its ``lr_scale``.
         slot: What this micro-batch is: its objective and its place in the step.
-        batch: Clean sequences, (B, T+1) tokens, on the CPU.
+        batch: Clean sequences, (B, T) inputs and targets, on the CPU.
         example: What the model is given, on the CPU.
         output: What the model returned.
         loss: Scalar on the device; backward starts there.

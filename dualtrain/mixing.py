@@ -146,7 +146,8 @@ class Mixture:
     @property
     def key(self) -> str:
         """The same for mixtures with the same :meth:`ar_tokens` and :attr:`ar_walks`."""
-        return repr((self._constant, self._scheduled, self._batches, self.micro_batch))
+        last = self.alpha_at(self.steps - 1)
+        return repr((self._constant, self._scheduled, last, self._batches, self.micro_batch))
 
     def ar_slots_before(self, step: int) -> int:
         """AR slots in steps 0..step-1: floor(n·α·S + 1/2), or S a step in a weighted sum.

@@ -1,6 +1,6 @@
 """Random numbers that depend on nothing but their key.
 
-Data order, document groups and corruption draw from here, each with a purpose of its own. The
+Data order and corruption draw from here, each with a purpose of its own. The
 generators are counter-based and keyed by (seed, purpose, key), so that any process on any machine
 gets the same numbers for the same key, and no run ever has a generator's state to save.
 """

@@ -54,7 +54,7 @@ class Vocab:
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """What ends a text: its own end, or the beginning of the next document."""
+        """What ends a text: its own end, or, in imported models, the beginning of the next one."""
         return self.bos_id, self.eos_id
 
 

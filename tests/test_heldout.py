@@ -252,3 +252,11 @@ def test_the_record_holds_the_losses():
     assert held.pop("sequences") == 3
     assert record == {"kind": "eval", "step": 7, "elapsed_s": 8.0, **held}
     assert losses.metrics().items() <= record.items()
+
+
+def test_documents_of_which_nothing_is_scored_tell_nothing_of_the_error():
+    some = mean_and_error(np.array([2.0, 9.0, 0.0]), np.array([1.0, 3.0, 0.0]))
+    assert some == mean_and_error(np.array([2.0, 9.0]), np.array([1.0, 3.0]))
+    mean, error = mean_and_error(np.array([2.0, 0.0]), np.array([1.0, 0.0]))
+    assert mean == 2.0 and math.isnan(error)
+    assert all(map(math.isnan, mean_and_error(np.zeros(2), np.zeros(2))))

@@ -11,9 +11,10 @@ import torch
 from run_support import records, results, rewind, slots, train_on
 from safetensors.torch import load_file
 
-from dualtrain.branch import load_branch, read_parent
+from dualtrain.branch import check_branch, load_branch, read_parent
 from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
 from dualtrain.errors import UserError
+from dualtrain.recipe.derive import CorpusFacts
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 
 COMMON = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
@@ -315,6 +316,43 @@ def test_branch_is_refused_where_the_data_would_be_other(tiny, tmp_path):
     assert "steps: 8, and the branch begins after 8 — expected more" in refused[0]
     assert "alpha: checkpoint '3/8', recipe '1/2'" in refused[1]
     assert "its schedule is stretched over 12 steps instead of 8" in refused[2]
+
+
+PHASES = "alpha={name: phases, phases: [{until: %s, alpha: 1/4}, {until: 1, alpha: 3/4}]}"
+
+
+@pytest.mark.parametrize(
+    ("step", "until", "refused"),
+    [
+        # 16 steps, two passes of 8; alpha changes in step 12, in the second one.
+        (4, "3/4", False),
+        (8, "3/4", False),
+        (10, "3/4", False),
+        (4, "1/4", True),
+        (8, "1/4", True),
+        (4, "5/16", True),
+        (8, "5/16", True),
+        (4, "3/8", True),
+        (4, "1/2", False),
+        (10, "11/16", True),
+    ],
+)
+def test_a_branch_keeps_how_the_objectives_share_the_pass_it_begins_in(
+    tmp_path, step, until, refused
+):
+    """The checkpoint's alpha changes at 3/4 of 16 steps; the branch's at `until`, also of 16."""
+    length = ["steps=16", "unique_tokens=4096", "repetitions=null", "sequence_length=64"]
+    length += ["global_batch=8", "micro_batch=2"]
+    parent = load_recipe("quickstart", [*length, PHASES % "3/4"])
+    branch = load_recipe("quickstart", [*length, PHASES % until]).recipe
+    (tmp_path / "recipe.yaml").write_text(parent.text)
+    (tmp_path / "state.json").write_text(json.dumps({"step": step}))
+    corpus = CorpusFacts(tokens=100_000, documents=10, vocab_size=300)
+    try:
+        check_branch(branch, tmp_path, corpus)
+        assert not refused
+    except UserError as error:
+        assert refused and error.where == "alpha"
 
 
 def test_branch_from_a_recipe_of_another_version_is_refused_by_name(tmp_path):

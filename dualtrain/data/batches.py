@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.data.plan import Piece, Rotation, StreamPlan, Subset, Units, pieces_between
+from dualtrain.data.plan import (
+    DATA_ORDER,
+    Piece,
+    Rotation,
+    StreamPlan,
+    Subset,
+    Units,
+    pieces_between,
+)
 from dualtrain.data.plan_files import PlanFiles
 from dualtrain.errors import UserError
 from dualtrain.mixing import Mixture, Stream
@@ -92,10 +100,12 @@ class TrainingData:
         self.unique_tokens = subset.tokens
         self.documents = subset.documents
         units = Units(subset, sequence_length=sequence_length)
-        key = repr(
-            (dataset.info, seed, subset.tokens, sequence_length, append_eos, mixture.rotates)
-        )
-        files = _plan_files(plan_dir, subset.documents, key + mixture.key)
+        files = PlanFiles(None)
+        if plan_dir is not None and subset.documents > DOCUMENTS_IN_MEMORY:
+            facts = DATA_ORDER, dataset.info, seed, subset.tokens, sequence_length, append_eos
+            key = repr((*facts, mixture.rotates, mixture.key))
+            name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+            files = PlanFiles.open(plan_dir, name)
         rotation = None
         if mixture.rotates:
             rotation = Rotation(
@@ -179,12 +189,6 @@ class ValidationData:
             for n in self._windows[numbers.start : numbers.stop]
         ]
         return _pack(self.dataset, rows, "all", numbers, length)
-
-
-def _plan_files(plan_dir: Path | None, documents: int, key: str) -> PlanFiles:
-    if plan_dir is None or documents <= DOCUMENTS_IN_MEMORY:
-        return PlanFiles(None)
-    return PlanFiles.open(plan_dir, hashlib.blake2b(key.encode(), digest_size=8).hexdigest())
 
 
 def _pack(

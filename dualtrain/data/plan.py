@@ -33,6 +33,7 @@ DATA_ORDER = 2
 
 _CHUNK = 1 << 20
 _KEPT_PARTS = 4
+_LOOK_AHEAD = 64
 _LAST_EPOCH = 1 << 40
 _LARGEST_SHARE = 64
 _FEWEST_SEQUENCES = 16
@@ -190,7 +191,7 @@ class Rotation:
         """Where a unit begins on the circle."""
         return int(self._starts[unit])
 
-    def bounds(self, stream: Stream, epoch: int) -> int:
+    def epoch_start(self, stream: Stream, epoch: int) -> int:
         """Position of a stream at which an epoch begins."""
         walked = self._walked(epoch)
         return walked if self._walks(stream) else epoch * self._units.tokens - walked
@@ -273,7 +274,7 @@ class StreamPlan:
         """Stream position at which an epoch begins."""
         if self._rotation is None:
             return epoch * self._units.tokens
-        return self._rotation.bounds(self.stream, epoch)
+        return self._rotation.epoch_start(self.stream, epoch)
 
     def epoch_at(self, position: int) -> int:
         """The epoch that a stream position belongs to; one in which the stream is empty has none.
@@ -363,7 +364,10 @@ class StreamPlan:
     def _order(self, part: int) -> np.ndarray:
         if part not in self._orders:
             self._orders[part] = self._files.load(self.stream, part, self._builder(part))
-            self._files.build_ahead(self.stream, part + 1, self._builder(part + 1))
+            for following in range(part + 1, part + 1 + _LOOK_AHEAD):
+                if self._start(following) < self._start(following + 1):
+                    self._files.build_ahead(self.stream, following, self._builder(following))
+                    break
             self._files.remove_below(self.stream, part - 2)
         while len(self._orders) > _KEPT_PARTS:
             self._orders.popitem(last=False)

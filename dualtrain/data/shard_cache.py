@@ -126,24 +126,16 @@ class ShardCache:
             self._ahead[key] = self._pool.submit(self._fetch_locked, split, shard)
 
     def fetch_all(self, split: Split, shards: Sequence[Shard]) -> None:
-        """Fetch shards one after another in the background, if there is room for the dataset.
+        """Fetch shards one after another in the background: those of the unique tokens.
 
         The processes of a machine begin at different shards, and leave alone what another fetches.
 
         Raises:
-            UserError: The disk has no room for them: they are all read, again and again.
+            UserError: There is no room for them: they are all read, again and again.
         """
-        if self._background is not None or not self._has_room_for_all():
+        if self._background is not None:
             return
-        needed = sum(shard.bytes for shard in shards if not self.is_local(split, shard))
-        if needed > (free := shutil.disk_usage(self.path).free):
-            raise UserError(
-                str(self.path),
-                f"has {free / 2**30:.3g} GiB free, and the shards of the unique tokens that are "
-                f"still to be fetched take {needed / 2**30:.3g} GiB",
-                "room for all of them, since sequences come from all of them in random order",
-                "set data.path to a larger disk, or use fewer unique tokens",
-            )
+        self._check_room(split, shards)
         first = len(shards) * self._reader // self._readers
         order = [*shards[first:], *shards[:first]]
         self._background = threading.Thread(
@@ -284,16 +276,35 @@ class ShardCache:
     def _room(self) -> contextlib.AbstractContextManager[None]:
         return locked(self._state / "room.lock")
 
-    def _has_room_for_all(self) -> bool:
-        return self._limit is None or sum(self._sizes()) <= self._limit
+    def _check_room(self, split: Split, shards: Sequence[Shard]) -> None:
+        """Refuse a limit, or a disk, that cannot hold shards and the other splits' together."""
+        others = sum(
+            size for other in self._splits if other != split for size in self._sizes(other)
+        )
+        needed = sum(shard.bytes for shard in shards) + others
+        if self._limit is not None and needed > self._limit:
+            raise UserError(
+                "data.cache_limit_gib",
+                f"{self._limit / 2**30:.3g}, but the shards of the unique tokens and of held-out "
+                f"text take {needed / 2**30:.3g} GiB, and sequences come from all of them in "
+                "random order: shards would be fetched again in every step",
+                f"{1.001 * needed / 2**30:.4g} or more, or null",
+                "or use fewer unique tokens, such as by more repetitions",
+            )
+        missing = sum(shard.bytes for shard in shards if not self.is_local(split, shard))
+        if missing > (free := shutil.disk_usage(self.path).free):
+            raise UserError(
+                str(self.path),
+                f"has {free / 2**30:.3g} GiB free, and the shards of the unique tokens that are "
+                f"still to be fetched take {missing / 2**30:.3g} GiB",
+                "room for all of them, since sequences come from all of them in random order",
+                "set data.path to a larger disk, or use fewer unique tokens",
+            )
 
-    def _sizes(self) -> list[int]:
-        """Bytes of every shard of the dataset."""
-        return [
-            entry["raw_data"]["bytes"]
-            for split in self._splits
-            for entry in json.loads((self.path / split / INDEX_FILE).read_bytes())["shards"]
-        ]
+    def _sizes(self, split: str) -> list[int]:
+        """Bytes of every shard of a split."""
+        index = json.loads((self.path / split / INDEX_FILE).read_bytes())
+        return [entry["raw_data"]["bytes"] for entry in index["shards"]]
 
     def _check_limit(self) -> None:
         if self._limit is None:
@@ -305,7 +316,7 @@ class ShardCache:
                 f"would remove shards of {self.path}, which was not fetched from data.remote",
                 "null, or another data.path",
             )
-        if (largest := max(self._sizes())) > self._limit:
+        if (largest := max(n for split in self._splits for n in self._sizes(split))) > self._limit:
             raise UserError(
                 where,
                 f"{self._limit / 2**30:.3g} GiB ({self._limit:,} bytes) has no room for the "

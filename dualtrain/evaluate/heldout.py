@@ -302,7 +302,7 @@ def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tu
     """
     if not counts.any():
         return math.nan, math.nan
-    mean, number = sums.sum() / counts.sum(), len(sums)
+    mean, number = sums.sum() / counts.sum(), np.count_nonzero(counts)
     if number < 2:
         return float(mean), math.nan
     spread = np.square(sums - mean * counts).sum() * number / (number - 1)

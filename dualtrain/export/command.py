@@ -143,7 +143,7 @@ def export_checkpoint(
 
 def _generation(config: PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
     """How ``generate`` begins and ends a text, and what it never writes."""
-    # The beginning of the next document ends a text, too.
+    # The beginning of the next document ends a text, too, where a model was taught to write it.
     ends = [info.eos_id, info.bos_id]
     never = {*info.special_ids, *range(info.vocab_size, config.vocab_size)} - {*ends}
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, floor
+from math import floor
 from typing import TYPE_CHECKING
 
 from dualtrain.errors import UserError
@@ -87,7 +87,6 @@ class Derived:
         diffusion_slots: Of the run.
         rotates: Whether the objectives share each pass over the text.
         ar_passes: AR passes over a token, on average.
-        ar_passes_range: Fewest and most over a token.
         zero_stage: Of the ds_config.
         world_size: Ranks that the memory is for.
         imported: Family of an imported model, and what becomes of it; None for our own.
@@ -109,7 +108,6 @@ class Derived:
     diffusion_slots: int
     rotates: bool
     ar_passes: float
-    ar_passes_range: tuple[int, int]
     zero_stage: int
     world_size: int
     imported: tuple[str, str] | None
@@ -171,7 +169,6 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         diffusion_slots=diffusion_slots,
         rotates=mixture.rotates,
         ar_passes=float(passes),
-        ar_passes_range=(floor(passes), ceil(passes)),
         zero_stage=ds_config.stage,
         world_size=world_size or 1,
         imported=imported,
@@ -347,11 +344,11 @@ def _check_cache(recipe: Recipe, length: Length, corpus: CorpusFacts | None) -> 
     if needed > limit:
         raise UserError(
             "data.cache_limit_gib",
-            f"{limit:.3g}, but the {length.unique_tokens:,} unique tokens take {needed:.3g} GiB, "
-            "and sequences come from all of them in random order: shards would be fetched for "
-            "every step again",
-            f"{1.05 * needed:.3g} or more, or null",
-            "or fewer unique tokens, such as by more repetitions",
+            f"{limit:.3g}, but the {length.unique_tokens:,} unique tokens take {needed:.3g} GiB "
+            "and more, and sequences come from all of them in random order: shards would be "
+            "fetched again in every step",
+            "room for all of them, or null",
+            "or use fewer unique tokens, such as by more repetitions",
         )
 
 

@@ -87,7 +87,8 @@ def _passes_reason(recipe: Recipe, length: Length, mixture: Mixture, passes: Fra
     tokens = int(more * length.unique_tokens)
     reason = f"{fewest} over every token"
     if tokens:
-        reason += f", {fewest + 1} over {tokens:,} ({float(100 * more):.3g} %) of them"
+        some = f"{fewest + 1} over {tokens:,} ({float(100 * more):.3g} %) of them"
+        reason = f"{reason}, {some}" if fewest else f"{some}, none over the others"
     if mixture.rotates:
         return f"{reason}; the objectives share each pass over the text"
     if mixture.ar_slots_before(mixture.steps) in (0, mixture.steps * mixture.slots_per_step):

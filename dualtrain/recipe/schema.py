@@ -213,7 +213,8 @@ class DataSection(Section):
     cache_limit_gib: float | None = Field(
         default=None,
         gt=0,
-        description="GiB of shards of `remote` kept in `path`, on each machine; null: no limit.",
+        description="Most GiB of shards of `remote` in `path`, on each machine; those of the "
+        "unique tokens have to fit. null: no limit.",
     )
 
 

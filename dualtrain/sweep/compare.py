@@ -90,6 +90,16 @@ def compare_runs(options: Options) -> dict[str, Any]:
         choose(options.device)  # a device that is not there is no reason to leave intervals out
     notes: list[str] = []
     losses = _document_losses(runs, names, options, notes)
+    earlier = [
+        name
+        for name, run in zip(names, runs, strict=True)
+        if run.evals and "documents" not in run.evals[-1]
+    ]
+    if 0 < len(earlier) < len(names):
+        notes.append(
+            f"{', '.join(earlier)}: trained by an earlier version, in another order of the data, "
+            "and scored otherwise; only the differences over documents are of one scoring"
+        )
     result = {
         "format": 1,
         "runs": {

@@ -18,6 +18,7 @@ from typing import IO, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from dualtrain.data.plan import DATA_ORDER
 from dualtrain.disk import write_json, write_text
 from dualtrain.errors import UserError
 from dualtrain.recipe.yaml_source import load, shown
@@ -63,6 +64,7 @@ class Listing(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     version: Literal[1] = 1
+    data_order: int = 1
     source: str = ""
     keys: Annotated[list[str], AfterValidator(_each_once)] = []
     points: Annotated[list[PlainName], AfterValidator(_each_once)] = []
@@ -84,7 +86,8 @@ def check(sweep: Sweep) -> Listing:
     if (directory / SWEEP).is_file():
         before = read_listing(directory)
     else:
-        before = Listing(points=[p.label for p in sweep.points if (p.directory / POINT).is_file()])
+        points = [p.label for p in sweep.points if (p.directory / POINT).is_file()]
+        before = Listing(points=points, data_order=DATA_ORDER)
         # Of a list that another job of an array is writing, or was killed while it did.
         names = [path.name for path in (directory.iterdir() if directory.exists() else ())]
         if not before.points and any(not name.startswith((SWEEP, _LOCK)) for name in names):
@@ -94,6 +97,14 @@ def check(sweep: Sweep) -> Listing:
                 "a new directory, or a sweep's",
                 "choose another with --dir",
             )
+    if before.points and before.data_order != DATA_ORDER:
+        raise UserError(
+            str(directory),
+            "has points that an earlier version trained, which read the text in another order and "
+            "scored it otherwise: new ones would not compare",
+            "a new directory",
+            "choose another with --dir",
+        )
     _check_same_recipe(sweep, before.points, _all_keys(before, sweep))
     return before
 
@@ -115,7 +126,12 @@ def prepare(sweep: Sweep) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = read_listing(sweep.directory) if path.is_file() else before
             points = list(dict.fromkeys([*before.points, *(p.label for p in sweep.points)]))
-            now = Listing(source=sweep.source, keys=_all_keys(before, sweep), points=points)
+            now = Listing(
+                data_order=DATA_ORDER,
+                source=sweep.source,
+                keys=_all_keys(before, sweep),
+                points=points,
+            )
             write_json(path, now.model_dump())
     except OSError as error:
         what = f"cannot be made: {error.strerror}"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualtrain.data.locks import locked
-from dualtrain.data.plan import StreamPlan, Subset, Units, pieces_between
-from dualtrain.data.plan_files import PlanFiles
+from dualtrain.data.plan import Rotation, StreamPlan, Subset, Units, pieces_between
+from dualtrain.data.plan_files import Build, PlanFiles
 from dualtrain.errors import UserError
+from dualtrain.mixing import Mixture, Stream
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,6 +105,37 @@ def test_array_is_built_once_by_many_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(timeout=30)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize("alpha", [None, Fraction(1, 2), Fraction(7, 8), Fraction(1, 40)])
+def test_what_is_built_ahead_is_what_is_read_next(
+    tmp_path: Path, alpha: Fraction | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first part no stream waits for another, and no file is empty."""
+    subset = Subset(np.full(200, 9), unique_tokens=None, append_eos=False)
+    units = Units(subset, sequence_length=16)
+    files, rotation, waited = PlanFiles(tmp_path), None, []
+    if alpha is not None:
+        mixture = Mixture(alpha=alpha, steps=400, slots=2, micro_batch=2, rotation=True)
+        rotation = Rotation(units, mixture=mixture, sequence_length=16, seed=0, files=files)
+    load = PlanFiles.load
+
+    def watched(self: PlanFiles, kind: str, number: int, build: Build) -> np.ndarray:
+        if (kind, number) not in self._ahead:
+            waited.append(number)
+        return load(self, kind, number, build)
+
+    monkeypatch.setattr(PlanFiles, "load", watched)
+    streams: tuple[Stream, ...] = ("ar", "diffusion") if alpha else ("all",)
+    for stream in streams:
+        waited.clear()
+        plan = StreamPlan(
+            units, stream=stream, rotation=rotation, sequence_length=16, seed=0, files=files
+        )
+        for index in range(20 if stream == "ar" else 600):
+            plan.sequence(index)
+        assert len(waited) == 1
+    assert all(np.load(file).size for file in tmp_path.glob("*-*.npy"))
 
 
 def test_next_array_is_built_ahead(tmp_path: Path) -> None:

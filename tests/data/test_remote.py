@@ -419,6 +419,29 @@ def test_a_disk_too_small_for_the_unique_tokens_is_refused(
     dataset.close()
 
 
+def test_a_limit_has_to_hold_the_shards_of_the_unique_tokens(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole shards with what is beside tokens in them, and held-out text; other shards need not."""
+    held_out = sum(shard.bytes for shard in TokenDataset.open(original, "val").shards)
+    shards = TokenDataset.open(original).shards
+    documents = sum(shard.documents for shard in shards[:2]) + 1
+    needed = sum(shard.bytes for shard in shards[:3]) + held_out
+    small = opened(str(original), tmp_path / "small", limit_bytes=needed - 1)
+    with pytest.raises(UserError, match="the shards of the unique tokens and") as caught:
+        small.prepare_all(documents)
+    assert caught.value.where == "data.cache_limit_gib"
+    small.close()
+    dataset = opened(str(original), tmp_path / "copy", limit_bytes=needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="GiB free"):
+        dataset.prepare_all(documents)
+    monkeypatch.undo()
+    dataset.prepare_all(documents)
+    wait_for(lambda: len(shards_in(tmp_path / "copy")) == 3)
+    dataset.close()
+
+
 def test_unwritable_copy(original: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot hold a copy of the dataset"):

@@ -53,6 +53,19 @@ def test_a_list_of_points_that_is_no_list_of_points(made: Path, change: dict, me
     assert said.startswith(f"{file}: is damaged: ") and message in said and "remove the" in said
 
 
+def test_points_of_an_earlier_order_of_the_data_are_not_added_to(made: Path) -> None:
+    file, sweep = made / "sweep.json", load_sweep(str(made.parent / "sweep.yaml"), directory=made)
+    content = json.loads(file.read_text())
+    assert check(sweep).points == content["points"]
+    del content["data_order"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match="an earlier version trained, which read the text in another"
+    ):
+        prepare(sweep)
+    read_sweep(made)  # to look at them is another matter
+
+
 def test_a_list_of_points_that_was_removed_is_written_again(made: Path) -> None:
     file = made / "sweep.json"
     before = json.loads(file.read_text())

@@ -1,6 +1,7 @@
 """Settings that must be in place before torch is imported, and fixtures of several files."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -9,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # With AMX, how a bf16 product on a CPU is rounded depends on the shapes beside it, and Muon's bf16
 # iteration no longer equals the references to the last bits.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# A suite that a script starts in the background is told to ignore Ctrl-C, and so would be the runs
+# that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pathlib import Path
 

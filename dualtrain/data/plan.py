@@ -29,11 +29,14 @@ from dualtrain.mixing import STREAM_NUMBERS, Mixture, Stream
 from dualtrain.randomness import KeyedPermutation, generator
 
 DATA_ORDER = 2
-"""Raised when the same recipe gives other sequences: runs of another order cannot go on."""
+"""Version of the order: one more whenever a recipe comes to give other sequences than before.
+
+Runs, sweeps and plan files of another version are not gone on with.
+"""
 
 _CHUNK = 1 << 20
 _KEPT_PARTS = 4
-_LOOK_AHEAD = 64
+_LOOK_AHEAD = 64  # parts in which the next that is not empty is looked for
 _LAST_EPOCH = 1 << 40
 _LARGEST_SHARE = 64
 _FEWEST_SEQUENCES = 16

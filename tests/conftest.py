@@ -1,7 +1,6 @@
 """Settings that must be in place before torch is imported, and fixtures of several files."""
 
 import os
-import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -10,14 +9,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # With AMX, how a bf16 product on a CPU is rounded depends on the shapes beside it, and Muon's bf16
 # iteration no longer equals the references to the last bits.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-# A suite that a script starts in the background is told to ignore Ctrl-C, and so would be the runs
-# that tests send it to.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# The processes that compile would be taken for those that a test left behind.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from process_support import HangWatcher, ending_processes, hear_signals, mark_children
+
+hear_signals()
+mark_children()
+
+
+@pytest.fixture(scope="session")
+def hang_watcher() -> HangWatcher:
+    watcher = HangWatcher()
+    watcher.start()
+    return watcher
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_ends_its_processes(hang_watcher: HangWatcher) -> Iterator[None]:
+    with ending_processes(hang_watcher):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def test_ends_its_processes(hang_watcher: HangWatcher) -> Iterator[None]:
+    with ending_processes(hang_watcher):
+        yield
 
 
 @pytest.fixture(scope="session")

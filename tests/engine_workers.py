@@ -57,7 +57,7 @@ def train_cases(cases: list[tuple[int, str, str]], slots: int) -> list[dict[str,
     from deepspeed.utils import safe_get_full_fp32_param
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     rank, world = dist.get_rank(), dist.get_world_size()
     results = []
     for stage, precision, name in cases:
@@ -125,7 +125,7 @@ def partitioned_models(precisions: list[str], folder: str) -> list[dict[str, obj
     import torch.distributed as dist
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     rank, world = dist.get_rank(), dist.get_world_size()
     results = [_whole_and_partitioned(p, Path(folder), rank, world) for p in precisions]
     leave_distributed()

@@ -179,7 +179,7 @@ def train_cells(cells: list[Cell], dataset: Path) -> list[Trained]:
     from dualtrain.engine import init_distributed, leave_distributed, prepare_process
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     results = [_train(cell, dataset, dist.get_rank(), dist.get_world_size()) for cell in cells]
     leave_distributed()
     return results

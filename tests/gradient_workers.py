@@ -88,7 +88,7 @@ def train_cells(cells: list[Cell]) -> list[Trained]:
     import torch.distributed as dist
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     results = [train_cell(cell, dist.get_rank(), dist.get_world_size()) for cell in cells]
     leave_distributed()
     return results

@@ -125,7 +125,7 @@ micro_batch: 1
 data: {{path: {data}}}
 model: {{hf: {hf}}}
 optim: {{newton_schulz: gram, lr: 2e-3}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
+engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 eval: {{sequences: 10}}
 progress: {{interval_steps: 1}}
 sample: {{tokens: 3, infill: "a <mask:2> list"}}

@@ -74,7 +74,7 @@ def start(
 
 def wait_for_end_of_group(group: int) -> None:
     """The workers of a killed conversion end by themselves."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 100
     while time.monotonic() < until:
         try:
             os.killpg(group, 0)

@@ -88,8 +88,7 @@ def on_forks(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=100)
-        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
     return [
         pickle.loads((tmp_path / f"result-{rank}.pickle").read_bytes()) for rank in range(ranks)

@@ -24,7 +24,7 @@ def deepspeed_differences(cases: list[tuple[int, str, bool]]) -> list[tuple[floa
     import torch.distributed as dist
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     import deepspeed
 
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -89,7 +89,7 @@ def run_all(cases: list[tuple[str, tuple[int, ...]]]) -> list[int]:
     from dualtrain.train import train
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=100)
+    init_distributed(timeout_s=600)
     codes = []
     for text, without in cases:
         recipe = Recipe.model_validate(yaml.safe_load(text))
@@ -123,8 +123,8 @@ def vote() -> list[tuple[bool, bool]]:
     from dualtrain.engine import init_distributed, leave_distributed
     from dualtrain.signals import StepVote
 
-    init_distributed(timeout_s=100)
-    rank, ballot = dist.get_rank(), StepVote(timeout_s=100)
+    init_distributed(timeout_s=600)
+    rank, ballot = dist.get_rank(), StepVote(timeout_s=600)
     verdicts = []
     if rank == 1:
         ballot.signal_received = 15

@@ -115,7 +115,7 @@ def train_cells(cells: list[Cell], folder: Path) -> list[Trained]:
     from dualtrain.engine import init_distributed, leave_distributed, prepare_process
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     world = current_world()
     assert world is not None
     results = [_train(cell, folder / str(n), world) for n, cell in enumerate(cells)]

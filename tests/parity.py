@@ -42,9 +42,7 @@ def compare(ranks: int, dataset: Path) -> Iterator[tuple[Cell, Trained, Trained]
     for first in range(0, len(cells), CELLS_A_LAUNCH):
         some = cells[first : first + CELLS_A_LAUNCH]
         with tempfile.TemporaryDirectory() as folder:
-            trained = on_ranks(
-                train_cells, some, dataset, ranks=ranks, tmp_path=Path(folder), timeout_s=900
-            )[0]
+            trained = on_ranks(train_cells, some, dataset, ranks=ranks, tmp_path=Path(folder))[0]
         for cell, result in zip(some, trained, strict=True):
             # The reference knows nothing of stages or offloading.
             key = (cell.accumulation, cell.newton_schulz, cell.bfloat16, cell.optimizer)

@@ -95,9 +95,7 @@ class Table:
         for ranks, recipe in recipes:
             by_ranks[ranks].append(recipe.text)
         for ranks, texts in by_ranks.items():
-            outcomes = on_ranks(
-                train_all, texts, ranks=ranks, tmp_path=self._folder, timeout_s=3600
-            )
+            outcomes = on_ranks(train_all, texts, ranks=ranks, tmp_path=self._folder)
             if any(outcome != [0] * len(texts) for outcome in outcomes):
                 raise SystemExit(f"on {ranks} ranks: {outcomes}")
             print(f"{len(texts)} runs on {ranks} ranks", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ micro_batch: 1
 data: {{path: {data}}}
 model: {{layers: 2, width: 32, heads: 2, mlp_width: 48, head: paper}}
 optim: {{newton_schulz: gram, lr: 2e-3}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
+engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 eval: {{sequences: 10}}
 progress: {{interval_steps: 1}}
 sample: {{tokens: 3, infill: "a <mask:2> list"}}
@@ -95,5 +95,4 @@ def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Comp
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
     )

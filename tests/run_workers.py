@@ -26,7 +26,7 @@ def train_all(texts: list[str]) -> list[int | str]:
     from dualtrain.train import train
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=100)
+    init_distributed(timeout_s=600)
     outcomes: list[int | str] = []
     for text in texts:
         try:

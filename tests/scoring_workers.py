@@ -76,7 +76,7 @@ def score_on_ranks(modes: list[str], limit: int) -> tuple[list[list[Score]], lis
     import torch.distributed as dist
 
     prepare_process(compile_model=False)
-    init_distributed(timeout_s=60)
+    init_distributed(timeout_s=600)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = {"rank": rank, "world_size": world_size}
     notes: list[str] = []

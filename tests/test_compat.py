@@ -27,7 +27,7 @@ ABSENT = "import sys; sys.modules['torchvision'] = None"
 
 def run(*lines: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.strip()

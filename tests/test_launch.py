@@ -107,11 +107,9 @@ def test_failing_rank_ends_the_others_and_is_shown_once(tmp_path, capfd):
             print("the reason")
             sys.exit(7)
         open("pid", "w").write(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(10**6)
         """
-    start = time.monotonic()
     assert run_ranks(script(tmp_path, body), ranks=2, log_dir=tmp_path / "logs") == 7
-    assert time.monotonic() - start < 20
     error = capfd.readouterr().err
     assert error.count("the reason") == 1
     assert "rank 1 failed (exit 7)" in error
@@ -130,7 +128,7 @@ def test_same_mistake_on_every_rank_is_shown_by_rank_0_only(tmp_path, capfd):
 
 
 def test_killed_rank_gives_128_plus_signal(tmp_path, capfd):
-    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(10**6)"
     assert run_ranks(script(tmp_path, body), ranks=2, log_dir=tmp_path / "logs") == 137
     assert "rank 1 was killed by signal 9" in capfd.readouterr().err
 
@@ -147,10 +145,9 @@ def start_parent(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", PARENT, *command])
 
 
-def wait_for(*names: str) -> None:
-    deadline = time.monotonic() + 30
+def wait_for(parent: subprocess.Popen, *names: str) -> None:
     while not all(Path(name).exists() and Path(name).read_text() for name in names):
-        assert time.monotonic() < deadline
+        assert parent.poll() is None
         time.sleep(0.02)
 
 
@@ -176,36 +173,34 @@ GRACEFUL = """
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_reaches_each_rank_once_and_its_code_comes_back(tmp_path, number):
     parent = start_parent(script(tmp_path, GRACEFUL))
-    wait_for("pid-0", "pid-1")
+    wait_for(parent, "pid-0", "pid-1")
     parent.send_signal(number)
-    wait_for("signals-0", "signals-1")
+    wait_for(parent, "signals-0", "signals-1")
     Path("finish").touch()
-    assert parent.wait(30) == 75
+    assert parent.wait() == 75
     assert [Path(f"signals-{rank}").read_text() for rank in range(2)] == ["x", "x"]
 
 
 def test_second_signal_stops_at_once(tmp_path):
     parent = start_parent(script(tmp_path, GRACEFUL))
-    wait_for("pid-0", "pid-1")
+    wait_for(parent, "pid-0", "pid-1")
     parent.send_signal(signal.SIGINT)
-    wait_for("signals-0", "signals-1")
+    wait_for(parent, "signals-0", "signals-1")
     parent.send_signal(signal.SIGTERM)  # the same stop, by another way
     time.sleep(SAME_SIGNAL_S + 0.2)
     assert parent.poll() is None
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(30) == 128 + signal.SIGTERM
+    assert parent.wait() == 128 + signal.SIGTERM
     assert not any(is_alive(int(Path(f"pid-{rank}").read_text())) for rank in range(2))
 
 
 def test_killed_parent_leaves_no_process(tmp_path):
     parent = start_parent(script(tmp_path, GRACEFUL))
-    wait_for("pid-0", "pid-1")
+    wait_for(parent, "pid-0", "pid-1")
     parent.kill()
-    parent.wait(30)
-    deadline = time.monotonic() + 10
+    parent.wait()
     pids = [int(Path(f"pid-{rank}").read_text()) for rank in range(2)]
     while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -285,7 +280,7 @@ cli.main()
 
 def shell(line: str) -> subprocess.CompletedProcess:
     Path("talk.py").write_text(CLI)
-    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True)
 
 
 def test_closed_output_changes_nothing():

@@ -27,7 +27,7 @@ CELLS = (
 def outcomes(tmp_path_factory) -> list[tuple[Cell, Trained]]:
     """Each cell on two ranks, and what both saw of it."""
     folder = tmp_path_factory.mktemp("norm-gains")
-    ranks = on_ranks(train_cells, CELLS, folder, ranks=2, tmp_path=folder, timeout_s=400)
+    ranks = on_ranks(train_cells, CELLS, folder, ranks=2, tmp_path=folder)
     return [(cell, found) for rank in ranks for cell, found in zip(CELLS, rank, strict=True)]
 
 

@@ -131,12 +131,11 @@ def test_signal_saves_and_the_same_command_continues(tiny, tmp_path):
         text=True,
     )
     metrics = stopped.recipe.directory / "metrics.jsonl"
-    deadline = time.monotonic() + 90
     while not metrics.exists() or metrics.read_text().count('"train"') < 2:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "stopped by a signal" in output
     done = len(records(stopped))

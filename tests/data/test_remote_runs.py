@@ -28,7 +28,7 @@ global_batch: 8
 micro_batch: 1
 data: {{path: {path}}}
 model: {{layers: 1, width: 16, heads: 2, mlp_width: 16}}
-engine: {{deepspeed: zero1, precision: fp32, timeout_s: 100}}
+engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 eval: {{sequences: 10}}
 progress: {{interval_steps: 1}}
 sample: {{tokens: 1}}

@@ -183,12 +183,12 @@ def test_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path: Path) -> N
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    failed = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    failed = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert failed.returncode == 2, failed.stderr
     assert "cannot be written: File too large" in failed.stderr
     assert "the same command goes on from there" in failed.stderr
     assert "Traceback" not in failed.stderr and not (tmp_path / "data").exists()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "going on" in again.stderr
     verify_dataset(tmp_path / "data")
 

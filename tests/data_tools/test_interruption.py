@@ -34,7 +34,6 @@ def test_kills_at_random_moments() -> None:
         [sys.executable, str(TESTS / "kill_conversions.py"), "--trials", "6", "--seed", "1"],
         capture_output=True,
         text=True,
-        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -103,10 +102,10 @@ def test_killed_worker_is_an_error_and_the_same_command_goes_on(tmp_path: Path) 
     os.kill(worker, signal.SIGSTOP)
     wait_for_file(process, beside(tmp_path / "data"), _KEY_FILE)
     os.kill(worker, signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 2, said
     assert "a worker process died" in said and "Traceback" not in said
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "going on" in again.stderr, again.stderr
     splits = DatasetInfo.load(tmp_path / "data").splits
     assert sum(split.documents for split in splits.values()) == 2200
@@ -114,8 +113,7 @@ def test_killed_worker_is_an_error_and_the_same_command_goes_on(tmp_path: Path) 
 
 def first_worker(process: subprocess.Popen) -> int:
     """The number of a process that will encode, as soon as there is one."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
+    while process.poll() is None:
         for child in psutil.Process(process.pid).children():
             if "spawn_main" in " ".join(child.cmdline()):
                 return child.pid
@@ -124,7 +122,6 @@ def first_worker(process: subprocess.Popen) -> int:
 
 
 def wait_for_file(process: subprocess.Popen, directory: Path, name: str) -> None:
-    until = time.monotonic() + 60
     while not list(directory.rglob(name)):
-        assert time.monotonic() < until and process.poll() is None, f"no {name} in {directory}"
+        assert process.poll() is None, f"no {name} in {directory}"
         time.sleep(0.01)

@@ -37,7 +37,6 @@ def test_same_text_in_any_process_and_nothing_imported() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
     )
     assert result.stdout.split() == [
         hashlib.sha256(repr(python_docs()).encode()).hexdigest(),

@@ -251,7 +251,6 @@ def test_memory_is_at_most_twice_the_weights(paper, tmp_path):
         [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "export")],
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     weights = (checkpoint / WEIGHTS).stat().st_size

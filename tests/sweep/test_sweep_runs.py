@@ -29,7 +29,6 @@ def swept(tiny_dataset, tmp_path_factory):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
     return file, folder / "calm", ended.stdout

@@ -274,7 +274,7 @@ class _Conversion:
             try:
                 for number, result in enumerate(encoders.encode(blocks, encoding)):
                     if number == 0 and encoders.are_processes:
-                        import_ahead("streaming")  # this process has little else to do now
+                        import_ahead("dualtrain.data.mds")  # this process has little else to do now
                     if result.problems and self._build.on_error == "stop":
                         raise result.problems[0].error
                     spool.add(result)

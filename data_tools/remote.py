@@ -26,7 +26,7 @@ from dualtrain.data.remote import fetch_info
 from dualtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from streaming.base.storage import CloudUploader
+    from dualtrain.data.mds import CloudUploader
 
 __all__ = ["check_destination", "fetch_info", "is_remote", "upload_dataset"]
 
@@ -128,7 +128,7 @@ class _Upload:
 
 
 def _open(remote: str, local: Path | None = None) -> CloudUploader:
-    from streaming.base.storage.upload import UPLOADERS, CloudUploader
+    from dualtrain.data.mds import UPLOADERS, CloudUploader
 
     if urlparse(remote).scheme not in UPLOADERS:
         known = sorted(name for name in UPLOADERS if name and ":" not in name)

@@ -62,7 +62,7 @@ def write_split(
         report: Told how far it is.
         shard_bytes: Largest size of a shard.
     """
-    from streaming import MDSWriter
+    from dualtrain.data.mds import MDSWriter
 
     # Not as a context manager: that would write an index over whatever is there on an error.
     writer = MDSWriter(

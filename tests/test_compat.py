@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 BROKEN = """
 import sys
 class Broken:
@@ -84,3 +87,18 @@ def test_importing_dualtrain_loads_nothing_heavy() -> None:
         "print([m for m in ('torch', 'torchvision', 'numpy', 'transformers') if m in sys.modules])",
     )
     assert out == "[]"
+
+
+def test_streaming_is_imported_in_one_place() -> None:
+    """So that another library, or code of our own, can take its place."""
+    files = [*(ROOT / "dualtrain").rglob("*.py"), *(ROOT / "data_tools").rglob("*.py")]
+    importing = {file.name for file in files if "streaming" in imports_of(file)}
+    assert importing == {"mds.py"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The packages that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}

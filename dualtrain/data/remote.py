@@ -27,7 +27,7 @@ from dualtrain.data.locks import locked
 from dualtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from streaming.base.storage import CloudDownloader
+    from dualtrain.data.mds import CloudDownloader
 
 STATE_DIR = ".remote"
 """Directory of a local copy for locks and for files that are still coming in."""
@@ -103,7 +103,7 @@ class Remote:
         self._closed.set()
 
     def _client(self) -> CloudDownloader:
-        from streaming.base.storage import CloudDownloader
+        from dualtrain.data.mds import CloudDownloader
 
         if not hasattr(self._clients, "mine"):
             try:

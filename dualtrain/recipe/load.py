@@ -15,7 +15,7 @@ from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.problems import validate
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.shipped import find_recipe
-from dualtrain.recipe.yaml_source import Located, dotted, dump, parse, shown
+from dualtrain.recipe.yaml_source import Located, dotted, dump, is_unicode, parse, shown
 from dualtrain.recipe.yaml_source import Path as KeyPath
 
 COMMAND_LINE = "command line"
@@ -208,6 +208,8 @@ def _override(tree: Located, override: str) -> Located:
     if not equals or not all(parts):
         hint = "there are no spaces around =" if not equals else ""
         raise UserError(COMMAND_LINE, f"{override!r} is no override", "key=value", hint)
+    if not is_unicode(key):
+        raise UserError(COMMAND_LINE, f"the key {key!r} has half of a character", "a setting's key")
     if parts == ["extends"]:
         what = "belongs into a file, where it names what the file changes"
         raise UserError(f"{COMMAND_LINE}: extends", what, "the key of a setting")

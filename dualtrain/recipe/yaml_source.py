@@ -158,6 +158,11 @@ def dotted(path: Path) -> str:
     return ".".join(str(key) for key in path)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text is all characters: no half of a pair, no byte that could not be decoded."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def shown(value: object) -> str:
     """A value as YAML shows it, in one short piece."""
     if isinstance(value, dict):
@@ -271,6 +276,9 @@ class _Converter:
                 self._report(place, path, f"the key {key_node.value!r} is not text", "a name")
                 continue
             key = key_node.value
+            if not is_unicode(key):
+                self._report(place, path, f"the key {shown(key)} has half of a character")
+                continue
             child = self._convert(value_node, (*path, key), place)
             if key in children:
                 line = children[key].place.line
@@ -294,7 +302,7 @@ class _Converter:
         except ValueError:
             self._report(place, path, f"{shown(text)} is not a number that can be read")
             return None
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not is_unicode(text):
             self._report(place, path, f"{shown(text)} has half of a character", "Unicode text")
             return ""
         return text

@@ -407,6 +407,8 @@ def test_later_overrides_win_and_may_index_lists(tmp_path):
         ("extends=quickstart", "command line: extends: belongs into a file"),
         ("algorithms.2.use=x", "algorithms.2: no item '2' in the list — expected an index from 0"),
         ("algorithms.use=x", "no item 'use' in the list"),
+        ("\udcff=1", r"command line: the key '\udcff' has half of a character"),
+        ("data={'\udcff': 1}", "special characters are not allowed"),
         ("data={path: a, path: b}", "command line: data.path: duplicate key"),
     ],
 )

@@ -97,6 +97,7 @@ def test_what_is_no_yaml_is_refused_with_its_line(text, where, what):
         ("a: &x [*x]\n", "alias inside its own anchor"),
         ("a: !!int four\n", "not a number"),
         ('a: "\\ud800"\n', "half of a character"),
+        ('"\\ud800": 1\n', "the key '\\ud800' has half of a character"),
         ("a: " + "9" * 5000 + "\n", "not a number"),
     ],
 )

@@ -36,6 +36,7 @@ from dualtrain.engine import (
 from dualtrain.evaluate.in_training import TaskItems, TaskScoring, read_tasks
 from dualtrain.evaluate.scoring import Scorer
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
+from dualtrain.file_kinds import read_tokenizer
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
 from dualtrain.mixing import Mixture, Slot
@@ -50,7 +51,6 @@ from dualtrain.recipe.schema import Recipe
 from dualtrain.run import Run
 from dualtrain.run_directory import lock_run_directory, prepare_run_directory
 from dualtrain.signals import StepVote
-from dualtrain.trained import parse_tokenizer
 
 
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
@@ -274,7 +274,7 @@ def _task_scoring(
         tasks,
         recipe.eval.modes,
         scorer=scorer,
-        tokenizer=parse_tokenizer(dataset.tokenizer_path),
+        tokenizer=read_tokenizer(dataset.tokenizer_path),
         bos_id=dataset.info.bos_id,
     )
 

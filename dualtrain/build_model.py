@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import open_weights, read_object
 from dualtrain.import_model import build_imported
 from dualtrain.model import DualConfig, DualLM
 from dualtrain.model.exported import is_exported, read_exported_config
@@ -126,10 +126,7 @@ def read_config(file: Path) -> DualConfig | PretrainedConfig:
     Raises:
         UserError: It cannot be read, or is of another kind of model.
     """
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(str(file), f"cannot be read: {error}", "a model's configuration") from None
+    values = read_object(file, "a model's configuration")
     if is_exported(values):
         return read_exported_config(values, where=str(file))
     if values.get("model_type") == DualConfig.model_type:
@@ -148,14 +145,12 @@ def load_safetensors(directory: Path, model: nn.Module) -> None:
     Raises:
         UserError: There are none, or their names or shapes are not the model's.
     """
-    from safetensors import safe_open
-
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(str(directory), "has no weights", "*.safetensors")
     missing = dict(model.named_parameters())
     for file in files:
-        with safe_open(file, framework="pt") as weights:
+        with open_weights(file) as weights:
             for name in weights.keys():  # noqa: SIM118
                 if name not in missing:
                     raise UserError(str(file), f"has an unknown weight {name}", "the model's own")

@@ -45,6 +45,7 @@ from dualtrain.checkpoint_files import (
 from dualtrain.disk import sync
 from dualtrain.engine import parameter_shapes, whole_parameters
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import open_weights
 from dualtrain.launch import World
 from dualtrain.optimizer_state import (
     MissingState,
@@ -210,11 +211,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: when names or shapes differ, naming the first few.
     """
-    from safetensors import safe_open
-
     own = dict(model.named_parameters())
     shapes = parameter_shapes(model)
-    with safe_open(path / WEIGHTS, framework="pt") as weights:
+    with open_weights(path / WEIGHTS) as weights:
         saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         wrong = sorted(saved.keys() ^ own.keys())
         wrong += [

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
 from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import read_text, read_tokenizer
 from dualtrain.model.arithmetic import ImportedSizes
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
@@ -35,7 +36,12 @@ CONFIG = "config.json"
 # By these a model that we have exported would be known as ours again.
 _OF_EXPORTS = ("auto_map", "head", "diffusion_target")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-_DESCRIPTION = (CONFIG, TOKENIZER_FILE)
+_DESCRIPTION = (
+    CONFIG,
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
@@ -49,8 +55,12 @@ def find_directory(name: str, *, with_weights: bool = False) -> Path:
     Raises:
         UserError: It is neither, or the hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise UserError("model.hf", f"{name!r} cannot be looked at: {error.strerror}") from None
+    if is_directory:
         if not (path / CONFIG).is_file():
             what = f"{name} has no {CONFIG}"
             raise UserError("model.hf", what, "a model's directory in Hugging Face's layout")
@@ -185,9 +195,10 @@ def find_new_tokens(published: Path, dataset: Path, *, where: str, model: str) -
     Raises:
         UserError: It is not the model's with tokens added to it.
     """
-    if published.read_bytes() == dataset.read_bytes():
+    texts = {read_text(file, "a tokenizer.json") for file in (published, dataset)}
+    if len(texts) == 1:
         return ()
-    old, new = (Tokenizer.from_file(str(file)) for file in (published, dataset))
+    old, new = read_tokenizer(published), read_tokenizer(dataset)
     old_ids, new_ids = (t.get_vocab(with_added_tokens=True) for t in (old, new))
     expected = "the model's, with special tokens added at its end"
     hint = (
@@ -294,7 +305,7 @@ def _new_rows(
         if old is not None and old < published.vocab_size and old not in tokens
     }
     reserved = tuple(token for token in tokens if token < published.vocab_size)
-    return NewRows(rows, reserved, known, recipe.seed)
+    return NewRows(published.vocab_size, rows, reserved, known, recipe.seed)
 
 
 def _first(config: PretrainedConfig, name: str) -> int | None:

@@ -6,7 +6,6 @@ formats are programs that run when they are opened.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dualtrain.engine import whole_parameters
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import open_weights, read_object
 from dualtrain.model.imported import ImportedLM
 from dualtrain.randomness import generator
 
@@ -31,6 +31,9 @@ _CONSTANTS = (
     ".inv_freq",
 )
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+
 # Of the spread of the old rows: enough to tell new rows apart.
 _NOISE = 0.02
 
@@ -42,12 +45,14 @@ class NewRows:
     Each is the mean of the rows it knows, or another token's row, plus a little noise.
 
     Attributes:
-        rows: Of the embedding and the output matrix, at least as many as published.
+        published: Rows of the published embedding and output matrix.
+        rows: Wanted rows of both, at least as many.
         tokens: Ids of new tokens below the published number of rows, which were only reserved.
         like: For some new ids the id of the known row that they begin as.
         seed: Of the noise.
     """
 
+    published: int
     rows: int
     tokens: tuple[int, ...]
     like: Mapping[int, int]
@@ -98,15 +103,17 @@ def load_pretrained(directory: Path, model: ImportedLM, new_rows: NewRows | None
     for name, parameter in model.named_parameters():
         found = files.take(aliases[id(parameter)])
         with torch.no_grad(), whole_parameters([parameter]):
-            if new_rows is not None and id(parameter) in ends:
-                found = new_rows.extend(found, name)
-            if found.shape != parameter.shape:
+            expected = tuple(parameter.shape)
+            extending = new_rows if id(parameter) in ends else None
+            if extending is not None:
+                expected = (extending.published, *expected[1:])
+            if tuple(found.shape) != expected:
                 raise UserError(
                     str(directory),
                     f"{name} is of shape {tuple(found.shape)}",
-                    f"{tuple(parameter.shape)}, as its config.json says",
+                    f"{expected}, as its config.json says",
                 )
-            parameter.copy_(found)
+            parameter.copy_(found if extending is None else extending.extend(found, name))
     files.check_rest()
 
 
@@ -121,17 +128,19 @@ class _Weights:
         """Read a tensor, under the first of its names that is there; the others go with it.
 
         Published GPT-2 leaves out the name of the body.
-        """
-        from safetensors import safe_open
 
+        Raises:
+            UserError: It is not there, cannot be read, or has values that nothing can begin from.
+        """
         spellings = [*names, *(name.removeprefix(f"{self._prefix}.") for name in names)]
         there = [name for name in spellings if name in self._files]
         if not there:
             raise UserError(
                 str(self._directory), f"lacks the weights {names[0]}", "those of its config.json"
             )
-        with safe_open(self._files[there[0]], framework="pt") as weights:
+        with open_weights(self._files[there[0]]) as weights:
             found = weights.get_tensor(there[0])
+        _check_values(found, there[0], self._files[there[0]])
         for name in there:
             self._files.pop(name, None)
         return found
@@ -148,28 +157,44 @@ class _Weights:
             )
 
 
+def _check_values(found: Tensor, name: str, file: Path) -> None:
+    """Refuse values that training could only fail on, step after step."""
+    if found.dtype not in _DTYPES:
+        what = f"{name} is of type {str(found.dtype).removeprefix('torch.')}"
+        hint = "quantised weights cannot be trained"
+        raise UserError(str(file), what, "fp32, bf16 or fp16", hint)
+    values = found.float() if found.dtype == torch.float64 else found
+    wrong = int((~values.isfinite()).sum())
+    if wrong:
+        raise UserError(
+            str(file),
+            f"{name} has {wrong:,} values that are NaN or infinite, of {found.numel():,}",
+            "numbers that fp32 can hold",
+            "fetch the file again, or take another checkpoint of the model",
+        )
+
+
 def _find_tensors(directory: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of every tensor of a model."""
-    from safetensors import SafetensorError, safe_open
-
     index = directory / INDEX
     if index.is_file():
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        places = read_object(index, "the index of a model's weights").get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+            raise UserError(str(index), "has no weight_map", "the file of each tensor by name")
+        for name, file in places.items():
             yield name, directory / file
         return
     single = directory / SINGLE
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if not files:
+        others = sorted(f.name for pattern in _OTHER_WEIGHTS for f in directory.glob(pattern))
         raise UserError(
             str(directory),
-            "has no weights in safetensors",
+            "has no weights in safetensors" + (f", only {', '.join(others[:3])}" if others else ""),
             f"{SINGLE}, or {INDEX} and the files it names",
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR) converts other formats",
         )
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                names = list(weights.keys())
-        except SafetensorError as error:
-            raise UserError(str(file), f"cannot be read: {error}", "safetensors") from None
+        with open_weights(file) as weights:
+            names = list(weights.keys())
         yield from ((name, file) for name in names)

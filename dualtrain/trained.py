@@ -8,7 +8,6 @@ another in the layout of Hugging Face, is taken, too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from dualtrain.checkpoint_files import MARKER, find_defects
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
+from dualtrain.file_kinds import read_object, read_tokenizer
 from dualtrain.model import DualOutput, resolve_backend
 from dualtrain.model.exported import exported_target
 from dualtrain.model.imported import ImportedLM
@@ -260,25 +260,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     Raises:
         UserError: It is not there, or another one than the dataset's.
     """
-    return parse_tokenizer(tokenizer_file(source))
-
-
-def parse_tokenizer(file: Path) -> Tokenizer:
-    """Read a ``tokenizer.json`` that takes all text literally.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(str(file), f"cannot be read: {error}", "a tokenizer.json") from None
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # It would add special tokens, which is done here, and cut spaces off the offsets of tokens.
-    tokenizer.post_processor = None
-    return tokenizer
+    return read_tokenizer(tokenizer_file(source))
 
 
 def tokenizer_file(source: Source) -> Path:
@@ -310,7 +292,7 @@ def read_vocab(source: Source) -> Vocab:
     if info is not None:
         return Vocab(info.vocab_size, info.bos_id, info.eos_id, info.mask_id, info.special_ids)
     tokenizer = load_tokenizer(source)
-    config = json.loads((source.path / CONFIG).read_text())
+    config = read_object(source.path / CONFIG, "a model's configuration")
     added = tokenizer.get_added_tokens_decoder()
     special = {number for number, token in added.items() if token.special}
 
@@ -351,7 +333,7 @@ def _target_of(source: Source) -> Literal["next", "in_place"]:
     """What the diffusion objective predicts at a position."""
     if source.recipe is not None:
         return source.recipe.objective.target
-    return exported_target(json.loads((source.path / CONFIG).read_text()))
+    return exported_target(read_object(source.path / CONFIG, "a model's configuration"))
 
 
 def _newest(run_dir: Path) -> Source:

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dualtrain.data.token_bytes import token_bytes
 from dualtrain.errors import UserError, UserErrors
+from dualtrain.file_kinds import find_foreign, refuse_foreign
 
 FORMAT = 1
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
+"""The roles of special tokens; the tokens in these roles may have other names."""
 DATASET_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.json"
 LENGTHS_FILE = "lengths.npy"
@@ -80,7 +83,7 @@ class DatasetInfo(_Facts):
     tokenizer_sha256: str
     vocab_size: int
     special_tokens: dict[str, int]
-    """Ids of ``<unk>``, ``<s>``, ``</s>``, ``<pad>`` and ``<mask>``."""
+    """Ids by role, from :data:`SPECIAL_TOKENS`; ``<s>`` and ``</s>`` may be one."""
     special_ids: tuple[int, ...]
     """Every reserved id: never masked, never in a document (but ``<unk>``)."""
     dtype: Literal["uint16", "uint32"]
@@ -92,6 +95,20 @@ class DatasetInfo(_Facts):
     sources: tuple[SourceFile, ...]
     arguments: dict[str, bool | int | float | str | list[str] | None]
     """The settings that the dataset was made with."""
+
+    @model_validator(mode="after")
+    def _check_special_tokens(self) -> DatasetInfo:
+        if missing := [name for name in SPECIAL_TOKENS if name not in self.special_tokens]:
+            raise ValueError(f"special_tokens lacks {', '.join(missing)}")
+        for name, token in self.special_tokens.items():
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"special_tokens: {name} is {token}, outside the vocabulary of"
+                    f" {self.vocab_size:,} tokens"
+                )
+            if token not in self.special_ids:
+                raise ValueError(f"special_ids lacks {token}, the id of {name}")
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetInfo:
@@ -108,8 +125,10 @@ class DatasetInfo(_Facts):
         except OSError as error:
             raise UserError(str(file), f"cannot be read: {error.strerror}") from None
         except ValidationError as error:
+            refuse_foreign(file, "the facts of a dataset")
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3]
+                ": ".join(filter(None, (".".join(map(str, e["loc"])), _reason(e["msg"]))))
+                for e in error.errors()[:3]
             )
             raise UserError(
                 str(file), f"is not a dataset of format {FORMAT}: {problems}", hint=_REMAKE
@@ -135,6 +154,10 @@ class DatasetInfo(_Facts):
     @property
     def mask_id(self) -> int:
         return self.special_tokens["<mask>"]
+
+
+def _reason(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 def _absent(path: Path) -> UserError:
@@ -327,6 +350,7 @@ class TokenDataset:
                 str(self.tokenizer_path), f"cannot be read: {error.strerror}", hint=_REMAKE
             ) from None
         if found != self.info.tokenizer_sha256:
+            refuse_foreign(self.tokenizer_path, "a tokenizer.json")
             raise UserError(
                 str(self.tokenizer_path),
                 f"is not the tokenizer of these shards: its sha256 is {found[:12]}…",
@@ -400,6 +424,7 @@ class TokenDataset:
         except OSError as error:
             raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
         except (ValueError, KeyError, TypeError) as error:
+            refuse_foreign(file, "an MDS index")
             raise UserError(str(file), f"is not an MDS index: {error!r}", hint=_REMAKE) from None
         if (found := sum(shard.documents for shard in shards)) != self.documents:
             raise UserError(
@@ -414,6 +439,7 @@ class TokenDataset:
         except OSError as error:
             raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
         except (ValueError, EOFError) as error:
+            refuse_foreign(file, "the lengths of documents")
             raise UserError(str(file), f"is damaged: {error}", hint=_REMAKE) from None
         if lengths.dtype != np.int64 or lengths.shape != (self.documents,):
             raise UserError(
@@ -433,7 +459,8 @@ class TokenDataset:
             hint = f"only {shard.zip_name} is there: decompress it" if packed else _REMAKE
             return UserError(str(file), "shard is missing", expected, hint)
         if (size := file.stat().st_size) != shard.bytes:
-            return UserError(str(file), f"shard has {size:,} bytes", expected, _REMAKE)
+            other = find_foreign(file, expected)
+            return other or UserError(str(file), f"shard has {size:,} bytes", expected, _REMAKE)
         return None
 
     def _shard(self, document: int) -> Shard:

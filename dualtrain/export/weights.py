@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import open_weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,7 +36,7 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
         UserError: The size is none.
         OSError: The disk is full, or the like.
     """
-    with safe_open(source, framework="pt") as weights:
+    with open_weights(source) as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     # Tensors without memory: the library looks at their sizes only.
     sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
@@ -53,7 +54,7 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
 
 def _copy(source: Path, file: Path, names: list[str], dtype: torch.dtype) -> None:
     # Opened anew for each file: what is mapped of the checkpoint goes with it.
-    with safe_open(source, framework="pt") as weights:
+    with open_weights(source) as weights:
         tensors = {name: weights.get_tensor(name).to(dtype) for name in names}
     try:
         # transformers asks what wrote a file, and takes no other answer.

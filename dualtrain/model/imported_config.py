@@ -7,7 +7,6 @@ as something else without a word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,19 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dualtrain.errors import UserError, UserErrors
+from dualtrain.file_kinds import read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox")
 """Values of ``model_type`` that can be imported; ``gpt_neox`` is Pythia's."""
 
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 # Their frequencies depend on the longest row of a batch.
 _VARIABLE_ROPES = ("dynamic", "longrope")
 
@@ -30,10 +37,7 @@ def read_config(file: Path) -> PretrainedConfig:
     Raises:
         UserError: It cannot be read, is of another family, or has something that is not supported.
     """
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(str(file), f"cannot be read: {error}", "a model's configuration") from None
+    values = read_object(file, "a model's configuration")
     return parse_config(values, where=str(file))
 
 
@@ -60,6 +64,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> PretrainedConfig:
     except Exception as error:  # each version of transformers has exceptions of its own
         reason = str(error).strip().splitlines()[0]
         raise UserError(where, f"is not a configuration of {family}: {reason}") from None
+    _check_sizes(config, where)
     obstacles = _obstacles(config, values, where)
     if obstacles:
         raise obstacles[0] if len(obstacles) == 1 else UserErrors(obstacles)
@@ -103,6 +108,17 @@ def remove_dropout(config: PretrainedConfig) -> None:
     """Set every dropout probability to 0, in place: the method trains without."""
     for name in find_dropouts(config):
         setattr(config, name, 0.0)
+
+
+def _check_sizes(config: PretrainedConfig, where: str) -> None:
+    """Refuse sizes of which no model can be made; transformers looks at few of them."""
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(where, f"{name}: {size!r}", "an integer above 0")
+    width, heads = config.hidden_size, config.num_attention_heads
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise UserError(where, f"hidden_size {width} with {heads} heads", "a multiple of the heads")
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:

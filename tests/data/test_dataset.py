@@ -187,6 +187,45 @@ def test_facts_of_another_format(path: Path) -> None:
         DatasetInfo.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"special_tokens": {"<s>": 99999}}, "special_tokens lacks <unk>, </s>, <pad>, <mask> "),
+        ({"special_tokens": {}}, "special_tokens lacks <unk>, <s>, </s>, <pad>, <mask> "),
+        (
+            {"special_tokens": {"<unk>": 0, "<s>": 99999, "</s>": 2, "<pad>": 3, "<mask>": 4}},
+            "special_tokens: <s> is 99999, outside the vocabulary of 1,000 tokens ",
+        ),
+        (
+            {"special_tokens": {"<unk>": 0, "<s>": -1, "</s>": 2, "<pad>": 3, "<mask>": 4}},
+            "special_tokens: <s> is -1, outside the vocabulary",
+        ),
+        (
+            {"special_tokens": {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 77}},
+            "special_ids lacks 77, the id of <mask> ",
+        ),
+        ({"special_ids": []}, "special_ids lacks 0, the id of <unk> "),
+    ],
+)
+def test_special_tokens_that_were_edited(path: Path, change: dict, message: str) -> None:
+    file = path / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        DatasetInfo.load(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dataset.json", "tokenizer.json", "train/index.json", "train/lengths.npy", "train/*0.mds"],
+)
+def test_pointers_of_git_lfs(path: Path, name: str) -> None:
+    file = next(path.glob(name))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    with pytest.raises(UserError, match=rf"{file.name}: is a pointer of Git LFS.*git lfs pull"):
+        TokenDataset.open(path)
+
+
 def test_shards_of_another_column(path: Path) -> None:
     index = path / "train" / "index.json"
     index.write_text(index.read_text().replace("ndarray:uint16", "ndarray:uint32"))

@@ -157,7 +157,7 @@ def inspect(
         + (", ".join(file.path for file in info.sources[:5]) or "none named")
         + (f" and {len(info.sources) - 5:,} more" if len(info.sources) > 5 else "")
     )
-    tokenizer = Tokenizer.load(path / info.tokenizer_file)
+    tokenizer = Tokenizer.load(path / info.tokenizer_file, special_tokens=info.special_tokens)
     for split in info.splits:
         dataset = TokenDataset.open(path, split)
         lengths = np.asarray(dataset.lengths)

@@ -209,6 +209,7 @@ class _Conversion:
             "version": version("dualtrain"),
             "arguments": effective_arguments(self._build),
             "tokenizer": self._given.sha256 if self._given else None,
+            "special_tokens": self._given.special_tokens if self._given else None,
             "files": self._files,
         }
         return json.dumps(key, indent=1)
@@ -227,6 +228,9 @@ class _Conversion:
         if self._given is None:
             return self._trained_tokenizer()
         spec, tokenizer = self._build.tokenizer, self._given
+        if tokenizer.roles:
+            roles = ", ".join(f"{name} as {role}" for role, name in tokenizer.roles.items())
+            self._report.say(f"{spec}: takes its own special tokens: {roles}")
         if tokenizer.added:
             self._report.say(
                 f"{spec}: added {' '.join(tokenizer.added)} at the end of its vocabulary, "
@@ -264,6 +268,7 @@ class _Conversion:
             encoding = Encoding(
                 tokenizer.json,
                 self._build.tokenizer or "trained tokenizer",
+                tokenizer.special_tokens,
                 tokenizer.backend,
                 dtype,
                 self._build.min_characters,

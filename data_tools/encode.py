@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -45,6 +45,8 @@ class Encoding:
 
     tokenizer_json: str
     tokenizer_where: str
+    special_tokens: Mapping[str, int]
+    """Ids by role."""
     backend: Backend
     dtype: str
     min_characters: int = 0
@@ -96,7 +98,10 @@ class Encoder:
         self._encoding = encoding
         self._dtype = np.dtype(encoding.dtype)
         self._tokenizer = Tokenizer(
-            encoding.tokenizer_json, where=encoding.tokenizer_where, backend=encoding.backend
+            encoding.tokenizer_json,
+            where=encoding.tokenizer_where,
+            backend=encoding.backend,
+            special_tokens=encoding.special_tokens,
         )
         self._reserved = np.zeros(self._tokenizer.vocab_size, dtype=bool)
         self._reserved[list(self._tokenizer.special_ids)] = True

@@ -150,7 +150,7 @@ class _Merge:
         for info in infos:
             self._left_out.update(info.left_out)
         tokenizer = Path(paths[0]) / infos[0].tokenizer_file
-        self._tokenizer = Tokenizer.load(tokenizer)
+        self._tokenizer = Tokenizer.load(tokenizer, special_tokens=infos[0].special_tokens)
 
     def run(self) -> DatasetInfo:
         documents = {split: _Documents(self._paths, split) for split in SPLITS}

@@ -22,8 +22,14 @@ def absolute(path: str | Path) -> Path:
     """The path itself: with ``~`` and the current directory filled in, and links followed.
 
     A dataset is moved to its place in the end, and nothing can be moved over a link.
+
+    Raises:
+        UserError: It begins with the home of an unknown user, or links lead in a circle.
     """
-    return Path(path).expanduser().resolve()
+    try:
+        return Path(path).expanduser().resolve()
+    except RuntimeError as error:
+        raise UserError(str(path), f"is no path: {error}") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ several times faster; what ``--tokenizer`` may name besides a file is read by ``
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_tools import tokenizer_fast
 from data_tools.probes import probe_texts, token_texts
 from data_tools.tokenizer_patterns import Pattern, segments
+from data_tools.tokenizer_roles import declared_roles, find_roles, recorded_ids
+from dualtrain.data.dataset import SPECIAL_TOKENS
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import read_text, refuse_foreign
 
 Backend = Literal["tiktoken", "tokenizers"]
 
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
 RESERVED = 16
 """Ids 0 to 15 of a tokenizer trained here are special, as in the paper."""
 
@@ -41,26 +43,48 @@ class Tokenizer:
 
     Attributes:
         added: Special tokens that the given file lacked, appended to vocabulary and ``json``.
+        roles: The file's own tokens that have another name than their role, by role.
+        special_tokens: Ids by role.
+        special_ids: These and all other ids that are no text.
 
     Args:
         json: Content of a ``tokenizer.json``.
         where: Its place, for messages.
         backend: What :meth:`encode_array` goes through, as another process found out; None to find
             out at its first call.
+        special_tokens: Ids by role, as a dataset records them; None to find them, and to add what
+            is missing.
+        declared: Names for roles, from the files beside the tokenizer.
+        own_names: Take only tokens that are called as their role, as versions before roles did.
 
     Raises:
         UserError: It is not a tokenizer, or cannot encode text.
     """
 
-    def __init__(self, json: str, *, where: str, backend: Backend | None = None) -> None:
-        self.json, self.added = _append_special_tokens(json, where)
+    def __init__(
+        self,
+        json: str,
+        *,
+        where: str,
+        backend: Backend | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+        declared: Mapping[str, tuple[str, ...]] | None = None,
+        own_names: bool = False,
+    ) -> None:
+        self.json, self.added, self.roles = json, (), {}
+        if special_tokens is None:
+            tokenizer = _parse(json, where)
+            _refuse_unusable(tokenizer, where)
+            found = {} if own_names else find_roles(tokenizer, declared or {})
+            self.json, self.added, special_tokens = _fill_roles(tokenizer, json, found, where)
+            self.roles = {role: name for role, name in found.items() if role != name}
         self._where, self._given_backend = where, backend
         self._tokenizer = _parse(self.json, where)
         # Not stored in the file: without it "<s>" in a text becomes the special token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.special_tokens = {name: self._tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
+        self.special_tokens = dict(special_tokens)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
         self.special_ids = tuple(sorted(special | set(self.special_tokens.values())))
@@ -90,18 +114,40 @@ class Tokenizer:
         return cls(tokenizer.to_str(pretty=True), where="trained tokenizer")
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Load a ``tokenizer.json``.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        special_tokens: Mapping[str, int] | None = None,
+        own_names: bool = False,
+    ) -> Tokenizer:
+        """Load a ``tokenizer.json``, with what the files beside it say of its special tokens.
+
+        Args:
+            path: The file.
+            special_tokens: Ids by role, as in the class.
+            own_names: Likewise.
 
         Raises:
             UserError: It cannot be read or used.
         """
+        path = Path(path)
+        json = read_text(path, "a tokenizer.json")
+        declared = None
+        if special_tokens is None and not own_names:
+            special_tokens = recorded_ids(path, json.encode())
+            declared = declared_roles(path)
         try:
-            return cls(Path(path).read_bytes().decode(), where=str(path))
-        except OSError as error:
-            raise UserError(str(path), f"cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(str(path), "is not a tokenizer.json: not UTF-8") from None
+            return cls(
+                json,
+                where=str(path),
+                special_tokens=special_tokens,
+                declared=declared,
+                own_names=own_names,
+            )
+        except UserError:
+            refuse_foreign(path, "a tokenizer.json")
+            raise
 
     @property
     def vocab_size(self) -> int:
@@ -187,19 +233,20 @@ class Tokenizer:
         return [self.decode([i]) for i in ids]  # decode_batch has threads, bad before a fork
 
 
-def find_tokenizer(spec: str, *, pattern: str | None = None) -> Tokenizer:
+def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = False) -> Tokenizer:
     """The tokenizer that ``--tokenizer`` names; nothing is downloaded.
 
     Args:
         spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
         pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
+        own_names: As for :class:`Tokenizer`.
 
     Raises:
         UserError: There is no such tokenizer here, or it cannot be used.
     """
     from data_tools.tokenizer_ranks import find
 
-    return find(spec, pattern=pattern)
+    return find(spec, pattern=pattern, own_names=own_names)
 
 
 def _parse(json: str, where: str) -> tokenizers.Tokenizer:
@@ -209,25 +256,30 @@ def _parse(json: str, where: str) -> tokenizers.Tokenizer:
         raise UserError(where, f"is not a tokenizer.json: {error}") from None
 
 
-def _append_special_tokens(json: str, where: str) -> tuple[str, tuple[str, ...]]:
-    """Give a tokenizer the special tokens that it lacks, after all its ids."""
-    tokenizer = _parse(json, where)
-    _refuse_unusable(tokenizer, where)
-    missing = tuple(name for name in SPECIAL_TOKENS if tokenizer.token_to_id(name) is None)
-    if not missing:
-        return json, ()
+def _fill_roles(
+    tokenizer: tokenizers.Tokenizer, json: str, roles: Mapping[str, str], where: str
+) -> tuple[str, tuple[str, ...], dict[str, int]]:
+    """Add tokens for the roles that no token has, after all ids.
+
+    Returns:
+        The ``tokenizer.json``, what was added, and the ids by role.
+    """
+    names = {role: roles.get(role, role) for role in SPECIAL_TOKENS}
+    missing = tuple(name for name in names.values() if tokenizer.token_to_id(name) is None)
     taken = set(tokenizer.get_vocab(with_added_tokens=True).values())
-    tokenizer.add_special_tokens(list(missing))
-    ids = {name: tokenizer.token_to_id(name) for name in missing}
-    if min(ids.values()) <= max(taken):
-        name = min(ids, key=lambda name: ids[name])
-        raise UserError(
-            where,
-            f"the special token {name} would get the id {ids[name]}, which is not free",
-            "ids without gaps, or a tokenizer that has all of " + " ".join(SPECIAL_TOKENS),
-            "add the special tokens to the file",
-        )
-    return tokenizer.to_str(pretty=True), missing
+    if missing:
+        tokenizer.add_special_tokens(list(missing))
+        json = tokenizer.to_str(pretty=True)
+    ids = {role: tokenizer.token_to_id(name) for role, name in names.items()}
+    for name in missing:
+        if ids[name] <= max(taken):
+            raise UserError(
+                where,
+                f"the special token {name} would get the id {ids[name]}, which is not free",
+                "ids without gaps, or a tokenizer that has all of " + " ".join(SPECIAL_TOKENS),
+                "add the special tokens to the file",
+            )
+    return json, missing, ids
 
 
 def _refuse_unusable(tokenizer: tokenizers.Tokenizer, where: str) -> None:

@@ -12,8 +12,9 @@ import base64
 import binascii
 import difflib
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -23,6 +24,7 @@ from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer_fast import byte_letters
 from data_tools.tokenizer_patterns import PATTERN_NAMES, find_pattern, named_pattern
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import refuse_foreign
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,34 +34,57 @@ PATTERN_OPTION = "--tokenizer-pattern"
 MAX_UNUSED = 4096
 """Gaps between ids that are filled without question: encodings keep some for later."""
 
+_OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 _KINDS = "a tokenizer.json, a directory with one, a rank file, or a tiktoken encoding"
 
 
-def find(spec: str, *, pattern: str | None) -> Tokenizer:
+def find(spec: str, *, pattern: str | None, own_names: bool = False) -> Tokenizer:
     """The tokenizer that a path or a name stands for; see ``tokenizer.find_tokenizer``."""
-    path = Path(spec)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(str(path.parent), "the directory has no tokenizer.json", _KINDS)
-    if path.is_file() and not _is_json(path):
-        return from_rank_file(path, pattern=pattern)
+    path = Path(os.path.expanduser(spec))
+    try:
+        if path.is_dir():
+            path = _file_of(path)
+        is_file = path.is_file()
+    except OSError as error:
+        raise UserError(
+            f"{OPTION} {spec}", f"cannot be looked at: {error.strerror}", _KINDS
+        ) from None
+    if is_file and not _is_json(path):
+        refuse_foreign(path, _KINDS)
+        return from_rank_file(path, pattern=pattern, own_names=own_names)
     if pattern is not None:
         raise UserError(
             PATTERN_OPTION,
             f"{spec!r} is not a rank file",
             "a pattern only with a rank file: other tokenizers say how they divide text",
         )
-    return Tokenizer.load(path) if path.exists() else from_tiktoken_name(spec)
+    if path.exists():
+        return Tokenizer.load(path, own_names=own_names)
+    return from_tiktoken_name(spec, own_names=own_names)
 
 
-def from_rank_file(path: Path, *, pattern: str | None) -> Tokenizer:
+def _file_of(directory: Path) -> Path:
+    """The ``tokenizer.json`` of a directory."""
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        return file
+    others = [name for name in _OTHER_FILES if (directory / name).is_file()]
+    raise UserError(
+        str(directory),
+        "the directory has no tokenizer.json" + (f", only {', '.join(others)}" if others else ""),
+        _KINDS,
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one" if others else "",
+    )
+
+
+def from_rank_file(path: Path, *, pattern: str | None, own_names: bool = False) -> Tokenizer:
     """The tokenizer of a file of lines ``base64 rank``.
 
     Args:
         path: The file; read here, since tiktoken caches local files by path and never looks again.
         pattern: A name of :data:`PATTERN_NAMES` or a regular expression; None if the file has the
             name of a well-known encoding.
+        own_names: As for :class:`Tokenizer`.
     """
     import tiktoken
 
@@ -85,10 +110,10 @@ def from_rank_file(path: Path, *, pattern: str | None) -> Tokenizer:
             f"{given!r} is not a regular expression: {error}",
             f"one of {', '.join(PATTERN_NAMES)}, or a regular expression",
         ) from None
-    return from_encoding(encoding, ranks, where=str(path))
+    return from_encoding(encoding, ranks, where=str(path), own_names=own_names)
 
 
-def from_tiktoken_name(name: str) -> Tokenizer:
+def from_tiktoken_name(name: str, *, own_names: bool = False) -> Tokenizer:
     """The tokenizer of a tiktoken encoding that is on this machine."""
     import tiktoken
 
@@ -104,10 +129,13 @@ def from_tiktoken_name(name: str) -> Tokenizer:
     with _no_downloads(name):
         encoding = tiktoken.get_encoding(name)
     # No public way tells which token has lost its id to a special one.
-    return from_encoding(encoding, encoding._mergeable_ranks, where=f"{OPTION} {name}")
+    where, ranks = f"{OPTION} {name}", encoding._mergeable_ranks
+    return from_encoding(encoding, ranks, where=where, own_names=own_names)
 
 
-def from_encoding(encoding: tiktoken.Encoding, ranks: dict[bytes, int], *, where: str) -> Tokenizer:
+def from_encoding(
+    encoding: tiktoken.Encoding, ranks: dict[bytes, int], *, where: str, own_names: bool = False
+) -> Tokenizer:
     """Write a tiktoken encoding as ``tokenizer.json`` and prove it on the probe texts.
 
     Ids of ordinary tokens are the ranks, the encoding's special tokens keep theirs, and unused ids
@@ -123,7 +151,8 @@ def from_encoding(encoding: tiktoken.Encoding, ranks: dict[bytes, int], *, where
     specials = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
     pattern = find_pattern(encoding._pat_str)  # there is no public way to it
     regex = pattern.json if pattern else encoding._pat_str
-    tokenizer = Tokenizer(_tokenizer_json(ranks, specials, regex, where), where=where)
+    content = _tokenizer_json(ranks, specials, regex, where)
+    tokenizer = Tokenizer(content, where=where, own_names=own_names)
     texts = [*probe_texts(), *token_texts([t.decode(errors="replace") for t in ranks])]
     for text in texts:
         if tokenizer.encode(text) != encoding.encode_ordinary(text):
@@ -196,7 +225,9 @@ def _is_json(path: Path) -> bool:
 
 def _files_beside(name: str) -> list[str]:
     folder = Path(name).parent
-    return [str(folder / file.name) for file in folder.iterdir()] if folder.is_dir() else []
+    with suppress(OSError):
+        return [str(folder / file.name) for file in folder.iterdir()]
+    return []
 
 
 class _WouldDownload(Exception):

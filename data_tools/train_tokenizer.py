@@ -53,11 +53,11 @@ def train_tokenizer(
         UserError: `out` exists or cannot be written; no text; unusable source.
     """
     report, out = report or Report(), absolute(out)
-    if out.exists():
-        raise UserError(str(out), "exists", "a new file", "remove it or choose another name")
     partial = out.with_name(f".{out.name}.partial")
     kept = out.with_name(f".{out.name}.standard-input")
     try:
+        if out.exists():
+            raise UserError(str(out), "exists", "a new file", "remove it or choose another name")
         out.parent.mkdir(parents=True, exist_ok=True)
         open_again = repeatable(build, stdin, kept)
         tokenizer = learn(open_again, build, hold_out=False, report=report)

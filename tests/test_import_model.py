@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from imported_support import convert, documents, loader, publish
 from safetensors.torch import load_file, save_file
 
+from data_tools.tokenizer import Tokenizer
 from dualtrain.build_model import build_model
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo
@@ -21,7 +25,7 @@ from dualtrain.recipe.derive import derive
 from dualtrain.recipe.render import derived_rows
 from dualtrain.trained import open_trained
 
-SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
+ADDED = ("<unk>", "<pad>", "<mask>")
 
 
 @pytest.fixture
@@ -57,10 +61,29 @@ def test_weights_are_the_published_ones(recipe, dataset, published):
         assert torch.equal(model(ids).logits[..., :rows], stock.eval()(ids).logits)
 
 
-def test_new_tokens_have_rows_of_their_own(recipe, dataset, published):
+@pytest.fixture(scope="module")
+def all_added(tmp_path_factory, published) -> Path:
+    """A dataset as older versions made them: all five special tokens beside the model's own."""
+    folder = tmp_path_factory.mktemp("added")
+    file = folder / "tokenizer.json"
+    Tokenizer.load(published[0] / "tokenizer.json", own_names=True).save(file)
+    return convert(folder / "text", documents()[:20], file)
+
+
+def test_the_models_own_separator_begins_and_ends_documents(recipe, dataset, published):
+    info = DatasetInfo.load(dataset)
+    assert info.special_tokens == {"<unk>": 300, "<s>": 299, "</s>": 299, "<pad>": 301} | {
+        "<mask>": 302
+    }
+    weight = build_model(recipe(), info).get_input_embeddings().weight
+    assert torch.equal(weight[:300], published[1].get_input_embeddings().weight)
+
+
+def test_new_tokens_have_rows_of_their_own(recipe, all_added, published):
     _, stock, _ = published
-    info, rows = DatasetInfo.load(dataset), stock.config.vocab_size
+    info, rows = DatasetInfo.load(all_added), stock.config.vocab_size
     assert rows == 300 and info.vocab_size == 305
+    recipe = partial(recipe, f"data.path={all_added}")
     model = build_model(recipe(), info)
     config, weight = model.config, model.get_input_embeddings().weight
     assert weight.shape == (320, 32) and config.vocab_size == 320
@@ -90,10 +113,8 @@ def test_reserved_rows_are_made_anew(tmp_path, recipe):
         ours, theirs = model.get_parameter(name), stock.get_parameter(name)
         assert ours.shape == theirs.shape  # there are rows enough
         changed = (ours != theirs).any(1).nonzero().flatten().tolist()
-        assert (
-            changed == [info.special_tokens[token] for token in SPECIALS] == list(range(300, 305))
-        )
-        mean = torch.cat([theirs[:300], theirs[305:]]).mean(0)
+        assert changed == [info.special_tokens[token] for token in ADDED] == list(range(300, 303))
+        mean = torch.cat([theirs[:300], theirs[303:]]).mean(0)
         assert (ours[info.mask_id] - mean).abs().max() < 0.1
 
 
@@ -186,6 +207,32 @@ def test_other_spellings_of_the_same_weights(copied, published, recipe, dataset)
         (lambda w: w.pop("transformer.ln_f.weight"), "lacks the weights transformer.ln_f.weight"),
         (lambda w: w.update(adapter=torch.ones(1)), "says nothing of: adapter"),
         (lambda w: w.update({"transformer.ln_f.bias": torch.ones(3)}), r"is of shape \(3,\)"),
+        (
+            lambda w: w.update({"transformer.wte.weight": torch.ones(200, 32)}),
+            r"wte.weight is of shape \(200, 32\) — expected \(300, 32\), as its config.json says",
+        ),
+        (
+            lambda w: w.update({"transformer.wte.weight": torch.ones(300)}),
+            r"wte.weight is of shape \(300,\)",
+        ),
+        (
+            lambda w: w["transformer.ln_f.bias"].fill_(math.nan),
+            r"ln_f.bias has 32 values that are NaN or infinite, of 32 — .* \(fetch the file again",
+        ),
+        (
+            lambda w: w["transformer.h.1.mlp.c_fc.bias"][:2].fill_(-math.inf),
+            "h.1.mlp.c_fc.bias has 2 values that are NaN or infinite",
+        ),
+        (
+            lambda w: w.update(
+                {"transformer.ln_f.bias": torch.full((32,), 1e300, dtype=torch.float64)}
+            ),
+            "NaN or infinite.*numbers that fp32 can hold",
+        ),
+        (
+            lambda w: w.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int8)}),
+            "ln_f.bias is of type int8 — expected fp32, bf16 or fp16",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused(copied, recipe, dataset, change, message):
@@ -196,8 +243,69 @@ def test_weights_of_another_model_are_refused(copied, recipe, dataset, change, m
 
 def test_only_safetensors_are_read(copied, recipe, dataset):
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no weights in safetensors.*save_pretrained"):
+    message = "no weights in safetensors, only pytorch_model.bin.*save_pretrained"
+    with pytest.raises(UserError, match=message):
         build_model(recipe(f"model.hf={copied}"), DatasetInfo.load(dataset))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda _: POINTER, "is a pointer of Git LFS.*git lfs pull"),
+        ("model.safetensors", lambda content: content[:-9], "is damaged or cut short"),
+        ("model.safetensors", lambda content: content[:40], "is damaged or cut short"),
+        ("model.safetensors", lambda _: b"", "model.safetensors: is empty"),
+        ("model.safetensors", lambda _: pickle.dumps({}), "is a pickle, a program"),
+        ("model.safetensors", lambda _: b"PK\x03\x04" + bytes(99), "is a zip archive"),
+        ("model.safetensors", lambda _: b"<!DOCTYPE html><p>404", "is a web page"),
+        (INDEX, lambda _: POINTER, "is a pointer of Git LFS"),
+        (INDEX, lambda _: b'{"weight_map": ', "index.json: is not JSON"),
+        (INDEX, lambda _: b"[]", "index.json: holds a list"),
+        (INDEX, lambda _: b'{"weight_map": {"a": 3}}', "has no weight_map"),
+        (
+            INDEX,
+            lambda _: b'{"weight_map": {"transformer.wte.weight": "model-1.safetensors"}}',
+            "model-1.safetensors: cannot be read: No such file",
+        ),
+        (
+            INDEX,
+            lambda _: b'{"weight_map": {"wte.weight": "model.safetensors"}}',
+            "model.safetensors: is damaged or cut short: .*does not contain tensor wte.weight",
+        ),
+        ("config.json", lambda _: POINTER, "config.json: is a pointer of Git LFS"),
+        ("config.json", lambda _: b"\xff\xfe{", "config.json: is not text in UTF-8"),
+        ("config.json", lambda _: b"[1]", "config.json: holds a list"),
+        ("config.json", lambda _: b'{"model_type": "gpt2", "n_embd": "x"}', "hidden_size: 'x'"),
+        ("config.json", lambda _: b'{"model_type": "gpt2", "n_head": 5}', "with 5 heads"),
+        ("tokenizer.json", lambda _: POINTER, "tokenizer.json: is a pointer of Git LFS"),
+        ("tokenizer.json", lambda _: b"\xff", "tokenizer.json: is not text in UTF-8"),
+        ("tokenizer.json", lambda _: b"{}", "tokenizer.json: cannot be read"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(copied, recipe, dataset, name, change, message):
+    file = copied / name
+    file.write_bytes(change(file.read_bytes() if file.exists() else b""))
+    with pytest.raises(UserError, match=message):
+        build_model(recipe(f"model.hf={copied}"), DatasetInfo.load(dataset))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "locked/model", "a\udcef"])
+def test_names_that_no_file_can_have(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        if path.parts[:1] == ("locked",):  # the tests may run as root, whom nothing is locked to
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(UserError, match="model.hf: "):
+        find_directory(name)
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(recipe, tiny_dataset, copied):
@@ -248,7 +356,7 @@ def test_directories_that_hold_no_model(tmp_path, copied):
     with pytest.raises(UserError, match="is a file"):
         find_directory(str(copied / "config.json"))
     (copied / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: cannot be read"):
+    with pytest.raises(UserError, match="config.json: is not JSON"):
         open_trained(copied)
 
 

@@ -29,6 +29,7 @@ from dualtrain.export.model_card import write_model_card
 from dualtrain.export.place import made_whole
 from dualtrain.export.tokenizer import write_tokenizer
 from dualtrain.export.weights import write_weights
+from dualtrain.file_kinds import read_object
 from dualtrain.model.config import DualConfig
 from dualtrain.model.exported import CODE, exported_config, exported_import
 from dualtrain.trained import find_source, tokenizer_file
@@ -113,11 +114,12 @@ def export_checkpoint(
     if isinstance(config, DualConfig):
         values = exported_config(config, target=target, dtype=dtype_name)
     else:
-        values = exported_import(json.loads(file.read_text()), target=target, dtype=dtype_name)
+        given = read_object(file, "a model's configuration")
+        values = exported_import(given, target=target, dtype=dtype_name)
     with made_whole(to) as directory:
         _write(directory / CONFIG, values)
         _write(directory / "generation_config.json", _generation(config, info))
-        write_tokenizer(
+        names = write_tokenizer(
             tokenizer_file(source),
             directory,
             special_tokens=info.special_tokens,
@@ -128,7 +130,9 @@ def export_checkpoint(
         parameters = write_weights(
             source.path / checkpoint.WEIGHTS, directory, dtype=dtype, max_shard_size=max_shard_size
         )
-        write_model_card(directory, source, config=config, values=values, parameters=parameters)
+        write_model_card(
+            directory, source, config=config, values=values, parameters=parameters, names=names
+        )
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
     return Exported(
         directory=Path(to),
@@ -144,7 +148,7 @@ def export_checkpoint(
 def _generation(config: PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
     """How ``generate`` begins and ends a text, and what it never writes."""
     # The beginning of the next document ends a text, too, where a model was taught to write it.
-    ends = [info.eos_id, info.bos_id]
+    ends = list(dict.fromkeys([info.eos_id, info.bos_id]))
     never = {*info.special_ids, *range(info.vocab_size, config.vocab_size)} - {*ends}
     return {
         "bos_token_id": info.bos_id,

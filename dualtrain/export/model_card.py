@@ -63,7 +63,7 @@ dualtrain generate . {prompt!r} --mode diffusion
 ```
 """
 _DIFFUSION = """\
-Masked diffusion: masked tokens are filled in, reading all of the row. One `<mask>` is one token.
+Masked diffusion: masked tokens are filled in, reading all of the row. One `{mask}` is one token.
 
 ```python
 show(model.generate_diffusion(**prompt, max_new_tokens=24, block_length=8))
@@ -81,6 +81,7 @@ def write_model_card(
     config: PretrainedConfig,
     values: Mapping[str, Any],
     parameters: int,
+    names: Mapping[str, str],
 ) -> None:
     """Write ``README.md``.
 
@@ -90,6 +91,7 @@ def write_model_card(
         config: Of the model.
         values: The export's ``config.json``.
         parameters: How many the model has.
+        names: Of the special tokens, by what transformers calls their roles.
     """
     recipe, info = source.recipe, source.info
     assert recipe is not None and info is not None
@@ -107,13 +109,15 @@ def write_model_card(
         "## Data",
         _table(_data_rows(info)),
         "## Use",
-        *_usage(recipe, values),
+        *_usage(recipe, values, names),
         "## Limits",
-        "\n".join(f"- {line}" for line in _limits(recipe)),
+        "\n".join(f"- {line}" for line in _limits(recipe, names)),
         "## Recipe",
         f"```yaml\n{recipe_text}\n```",
     ]
-    (directory / "README.md").write_text(_FRONT + "\n" + "\n\n".join(parts) + "\n", "utf-8")
+    text = _FRONT + "\n" + "\n\n".join(parts) + "\n"
+    # Names of files need not be Unicode.
+    (directory / "README.md").write_text(text, "utf-8", "backslashreplace")
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:
@@ -174,7 +178,7 @@ def _data_rows(info: DatasetInfo) -> Iterator[tuple[str, str]]:
         yield "source", f"and {len(info.sources) - _SHOWN_FILES:,} files more"
 
 
-def _usage(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
+def _usage(recipe: Recipe, values: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
     prompt = recipe.sample.prompt or "The"
     has_code = "auto_map" in values
     if has_code:
@@ -189,8 +193,9 @@ def _usage(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
         yield _PREFIX.strip()
         if recipe.alpha != 1:
             where = {"next": "token i+1", "in_place": "token i"}[recipe.objective.target]
-            gaps = f"{prompt}<mask><mask><mask><mask> of the"
-            yield _DIFFUSION.format(gaps=gaps, where=f"position i predicts {where}").strip()
+            gaps = f"{prompt}{4 * names['mask_token']} of the"
+            where = f"position i predicts {where}"
+            yield _DIFFUSION.format(gaps=gaps, where=where, mask=names["mask_token"]).strip()
     else:
         yield _BY_DUALTRAIN.format(prompt=prompt).strip()
     yield (
@@ -200,7 +205,7 @@ def _usage(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _limits(recipe: Recipe) -> Iterator[str]:
+def _limits(recipe: Recipe, names: Mapping[str, str]) -> Iterator[str]:
     yield "A base model: it continues text, and follows no instructions."
     yield (
         "It has learnt from the text named above and has its errors and biases; nothing was done"
@@ -208,7 +213,8 @@ def _limits(recipe: Recipe) -> Iterator[str]:
     )
     yield (
         f"Trained on sequences of {recipe.sequence_length:,} tokens; longer rows work, worse."
-        " A row is one document, and begins with `<s>`, which the tokenizer puts there."
+        f" A row is one document, and begins with `{names['bos_token']}`, which the tokenizer puts"
+        " there."
     )
     if recipe.alpha == 1:
         yield "Trained without diffusion: it has not learnt to fill in masked tokens."
@@ -221,6 +227,7 @@ def _limits(recipe: Recipe) -> Iterator[str]:
         " bounds, and not comparable with autoregressive ones token by token."
     )
     yield (
-        "The names of special tokens in a text, such as `<s>`, are read as these tokens;"
+        f"The names of special tokens in a text, such as `{names['mask_token']}`, are read as these"
+        " tokens, a mask with the white space before it;"
         " `tokenizer(text, split_special_tokens=True)` reads them as text, as training did."
     )

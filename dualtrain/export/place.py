@@ -29,11 +29,12 @@ def made_whole(directory: Path | str) -> Iterator[Path]:
     Raises:
         UserError: Something is there already, or it cannot be written.
     """
-    place = absolute(directory)
-    _check_free(place)
-    made = [parent for parent in place.parents if not parent.exists()]
-    partial = beside(place)
+    place, partial, made = Path(directory), None, []
     try:
+        place = absolute(directory)
+        _check_free(place)
+        partial = beside(place)
+        made += [parent for parent in place.parents if not parent.exists()]
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent / f".{place.name}.lock", remove=True):
             _check_free(place)  # another export may just have ended there
@@ -42,7 +43,8 @@ def made_whole(directory: Path | str) -> Iterator[Path]:
             yield partial
             publish(partial, place)
     except BaseException as error:
-        discard(partial)
+        if partial is not None:
+            discard(partial)
         for parent in made:
             with suppress(OSError):  # in use by somebody else, or never made
                 parent.rmdir()
@@ -50,7 +52,7 @@ def made_whole(directory: Path | str) -> Iterator[Path]:
             raise
         what = error.strerror or str(error)
         raise UserError(
-            str(place), f"cannot be written: {what}", hint="nothing is left of it"
+            f"{OPTION} {place}", f"cannot be written: {what}", hint="nothing is left of it"
         ) from None
 
 

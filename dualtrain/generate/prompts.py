@@ -9,6 +9,7 @@ from typing import Protocol
 from dualtrain.errors import UserError
 
 _GAP = re.compile(r" ?<mask(?::(\d{1,6}))?>")
+_MARKS = ("\n", ".", "0", "|")
 _GAP_REMAINS = re.compile(r"<mask\b.{0,20}", re.DOTALL)
 GAP_SYNTAX = "<mask:N> with N of 1 or more, or <mask> for a single token"
 
@@ -81,11 +82,13 @@ def _encode(text: str, tokenizer: Tokenizer, *, inside: bool = False) -> list[in
     if not text:
         return []
     if inside and tokenizer.encode("a", add_special_tokens=False).tokens[:1] != ["a"]:
-        # This tokenizer puts a space before every text: let it be before something else.
-        marked = tokenizer.encode("\n" + text, add_special_tokens=False)
-        begins = [begin for begin, _ in marked.offsets]
-        if 1 in begins:
-            return list(marked.ids[begins.index(1) :])
+        # This tokenizer puts a space before every text: let it be before something else, which
+        # must not be stripped, nor grow together with the text.
+        for mark in _MARKS:
+            begin = tokenizer.encode(mark, add_special_tokens=False).ids
+            ids = tokenizer.encode(mark + text, add_special_tokens=False).ids
+            if begin and ids[: len(begin)] == begin:
+                return list(ids[len(begin) :])
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 

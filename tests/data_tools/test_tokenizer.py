@@ -136,7 +136,7 @@ def test_unusable_tokenizers(tmp_path: Path) -> None:
         "empty.json": "has no tokens",
         "closed.json": "cannot encode text",
         "broken.json": "is not a tokenizer.json",
-        "binary.json": "not UTF-8",
+        "binary.json": "not text in UTF-8",
         "absent.json": "cannot be read",
     }
     for name, message in cases.items():

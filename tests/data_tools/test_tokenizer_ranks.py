@@ -243,6 +243,50 @@ def test_cached_encoding_is_used(plugin: Path, no_network: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "tokenizer.model",
+            b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n",
+            "is a SentencePiece model — expected a tokenizer.json, .*save_pretrained",
+        ),
+        (
+            "tokenizer.json",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS, not the file itself.*git lfs pull",
+        ),
+        ("gpt2.tiktoken", b"version https://git-lfs.github.com/spec/v1\n", "of Git LFS"),
+        ("tokenizer.json", b"", "is empty"),
+        ("tokenizer.json", b"<!doctype html><p>404", "is a web page: the download failed"),
+        ("gpt2.tiktoken", b"\x1f\x8b\x08\x00", "is compressed by gzip"),
+        ("tokenizer.pkl", b"\x80\x04\x95", "is a pickle"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        find_tokenizer(str(tmp_path / name))
+
+
+def test_a_directory_with_another_tokenizer_only(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no tokenizer.json, only tokenizer.model.*save_pretrained"
+    ):
+        find_tokenizer(str(tmp_path))
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tokenizer x.*: cannot be looked at: File name too long"):
+        find_tokenizer("x" * 300)
+    with pytest.raises(UserError, match="there is no tokenizer"):
+        find_tokenizer("na\udcefve.json")
+    file = tmp_path / "na\udcefve.json"
+    Tokenizer.train(TEXTS, 300).save(file)
+    assert find_tokenizer(str(file)).added == ()
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("gtp2", "did you mean gpt2"),

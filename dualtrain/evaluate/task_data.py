@@ -1,4 +1,4 @@
-"""Reading the data of a task: JSON lines on disk, compressed or not, or a dataset of the hub."""
+"""Reading the data of a task: JSON on disk, compressed or not, or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtrain.errors import UserError
+from dualtrain.evaluate.templates import Templates, as_plain
+from dualtrain.input_files import InputFile, parse_object
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.task_file import HubSection
-    from dualtrain.evaluate.templates import Templates
 
 SUFFIXES = ("", ".gz", ".xz", ".zst", ".bz2")
 
@@ -25,12 +26,13 @@ class TaskData:
     Attributes:
         origin: The file, or the dataset's name on the hub.
         sha256: Of the content, decompressed: the same whatever the compression.
-        lines: The number of each line that is not blank, and its content.
+        lines: The number of each line that is not blank, and its content; of an array, those of
+            each element.
     """
 
     origin: str
     sha256: str
-    lines: Sequence[tuple[int, bytes]]
+    lines: Sequence[tuple[int, str]]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -44,16 +46,9 @@ class TaskData:
         Raises:
             UserError: It is not a JSON object.
         """
-        line, content = self.lines[index]
+        line, source = self.lines[index]
         where = f"{self.origin}:{line}"
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(where, f"is not JSON: {reason}", "one JSON object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(where, f"is a JSON {type(record).__name__}", "a JSON object")
-        return record, line, where
+        return parse_object(source, where), line, where
 
 
 def find_data(name: str, directory: Path | None) -> Path | None:
@@ -68,11 +63,14 @@ def find_data(name: str, directory: Path | None) -> Path | None:
         path = directory / (name + suffix)
         if path.is_file():
             return path
-    others = sorted(path.name for path in directory.glob(f"{name}.*"))
+    folder, begin = (directory / name).parent, f"{Path(name).name}."
+    others = (
+        [] if not folder.is_dir() else [p for p in folder.iterdir() if p.name.startswith(begin)]
+    )
     if others:
         known = ", ".join(suffix for suffix in SUFFIXES if suffix)
         raise UserError(
-            str(directory / others[0]), "is compressed in a way that is not known", f"{name}{known}"
+            str(min(others)), "is compressed in a way that is not known", f"{name}{known}"
         )
     return None
 
@@ -81,23 +79,13 @@ def read_file(path: Path) -> TaskData:
     """Read a data file.
 
     Raises:
-        UserError: It cannot be read or decompressed, or it is empty.
+        UserError: It cannot be read or decompressed, it is not UTF-8, or it is empty.
     """
-    from data_tools.sources.compression import SUFFIXES as COMPRESSIONS
-    from data_tools.sources.compression import BrokenFile, Content
-
-    try:
-        with path.open("rb") as raw:
-            content = b"".join(Content(raw, COMPRESSIONS.get(path.suffix)))
-    except BrokenFile as error:
-        raise UserError(str(path), f"{error.kind}: {error.what}", hint=error.hint) from None
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror or error}") from None
-    numbered = enumerate(content.split(b"\n"), start=1)
-    lines = [(number, line) for number, line in numbered if line.strip()]
+    file = InputFile.read(path)
+    lines = file.json_parts()
     if not lines:
-        raise UserError(str(path), "is empty", "one JSON object a line")
-    return TaskData(str(path), hashlib.sha256(content).hexdigest(), lines)
+        raise UserError(file.name, "is empty", "one JSON object a line")
+    return TaskData(file.name, hashlib.sha256(file.content).hexdigest(), lines)
 
 
 def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str) -> TaskData:
@@ -136,8 +124,17 @@ def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str
             fields.record(row, where=f"{hub.path}:{number}")
             for number, row in enumerate(rows, start=1)
         ]
-    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True).encode() for row in rows]
+    lines = [_as_json(row, f"{hub.path}:{number}") for number, row in enumerate(rows, start=1)]
     if not lines:
         raise UserError(where, f"{hub.path} has no rows in its split {hub.split}")
-    digest = hashlib.sha256(b"\n".join(lines) + b"\n").hexdigest()
+    content = "".join(line + "\n" for line in lines)
+    digest = hashlib.sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
     return TaskData(hub.path, digest, list(enumerate(lines, start=1)))
+
+
+def _as_json(row: dict[str, Any], where: str) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, sort_keys=True, default=as_plain)
+    except TypeError as error:
+        hint = "name those columns that are text under `hub.fields`"
+        raise UserError(where, f"a column is no JSON: {error}", hint=hint) from None

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.evaluate.templates import Templates, compile_expression, compile_template
+from dualtrain.input_files import InputFile
 from dualtrain.recipe.describe import nearest
-from dualtrain.recipe.yaml_source import Located, dotted, parse, shown
+from dualtrain.recipe.yaml_source import Located, Plain, dotted, parse, shown
 from dualtrain.recipe.yaml_source import Path as KeyPath
 
 Metric = Literal["accuracy", "accuracy_norm"]
@@ -32,6 +33,17 @@ _EXPECTED = {
 }
 _CODE = ("choices", "gold", "group")
 _TEXT = ("prompt", "choice")
+_OF_TASKS = {"prompt", "choices", "gold", "metric"}
+"""Keys by which a file that is not as it should be is known to mean a task."""
+
+
+def _number_as_code(value: Any) -> Any:
+    """`gold: 0` in YAML is the expression 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+Expression = Annotated[str, BeforeValidator(_number_as_code)]
 
 
 class _Section(BaseModel):
@@ -46,7 +58,7 @@ class HubSection(_Section):
         default_factory=list, description="Its configurations, read one after another."
     )
     split: str = Field(min_length=1, description="Its split.")
-    fields: dict[str, str] = Field(
+    fields: dict[str, Expression] = Field(
         default_factory=dict,
         description="For each field of the data file, a Jinja expression of the dataset's columns; "
         "empty where they are the same.",
@@ -66,13 +78,15 @@ class TaskFile(_Section):
     )
     hub: HubSection | None = Field(default=None, description="Where the data is otherwise.")
     prompt: str = Field(description="Jinja template of the text in front of an answer.")
-    choices: str = Field(description="Jinja expression of the list of answers.")
+    choices: Expression = Field(description="Jinja expression of the list of answers.")
     choice: str = Field(
         default=" {{ choice }}",
         description="Jinja template of an answer as it is put behind the prompt.",
     )
-    gold: str = Field(description="Jinja expression of the right answer's number, from 0 on.")
-    group: str | None = Field(
+    gold: Expression = Field(
+        description="Jinja expression of the right answer's number, from 0 on."
+    )
+    group: Expression | None = Field(
         default=None, description="Jinja expression of what results are also grouped by."
     )
     metric: Metric = Field(
@@ -99,33 +113,65 @@ class ReadTaskFile:
     sha256: str
 
 
+class BrokenTaskFile(UserErrors):
+    """A YAML file that is no task, or one with mistakes.
+
+    Args:
+        errors: What is wrong, all of it.
+        name: The task that it means to be; the file's own name where it does not say.
+        is_task: Whether it means to be one at all, as far as it can be known.
+    """
+
+    def __init__(self, errors: list[UserError], name: str, is_task: bool) -> None:
+        self.name, self.is_task = name, is_task
+        super().__init__(errors)
+
+    def __reduce__(self) -> tuple[type[BrokenTaskFile], tuple[object, ...]]:
+        return type(self), (self.errors, self.name, self.is_task)
+
+
 def read_task_file(path: Path) -> ReadTaskFile:
     """Read and check a task file.
 
     Raises:
-        UserError: It cannot be read, or something is wrong with it; all at once, by line.
+        BrokenTaskFile: It cannot be read, is something else, or something is wrong with it; all
+            at once, by line.
     """
+    name, is_task = path.stem, True
     try:
-        content = path.read_bytes()
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise UserError(str(path), "is not UTF-8 text", "a task file in YAML") from None
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}") from None
-    tree, errors = parse(text, str(path))
-    values = tree.plain()
+        file = InputFile.read(path)
+        tree, errors = parse(file.text(), str(path))
+        values = tree.plain()
+        if isinstance(values, dict):
+            is_task = not _OF_TASKS.isdisjoint(values)
+            claimed = values.get("name")
+            name = claimed if isinstance(claimed, str) else name
+        else:
+            is_task = values is None
+        digest = hashlib.sha256(file.content).hexdigest()
+        return _read(values, tree, errors, path, digest)
+    except UserError as error:
+        raise BrokenTaskFile([error], name, is_task) from None
+
+
+def _read(
+    values: Plain, tree: Located, errors: list[UserError], path: Path, digest: str
+) -> ReadTaskFile:
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds {shown(values)}"
         raise UserError(str(tree.place), what, "a task: `name: ...`, `data: ...`, `prompt: ...`")
+    if _OF_TASKS.isdisjoint(values):
+        what = f"is no task file: it has the keys {', '.join([*values][:5])}"
+        raise UserError(str(tree.place), what, ", ".join(sorted(_OF_TASKS)))
     try:
         spec = TaskFile.model_validate(values)
     except ValidationError as error:
         errors += [_explain(detail, tree) for detail in error.errors(include_url=False)]
-        raise _all(errors) from None
+        raise UserErrors(errors) from None
     templates, hub_fields = _compile(spec, tree, errors)
     if errors:
-        raise _all(errors)
-    return ReadTaskFile(spec, templates, hub_fields, path, hashlib.sha256(content).hexdigest())
+        raise UserErrors(errors)
+    return ReadTaskFile(spec, templates, hub_fields, path, digest)
 
 
 def _compile(
@@ -170,7 +216,10 @@ def _explain(detail: ErrorDetails, tree: Located) -> UserError:
     expected = _EXPECTED.get(kind, _description(section, key))
     is_number = kind == "string_type" and isinstance(value, (int, float))
     what = f"is {shown(value)}" if not isinstance(value, str) else f"{shown(value)} is not allowed"
-    return UserError(where, what, expected, f'write "{value}", in quotes' if is_number else "")
+    hint = f'write "{value}", in quotes' if is_number else ""
+    if kind == "string_type" and isinstance(value, list):
+        hint = """an expression stands in quotes: "[sol1, sol2]" or "['yes', 'no']\""""
+    return UserError(where, what, expected, hint)
 
 
 def _description(section: type[_Section], key: str) -> str:
@@ -179,7 +228,3 @@ def _description(section: type[_Section], key: str) -> str:
         return ""
     text = field.description.rstrip(".")
     return text[0].lower() + text[1:] if text[1:2].islower() else text
-
-
-def _all(errors: list[UserError]) -> UserError:
-    return errors[0] if len(errors) == 1 else UserErrors(errors)

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dualtrain.errors import UserError
+from dualtrain.errors import UserError, UserErrors
 from dualtrain.evaluate.task_data import find_data, read_file, read_hub
-from dualtrain.evaluate.task_file import ReadTaskFile, TaskFile, read_task_file
+from dualtrain.evaluate.task_file import (
+    BrokenTaskFile,
+    ReadTaskFile,
+    TaskFile,
+    read_task_file,
+)
 from dualtrain.evaluate.task_result import ItemResult, TaskResult
 from dualtrain.evaluate.templates import Item
 from dualtrain.recipe.describe import nearest
@@ -127,7 +132,10 @@ class Task:
 
 
 def load_tasks(
-    names: Sequence[str] | None = None, tasks_dir: Path | str | None = None
+    names: Sequence[str] | None = None,
+    tasks_dir: Path | str | None = None,
+    *,
+    on_note: Callable[[str], None] | None = None,
 ) -> list[Task]:
     """Find tasks by name.
 
@@ -135,24 +143,37 @@ def load_tasks(
         names: What to find, in this order; None takes all there are.
         tasks_dir: A directory with data files, and with task files of the user's own, which add to
             the shipped ones or, where they have the same name, replace them.
+        on_note: Told of YAML files that are passed over, where all tasks are taken.
 
     Raises:
-        UserError: There is no task of a name, no such directory, or something is wrong with a file.
+        UserError: There is no task of a name, no such directory, or something is wrong with a file
+            that is asked for.
     """
     directory = None if tasks_dir is None else Path(tasks_dir).expanduser()
-    known = {file.spec.name: Task(file, directory) for file in _read_files(SHIPPED)}
+    files, broken = _read_files(SHIPPED)
     if directory is not None:
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
             raise UserError(str(directory), what, "a directory with the data of tasks")
-        known |= {file.spec.name: Task(file, directory) for file in _read_files(directory)}
-    found = []
-    for name in dict.fromkeys(known if names is None else names):
-        if name not in known:
-            expected = f"one of {', '.join(known)}"
-            raise UserError("--tasks", f"{name!r} is no task", expected, nearest(name, list(known)))
-        found.append(known[name])
-    return found
+        own, broken = _read_files(directory)
+        files |= own
+    wanted = [*files] if names is None else [*dict.fromkeys(names)]
+    meant: list[UserError] = [error for error in broken if error.is_task]
+    if names is not None:
+        meant = [error for error in broken if error.is_task and error.name in wanted]
+    if meant:
+        raise UserErrors(meant)
+    for error in broken:
+        if names is None and on_note is not None:
+            on_note(f"passed over: {error}")
+    for name in wanted:
+        if name not in files:
+            expected = f"one of {', '.join(files)}"
+            unknown = UserError(
+                "--tasks", f"{name!r} is no task", expected, nearest(name, [*files])
+            )
+            raise UserErrors([unknown, *broken])
+    return [Task(files[name], directory) for name in wanted]
 
 
 def score_task(
@@ -231,17 +252,27 @@ def _spread(count: int, limit: int | None) -> list[int]:
     return [index * count // kept for index in range(kept)]
 
 
-def _read_files(directory: Path) -> list[ReadTaskFile]:
+def _read_files(directory: Path) -> tuple[dict[str, ReadTaskFile], list[BrokenTaskFile]]:
     """Read all task files of a directory, in the order of their names.
 
-    Raises:
-        UserError: Something is wrong with one, or two have the same name.
+    Returns:
+        Those that are as they should be, by the task's name; and what is wrong with the others.
     """
     found: dict[str, ReadTaskFile] = {}
-    for path in sorted(directory.glob("*.yaml")):
-        file = read_task_file(path)
-        if file.spec.name in found:
-            what = f"the name {file.spec.name!r} is that of {found[file.spec.name].path}, too"
-            raise UserError(f"{path}: name", what, "another name")
-        found[file.spec.name] = file
-    return list(found.values())
+    broken: list[BrokenTaskFile] = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            continue
+        try:
+            file = read_task_file(path)
+        except BrokenTaskFile as error:
+            broken.append(error)
+            continue
+        name = file.spec.name
+        if name in found:
+            what = f"the name {name!r} is that of {found[name].path}, too"
+            twice = UserError(f"{path}: name", what, "another name")
+            broken.append(BrokenTaskFile([twice], name, is_task=True))
+        else:
+            found[name] = file
+    return found, broken

@@ -1,11 +1,13 @@
 """From a line of data to a question: the Jinja templates and expressions of a task file, sandboxed.
 
 A task file may come from anywhere, so its templates cannot reach anything but the line of data. A
-field that is not there is an error and never empty text.
+field that is not there is an error and never empty text; so is one that is null, and a list or a
+section that would become text as Python writes it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +17,23 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dualtrain.errors import UserError
+from dualtrain.input_files import check_unicode
+from dualtrain.recipe.yaml_source import shown
 
 Record = Mapping[str, Any]
 """A line of data: a JSON object."""
 
-_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    re.error,
+)
 """What a template or an expression raises on data that it was not made for."""
 
 
@@ -54,6 +68,8 @@ def compile_template(text: str) -> Callable[[Record], Any]:
         return _environment().from_string(text).render
     except TemplateSyntaxError as error:
         raise ValueError(error.message) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def compile_expression(text: str) -> Callable[[Record], Any]:
@@ -66,6 +82,8 @@ def compile_expression(text: str) -> Callable[[Record], Any]:
         return _environment().compile_expression(text, undefined_to_none=False)
     except TemplateSyntaxError as error:
         raise ValueError(error.message) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 class Templates:
@@ -91,15 +109,16 @@ class Templates:
         Raises:
             UserError: The line is not as the task file expects it.
         """
+        record = _guard_fields(record, where)
         answers = self._answers(record, where)
-        group = self._value("group", record, where) if "group" in self._parts else None
+        group = self._group(record, where) if "group" in self._parts else None
         item = Item(
             prompt=self._value("prompt", record, where),
             choices=tuple(
                 self._value("choice", {**record, "choice": answer}, where) for answer in answers
             ),
             gold=self._gold(record, len(answers), where),
-            group=None if group is None else str(group),
+            group=group,
             characters=tuple(map(len, answers)),
             line=line,
         )
@@ -112,6 +131,7 @@ class Templates:
         Raises:
             UserError: The record is not as the task file expects it.
         """
+        record = _guard_fields(record, where)
         return {str(key): self._value(key, record, where) for key in self._parts}
 
     def _answers(self, record: Record, where: str) -> list[str]:
@@ -120,18 +140,26 @@ class Templates:
             raise self._error(where, "choices", answers, "a list of two or more texts")
         for answer in answers:
             if not isinstance(answer, str) or not answer:
-                raise self._error(where, "choices", answers, "texts that are not empty")
+                is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+                hint = "`| map('string') | list` makes text of numbers" if is_number else ""
+                raise self._error(where, "choices", answers, "texts that are not empty", hint)
         return list(answers)
 
     def _gold(self, record: Record, count: int, where: str) -> int:
         gold = self._value("gold", record, where)
+        expected = f"a number from 0 to {count - 1}"
         if isinstance(gold, bool) or not isinstance(gold, int):
-            hint = "`| int` makes a number of text" if isinstance(gold, str) else ""
-            raise self._error(where, "gold", gold, f"a number from 0 to {count - 1}", hint)
+            raise self._error(where, "gold", gold, expected, _gold_hint(gold))
         if not 0 <= gold < count:
             hint = "`- 1` makes numbers from 1 on begin with 0" if gold == count else ""
-            raise self._error(where, "gold", gold, f"a number from 0 to {count - 1}", hint)
+            raise self._error(where, "gold", gold, expected, hint)
         return gold
+
+    def _group(self, record: Record, where: str) -> str:
+        group = self._value("group", record, where)
+        if not _is_text(group):
+            raise self._error(where, "group", group, "text or a number")
+        return str(group)
 
     def _value(self, key: str | int, record: Record, where: str) -> Any:
         try:
@@ -144,33 +172,168 @@ class Templates:
             raise UserError(
                 where,
                 f"{key} of {self._file} fails: {error}",
-                "data with the fields that the task file names",
+                "a value in each field that the task file names",
                 f"fields here: {fields}",
             ) from None
 
     def _error(self, where: str, key: str, value: Any, expected: str, hint: str = "") -> UserError:
-        text = repr(value)
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
         text = text if len(text) <= 60 else text[:57] + "..."
         return UserError(where, f"{key} of {self._file} gives {text}", expected, hint)
 
 
+def as_plain(value: object) -> None:
+    """What JSON has for a field that a record lacks a value in; for ``json.dumps(default=…)``.
+
+    Raises:
+        TypeError: It is something else that JSON has no word for.
+    """
+    if not isinstance(value, Undefined):
+        raise TypeError(f"a {type(value).__name__}")
+
+
 def _check_text(item: Item, where: str) -> None:
-    for text in (item.prompt, *item.choices):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(where, "holds half a surrogate pair", "Unicode text") from None
+    for text in (item.prompt, *item.choices, item.group or ""):
+        check_unicode(text, where)
     if not all(item.choices):
         raise UserError(where, "an answer has no text to score", "a `choice` that is not empty")
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
+def _gold_hint(gold: object) -> str:
+    try:
+        _whole_number(gold)
+    except ValueError:
+        is_letter = isinstance(gold, str) and len(gold) == 1 and gold.isalpha()
+        return "`['A', 'B'].index(...)` makes a number of a letter" if is_letter else ""
+    return "`| int` makes a whole number of it"
+
+
+class _Null(StrictUndefined):
+    """A field without a value. It can be asked for (`or`, `is none`, `default`), but never used."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "null"
+
+
+class _List(list):
+    """A list of the data, which is not text."""
+
+    def __init__(self, values: Any, path: str) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __str__(self) -> str:
+        raise TypeError(f"{self._path!r} is a list and no text")
+
+
+class _Section(dict):
+    """An object of the data: its fields come before the methods of a dict, and it is not text."""
+
+    def __init__(self, values: Any, path: str) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __str__(self) -> str:
+        raise TypeError(f"{self._path!r} is a section and no text")
+
+
+def _guard_fields(record: Record, where: str) -> dict[str, Any]:
+    try:
+        return {key: _guard(value, str(key)) for key, value in record.items()}
+    except RecursionError:
+        raise UserError(where, "is nested too deeply", "a JSON object") from None
+
+
+def _guard(value: Any, path: str) -> Any:
+    if value is None:
+        return _Null(hint=f"{path!r} is null")
+    if isinstance(value, float) and not math.isfinite(value):
+        return _Null(hint=f"{path!r} is {value}")
+    if isinstance(value, dict):
+        fields = ((key, _guard(inner, f"{path}.{key}")) for key, inner in value.items())
+        return _Section(fields, path)
+    if isinstance(value, (list, tuple)):
+        return _List((_guard(inner, f"{path}[{n}]") for n, inner in enumerate(value)), path)
+    return value
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, _Section) and attribute in obj:
+            return obj[attribute]
+        return self._named(obj, attribute, super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._named(obj, argument, super().getitem(obj, argument))
+
+    def _named(self, obj: Any, name: Any, found: Any) -> Any:
+        """What was found, or an error that says where it is missing."""
+        is_missing = isinstance(found, Undefined) and not isinstance(found, _Null)
+        if is_missing and isinstance(obj, (_List, _Section)):
+            return self.undefined(hint=f"{obj._path!r} has no {name!r}")
+        return found
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalize
     )
-    environment.filters["regex_replace"] = _regex_replace
+    environment.filters |= {
+        "int": _whole_number,
+        "float": _number,
+        "regex_replace": _regex_replace,
+    }
+    environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
     return environment
 
 
-def _regex_replace(text: str, pattern: str, replacement: str) -> str:
-    return re.sub(pattern, replacement, text)
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def _finalize(value: Any) -> Any:
+    """Refuse to show what is no text, as Python would write it."""
+    if isinstance(value, (Undefined, _List, _Section)):
+        str(value)  # raises, with the name of the field
+    if not _is_text(value):
+        raise ValueError(f"{shown(value)} is no text")
+    return value
+
+
+_REFUSE: Any = object()
+
+
+def _whole_number(value: Any, default: Any = _REFUSE, base: int = 10) -> Any:
+    """Jinja's `int`, but without a default it refuses what is no whole number, where that has 0."""
+    try:
+        if isinstance(value, str):
+            try:
+                return int(value, base)
+            except ValueError:
+                value = float(value)  # "2.0"
+        if value == int(value):
+            return int(value)
+    except (OverflowError, TypeError, ValueError):
+        pass
+    return _instead(value, default, "a whole number")
+
+
+def _number(value: Any, default: Any = _REFUSE) -> Any:
+    """Jinja's `float`, but without a default it refuses what is no number, where that has 0."""
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        return _instead(value, default, "a number")
+
+
+def _instead(value: object, default: Any, kind: str) -> Any:
+    if default is _REFUSE:
+        raise ValueError(f"{shown(value)} is not {kind}")
+    return default
+
+
+def _regex_replace(text: Any, pattern: str, replacement: str) -> str:
+    return re.sub(pattern, replacement, str(text))

@@ -15,6 +15,7 @@ from task_support import SPEC, load_one, question, write_lines, write_task
 from dualtrain.errors import UserError
 from dualtrain.evaluate.task_data import read_hub
 from dualtrain.evaluate.tasks import load_tasks
+from dualtrain.evaluate.templates import Templates, compile_expression, compile_template
 
 SHIPPED = {
     "arc_challenge": {"query": "Question: Q?", "choices": ["a", "b"], "gold": 1},
@@ -220,8 +221,27 @@ GOOD = {"question": "Why?", "choices": ["a", "b"], "gold": 0, "topic": "x"}
         (GOOD | {"gold": 2}, "gold of {file} gives 2 — expected a number from 0 to 1 (`- 1`"),
         (GOOD | {"gold": -1}, "gives -1 — expected a number from 0 to 1"),
         (GOOD | {"gold": "1"}, "gives '1' — expected a number from 0 to 1 (`| int`"),
-        (GOOD | {"gold": True}, "gives True — expected a number"),
-        (GOOD | {"question": "\ud800"}, "half a surrogate pair"),
+        (GOOD | {"gold": True}, "gives true — expected a number"),
+        (GOOD | {"question": "\ud800"}, "has the half of a character, \\ud800, at position 1"),
+        (GOOD | {"topic": "a\udfff"}, "has the half of a character"),
+        (GOOD | {"question": None}, "prompt of {file} fails: 'question' is null"),
+        (GOOD | {"question": ["a", "b"]}, "prompt of {file} fails: 'question' is a list and no"),
+        (GOOD | {"question": {"text": "a"}}, "fails: 'question' is a section and no text"),
+        (GOOD | {"question": True}, "prompt of {file} fails: true is no text"),
+        (GOOD | {"question": float("nan")}, "'question' is nan"),
+        (GOOD | {"choices": None}, "choices of {file} fails: 'choices' is null"),
+        (GOOD | {"choices": ["a", None]}, "gives ['a', null] — expected texts"),
+        (GOOD | {"choices": [1, 2]}, "(`| map('string') | list` makes text of numbers)"),
+        (GOOD | {"gold": None}, "gold of {file} fails: 'gold' is null"),
+        (GOOD | {"gold": 1.0}, "gives 1.0 — expected a number from 0 to 1 (`| int`"),
+        (GOOD | {"gold": 0.5}, "gives 0.5 — expected a number from 0 to 1"),
+        (GOOD | {"gold": "B"}, "gives 'B' — expected a number from 0 to 1 (`['A', 'B'].index("),
+        (GOOD | {"topic": None}, "group of {file} fails: 'topic' is null"),
+        (GOOD | {"topic": ["a"]}, "group of {file} gives ['a'] — expected text or a number"),
+        ('{"gold": 0, "gold": 1}', "is not JSON: the key 'gold' is there twice"),
+        ('{"question": ' + "[" * 90_000 + "]" * 90_000 + "}", "is not JSON: it is nested too"),
+        ('{"question": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply|'choices' is undefined"),
+        ('{"question": "a\0"}', "has a zero byte"),
     ],
 )
 def test_a_line_that_does_not_fit_is_named(line, expected, tmp_path):
@@ -232,7 +252,176 @@ def test_a_line_that_does_not_fit_is_named(line, expected, tmp_path):
     with pytest.raises(UserError) as caught:
         load_one(tmp_path).read()
     assert caught.value.where == f"{path}:3"
-    assert expected.format(file=tmp_path / "quiz.yaml") in str(caught.value)
+    possible = expected.replace("{file}", str(tmp_path / "quiz.yaml")).split("|")
+    possible = possible if "deeply|" in expected else ["|".join(possible)]
+    assert any(text in str(caught.value) for text in possible)
+
+
+FIELDS = {
+    "text": "abc",
+    "gone": None,
+    "empty": "",
+    "letter": "B",
+    "digits": " 1 ",
+    "point": "1.0",
+    "half": "0.5",
+    "list": ["x", "y"],
+    "numbers": [1, 2],
+    "holes": ["x", None],
+    "year": 1999,
+    "yes": True,
+    "nan": float("nan"),
+    "deep": {"text": "inner", "items": "mine", "gone": None, "list": [{"a": "b"}]},
+}
+
+
+def rendered(text):
+    templates = Templates({"prompt": compile_template(text)}, "quiz.yaml")
+    return templates.record(FIELDS, where="line")["prompt"]
+
+
+def evaluated(text):
+    templates = Templates({"gold": compile_expression(text)}, "quiz.yaml")
+    return templates.record(FIELDS, where="line")["gold"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{{ gone }}", "'gone' is null"),
+        ("{{ gone | trim }}", "'gone' is null"),
+        ("{{ gone | string }}", "'gone' is null"),
+        ("{{ 'a' ~ gone }}", "'gone' is null"),
+        ("{{ gone | replace('a', 'b') }}", "'gone' is null"),
+        ("{{ gone | regex_replace('a', 'b') }}", "'gone' is null"),
+        ("{{ gone | length }}", "'gone' is null"),
+        ("{{ '%s' | format(gone) }}", "'gone' is null"),
+        ("{{ holes | join(' ') }}", "'holes[1]' is null"),
+        ("{{ holes[1] }}", "'holes[1]' is null"),
+        ("{{ deep.gone }}", "'deep.gone' is null"),
+        ("{{ gone.text }}", "'gone' is null"),
+        ("{{ deep.txt }}", "'deep' has no 'txt'"),
+        ("{{ deep['txt'] }}", "'deep' has no 'txt'"),
+        ("{{ list[5] }}", "'list' has no 5"),
+        ("{{ nan }}", "'nan' is nan"),
+        ("{{ list }}", "'list' is a list and no text"),
+        ("{{ list | trim }}", "'list' is a list and no text"),
+        ("{{ 'a' ~ deep }}", "'deep' is a section and no text"),
+        ("{{ list | map('upper') | list }}", "a list is no text"),
+        ("{{ yes }}", "true is no text"),
+        ("{{ text.title }}", "is no text"),
+        ("{{ range }}", "is no text"),
+        ("{{ text | regex_replace('(', '') }}", "missing ), unterminated subpattern"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% include 'x' %}", "loader"),
+    ],
+)
+def test_a_template_shows_nothing_but_text_and_numbers(text, expected):
+    with pytest.raises(UserError) as caught:
+        rendered(text)
+    assert expected in str(caught.value) and caught.value.where == "line"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{{ year }}", "1999"),
+        ("{{ list | join(', ') }}", "x, y"),
+        ("{{ numbers | join('+') }}", "1+2"),
+        ("{{ gone or 'nothing' }}", "nothing"),
+        ("{{ gone | default('nothing') }}", "nothing"),
+        ("{{ 'nothing' if gone is none else gone }}", "nothing"),
+        ("{{ 'yes' if yes else 'no' }}", "yes"),
+        ("{{ deep.text }} {{ deep['text'] }} {{ deep.list[0].a }}", "inner inner b"),
+        # A field of a section and not the method of Python's.
+        ("{{ deep.items }}", "mine"),
+        ("{{ list | tojson }}", '["x", "y"]'),
+    ],
+)
+def test_a_template_can_say_what_stands_in(text, expected):
+    assert rendered(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("digits | int", 1),
+        ("point | int", 1),
+        ("yes | int", 1),
+        ("'0x1f' | int(base=16)", 31),
+        ("letter | int(-1)", -1),
+        ("digits | float", 1.0),
+        ("letter | float(0)", 0),
+        ("empty | int", "'' is not a whole number"),
+        ("letter | int", "'B' is not a whole number"),
+        ("half | int", "'0.5' is not a whole number|0.5 is not a whole number"),
+        ("list | int", "a list is not a whole number"),
+        ("gone | int", "'gone' is null"),
+        ("nan | int", "'nan' is nan"),
+        ("letter | float", "'B' is not a number"),
+        ("gone + 1", "'gone' is null"),
+        ("list.index(letter)", "'B' is not in list"),
+        ("holes.index('y')", "'holes[1]' is null"),
+    ],
+)
+def test_what_is_no_number_is_never_0(text, expected):
+    if not isinstance(expected, str):
+        assert evaluated(text) == expected
+        return
+    with pytest.raises(UserError) as caught:
+        evaluated(text)
+    assert any(part in str(caught.value) for part in expected.split("|"))
+
+
+def test_labels_may_be_text_or_numbers(tmp_path):
+    lines = [GOOD | {"gold": gold} for gold in ("1", 1, " 1", 1.0, True)]
+    task = load_one(write_task(tmp_path, lines, gold="gold | int"))
+    assert [item.gold for item in task.items()] == [1] * 5
+    write_lines(tmp_path / "quiz.jsonl", [GOOD, GOOD | {"gold": ""}])
+    with pytest.raises(UserError, match="quiz.jsonl:2: gold of .* fails: '' is not a whole number"):
+        task.items()
+
+
+def test_a_number_is_an_expression(tmp_path):
+    write_task(tmp_path, [GOOD], gold=1, group=2020)
+    (item,) = load_one(tmp_path).items()
+    assert (item.gold, item.group) == (1, "2020")
+    write_task(tmp_path, [GOOD], gold=3)
+    with pytest.raises(UserError, match="gold of .* gives 3 — expected a number from 0 to 1"):
+        load_one(tmp_path).items()
+
+
+def test_data_may_be_an_array(tmp_path):
+    lines = [question(2, number % 2, text=f"Q{number}?") for number in range(5)]
+    write_task(tmp_path, data="quiz.json")
+    path = tmp_path / "quiz.json"
+    for indent in (None, 2):
+        path.write_text("\ufeff" + json.dumps(lines, indent=indent), encoding="utf-8")
+        items = load_one(tmp_path).items()
+        assert [item.prompt for item in items] == [line["question"] for line in lines]
+    assert [item.line for item in items][:2] == [2, 11]
+    path.write_text(json.dumps([*lines, lines[0] | {"gold": 7}], indent=0))
+    with pytest.raises(UserError, match=r"quiz.json:\d+: gold of .* gives 7"):
+        load_one(tmp_path).items()
+    path.write_text("[\n{},\n{]")
+    with pytest.raises(UserError, match="quiz.json:3: is not JSON"):
+        load_one(tmp_path).items()
+    path.write_text("[]")
+    with pytest.raises(UserError, match="quiz.json: is empty"):
+        load_one(tmp_path).items()
+
+
+def test_lines_may_end_as_on_windows_and_must_be_utf_8(tmp_path):
+    write_task(tmp_path)
+    path, line = tmp_path / "quiz.jsonl", json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
+    assert [item.line for item in load_one(tmp_path).items()] == [1, 3]
+    path.write_bytes(line + b"\n" + line.replace(b"Why", b"caf\xe9"))
+    with pytest.raises(UserError, match="quiz.jsonl:2: byte 0xe9 is not UTF-8"):
+        load_one(tmp_path).items()
+    path.write_bytes(line.decode().encode("utf-16-le"))
+    with pytest.raises(UserError, match="quiz.jsonl:1: has a zero byte"):
+        load_one(tmp_path).items()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +430,9 @@ def test_a_line_that_does_not_fit_is_named(line, expected, tmp_path):
         ({"metrc": "x"}, "{file}:9: metrc: unknown key"),
         ({"prompt": None}, "{file}:1: prompt: is missing"),
         ({"metric": "acuracy"}, "{file}:8: metric: 'acuracy' is not known — expected accuracy or"),
-        ({"gold": 0}, '{file}:6: gold: is 0 — expected text (write "0", in quotes)'),
+        ({"name": 0}, '{file}:1: name: is 0 — expected text (write "0", in quotes)'),
+        ({"gold": True}, "{file}:6: gold: is true — expected text"),
+        ({"choices": ["a", "b"]}, "{file}:5: choices: is a list — expected text (an expression st"),
         ({"name": "a b"}, "{file}:1: name: 'a b' is not allowed"),
         ({"hub": {"path": "x", "split": "y", "name": "z"}}, "{file}:9: hub.name: unknown key"),
         ({"prompt": "{{ question"}, "{file}:4: prompt: '{{ question': unexpected end of template"),
@@ -263,7 +454,7 @@ def test_a_task_file_is_checked_by_line(changes, expected, tmp_path):
 
 
 def test_all_mistakes_of_a_task_file_are_shown_together(tmp_path):
-    write_task(tmp_path, metric="x", gold=3, colour="red")
+    write_task(tmp_path, metric="x", gold=True, colour="red")
     with pytest.raises(UserError) as caught:
         load_tasks(["quiz"], tmp_path)
     assert len(str(caught.value).splitlines()) == 3
@@ -273,6 +464,47 @@ def test_all_mistakes_of_a_task_file_are_shown_together(tmp_path):
     (tmp_path / "quiz.yaml").write_text("")
     with pytest.raises(UserError, match="quiz.yaml:1: is empty"):
         load_tasks(["quiz"], tmp_path)
+
+
+HARNESS = """
+task: blimp_local
+dataset_path: json
+output_type: multiple_choice
+doc_to_text: ""
+process_docs: !function utils.process
+"""
+
+
+def test_a_file_of_another_tool_is_passed_over_and_named(tmp_path):
+    write_task(tmp_path, [GOOD])
+    (tmp_path / "blimp.yaml").write_text(HARNESS)
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    (tmp_path / "folder.yaml").mkdir()
+    notes = []
+    tasks = load_tasks(["quiz", "blimp"], tmp_path, on_note=notes.append)
+    assert [task.file.path.parent.name for task in tasks] == [tmp_path.name, "tasks"]
+    assert not notes
+    assert len(load_tasks(None, tmp_path, on_note=notes.append)) == len(SHIPPED) + 1
+    assert len(notes) == 2
+    assert "blimp.yaml:2: is no task file: it has the keys task, dataset_path" in notes[0]
+    assert "list.yaml:1: holds a list" in notes[1]
+    with pytest.raises(UserError, match="(?s)'blimp_local' is no task.*blimp.yaml:2: is no task"):
+        load_tasks(["blimp_local"], tmp_path)
+
+
+def test_a_broken_task_stops_only_what_asks_for_it(tmp_path):
+    write_task(tmp_path, [GOOD])
+    write_task(tmp_path, name="other", metric="x")
+    (tmp_path / "other.yaml").rename(tmp_path / "mine.yml")
+    (tmp_path / "piqa.yaml").write_text("name: [")
+    assert [task.name for task in load_tasks(["quiz", "blimp"], tmp_path)] == ["quiz", "blimp"]
+    with pytest.raises(UserError, match="mine.yml:8: metric: 'x' is not known"):
+        load_tasks(["other"], tmp_path)
+    # The shipped task must not take the place of the one that is meant.
+    with pytest.raises(UserError, match="piqa.yaml:1: not valid YAML"):
+        load_tasks(["piqa"], tmp_path)
+    with pytest.raises(UserError, match="(?s)mine.yml:8: metric.*piqa.yaml:1: not valid YAML"):
+        load_tasks(None, tmp_path)
 
 
 def test_templates_reach_nothing_but_the_line(tmp_path):

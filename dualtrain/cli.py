@@ -375,7 +375,10 @@ def generate(
         typer.Option(help="Diffusion: tokens in a block, blocks one after another; default: all."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Prompts: one a line, or .jsonl with a `prompt` a line.")
+        Path | None,
+        typer.Option(
+            help="Prompts: a line each, or JSON with a `prompt` each; `-`: standard input."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the texts to this file, as JSON lines.")

@@ -200,6 +200,6 @@ def _next_tokens(
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     numbers = None
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         numbers = torch.tensor([row.generator.random() for row in rows], dtype=torch.float64)
     return choose(logits, sampling, numbers)

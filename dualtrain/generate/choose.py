@@ -6,7 +6,6 @@ penalty, temperature, top-k and top-p mean what they mean in transformers, in it
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,13 +14,20 @@ from torch import Tensor
 
 from dualtrain.errors import UserError, UserErrors
 
+GREEDY_BELOW = 1e-6
+"""Temperature below which the likeliest token is taken: float32 tells no closer logits apart."""
+MOST_TEMPERATURE = 1000.0
+"""Here all tokens are about equally likely already; far above, float32 has no such number."""
+PENALTIES = (0.01, 100.0)
+"""Beyond them, too, a logit may leave float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a token is chosen.
 
     Args:
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0, or next to it, takes the likeliest token.
         top_k: Only the k likeliest tokens can be drawn; None is all.
         top_p: Only the likeliest tokens that together reach this probability can be drawn.
         repetition_penalty: The logit of a token that the text has already is divided by it if
@@ -39,19 +45,25 @@ class Sampling:
     def __post_init__(self) -> None:
         wrong = []
         # Written so that a NaN is refused, too.
-        if not 0 <= self.temperature < math.inf:
-            wrong.append(UserError("--temperature", f"{self.temperature:g}", "0 or more"))
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            expected = f"0 to {MOST_TEMPERATURE:g}, where all tokens are about equally likely"
+            wrong.append(UserError("--temperature", f"{self.temperature:g}", expected))
         if self.top_k is not None and self.top_k < 1:
             wrong.append(UserError("--top-k", f"{self.top_k}", "1 or more"))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             wrong.append(UserError("--top-p", f"{self.top_p:g}", "a number in (0, 1]"))
-        if not 0 < self.repetition_penalty < math.inf:
+        least, most = PENALTIES
+        if not least <= self.repetition_penalty <= most:
             penalty = f"{self.repetition_penalty:g}"
-            wrong.append(
-                UserError("--repetition-penalty", penalty, "above 0; 1 changes nothing, try 1.2")
-            )
+            expected = f"{least:g} to {most:g}; 1 changes nothing, try 1.2"
+            wrong.append(UserError("--repetition-penalty", penalty, expected))
         if wrong:
             raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, and no random number asked for."""
+        return self.temperature < GREEDY_BELOW
 
 
 def choose(logits: Tensor, sampling: Sampling, numbers: Tensor | None) -> Tensor:
@@ -61,12 +73,12 @@ def choose(logits: Tensor, sampling: Sampling, numbers: Tensor | None) -> Tensor
         logits: (N, V) float32, minus infinity for what must not be produced.
         sampling: Its repetition penalty is not applied here: see :func:`penalise`.
         numbers: (N,) float64 in [0, 1), one random number a row; not looked at where the
-            temperature is 0, and then None will do.
+            choice is greedy, and then None will do.
 
     Returns:
         (N,) int64 token ids.
     """
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return logits.argmax(-1)
     assert numbers is not None
     logits = logits / sampling.temperature

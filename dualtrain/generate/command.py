@@ -15,13 +15,7 @@ from rich.console import Console
 
 from dualtrain.errors import UserError
 from dualtrain.generate.autoregressive import Stop
-from dualtrain.generate.files import (
-    open_results,
-    read_prompts,
-    record,
-    refuse_existing,
-    write_record,
-)
+from dualtrain.generate.files import ResultFile, read_prompts, record, refuse_existing
 from dualtrain.generate.prompts import has_gap
 from dualtrain.generate.settings import Settings, Wishes, raise_all, read_settings
 from dualtrain.generate.text_model import TextModel
@@ -34,6 +28,7 @@ from dualtrain.generate.view import (
     UnmaskView,
     View,
 )
+from dualtrain.input_files import check_unicode
 from dualtrain.recipe.describe import nearest
 from dualtrain.trained import Precision, TrainedModel, open_trained
 
@@ -97,15 +92,15 @@ def generate(request: Request, wishes: Wishes) -> None:
         _note(doubt)
     began, done = time.monotonic(), []
     with ExitStack() as stack:
-        stream = stack.enter_context(open_results(request.out)) if request.out else None
+        results = stack.enter_context(ResultFile(request.out)) if request.out else None
         view = _view(request, settings, trained, len(prompts) * settings.samples)
         stack.callback(view.close)
         for text in generate_texts(
             prompts, settings, model, rows_at_once=request.batch, watcher=view
         ):
-            if stream is not None:
+            if results is not None:
                 path = str(trained.source.path)
-                write_record(stream, record(text, settings, trained.tokenizer, model=path))
+                results.write(record(text, settings, trained.tokenizer, model=path))
             view.show(text)
             done.append(text)
     took_s = time.monotonic() - began - view.paused_s
@@ -117,6 +112,7 @@ def generate(request: Request, wishes: Wishes) -> None:
 def _prompts(request: Request) -> tuple[list[str], list[str]]:
     """The prompts, and what to call each in an error."""
     if request.file is None:
+        check_unicode(request.prompt or "", "prompt")
         return [request.prompt or ""], ["prompt"]
     if request.prompt is not None:
         both = f"{request.file}, and a prompt is given, too"

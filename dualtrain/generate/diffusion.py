@@ -230,7 +230,7 @@ def _predict(
     ]
     logits = model.logits(ids, plan, torch.tensor(readers), may_stop=False)
     numbers = None
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         drawn = [
             generators[text.number].random(len(positions))
             for text, positions in zip(texts, asked, strict=True)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
 
 from dualtrain.errors import UserError
 from dualtrain.generate.prompts import Tokenizer
 from dualtrain.generate.settings import Settings, raise_all
 from dualtrain.generate.texts import Text
+from dualtrain.input_files import InputFile, check_unicode, parse_object
 from dualtrain.recipe.describe import nearest
+from dualtrain.recipe.yaml_source import shown
 
 _KEY = "prompt"
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-def read_prompts(file: Path) -> tuple[list[str], list[str]]:
-    """Read prompts: ``.jsonl`` an object with a ``prompt`` a line, anything else a prompt a line.
+def read_prompts(path: Path) -> tuple[list[str], list[str]]:
+    """Read prompts: of JSON an object with a ``prompt`` each, of anything else a line each.
 
-    Empty lines are skipped; an empty prompt, or one of several lines, needs JSON.
+    JSON is what a name ending in ``.jsonl``, ``.ndjson`` or ``.json`` says, and what begins with
+    an object that has a ``prompt``. Empty lines are skipped; an empty prompt, or one of several
+    lines, needs JSON.
+
+    Args:
+        path: Of the file, which may be compressed; ``-`` is standard input.
 
     Returns:
         The prompts, and the place of each, ``FILE:LINE``.
@@ -28,40 +37,48 @@ def read_prompts(file: Path) -> tuple[list[str], list[str]]:
     Raises:
         UserError: The file cannot be read, has no prompts, or lines that are none.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"cannot be read: {error}", "a text file in UTF-8") from None
+    file = InputFile.read(path)
     prompts, places, wrong = [], [], []
-    for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\r")
-        if not line.strip():
-            continue
-        place = f"{file}:{number}"
+    is_json = file.suffix in _JSON_SUFFIXES or _begins_with_prompt(file.text())
+    for number, line in file.json_parts() if is_json else _lines(file.text()):
+        place = f"{file.name}:{number}"
         try:
-            prompts.append(_prompt_in(line, place) if file.suffix == ".jsonl" else line)
+            prompt = _prompt_in(line, place) if is_json else line
+            check_unicode(prompt, place)
         except UserError as error:
             wrong.append(error)
-        places.append(place)
+        else:
+            prompts.append(prompt)
+            places.append(place)
     raise_all(wrong)
     if not prompts:
-        raise UserError(str(file), "has no prompts", "one on each line")
+        raise UserError(file.name, "has no prompts", "one on each line")
     return prompts, places
 
 
-def _prompt_in(line: str, place: str) -> str:
-    expected = 'an object such as {"prompt": "Once"}'
+def _lines(text: str) -> list[tuple[int, str]]:
+    lines = enumerate(text.split("\n"), 1)
+    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
+def _begins_with_prompt(text: str) -> bool:
+    """Whether a text that is not known to be JSON holds objects with prompts all the same."""
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(place, f"is no JSON: {error}", expected) from None
-    if not isinstance(value, dict):
-        raise UserError(place, f"{line[:40]!r}", expected)
+        value, _ = json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and _KEY in first
+
+
+def _prompt_in(source: str, place: str) -> str:
+    expected = 'an object such as {"prompt": "Once"}'
+    value = parse_object(source, place)
     if _KEY not in value:
         hint = f"did you mean {_KEY}?" if nearest(_KEY, list(value)) else ""
         raise UserError(place, f"has only {', '.join(value) or 'nothing'}", expected, hint)
     if not isinstance(value[_KEY], str):
-        raise UserError(place, f"prompt {value[_KEY]!r}", "text")
+        raise UserError(place, f"its prompt is {shown(value[_KEY])}", "text")
     return value[_KEY]
 
 
@@ -82,16 +99,54 @@ def refuse_existing(file: Path) -> None:
         raise UserError("--out", f"{file.parent} is no directory", "a file in one that exists")
 
 
-@contextmanager
-def open_results(file: Path) -> Iterator[TextIO]:
-    """Open a file for results, under its name once all is written.
+class ResultFile:
+    """A file of results, under its name once all are written; until then :func:`partial_file`.
 
-    Until then, and if it is not to be, they are in :func:`partial_file`.
+    Args:
+        file: What it is to be called.
+
+    Raises:
+        UserError: It cannot be written; so do its methods.
     """
-    unfinished = partial_file(file)
-    with unfinished.open("w", encoding="utf-8") as stream:
-        yield stream
-    unfinished.replace(file)
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._partial = file, partial_file(file)
+        with self._explaining():
+            self._stream = self._partial.open("wb")
+
+    def write(self, values: dict[str, object]) -> None:
+        """Write a line at once."""
+        line = json.dumps(values, ensure_ascii=False) + "\n"
+        with self._explaining():
+            self._stream.write(line.encode())
+            self._stream.flush()
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            with suppress(OSError):  # what could not be written is tried again, and told already
+                self._stream.close()
+            return
+        with self._explaining(), self._stream:
+            os.fsync(self._stream.fileno())
+            self._partial.replace(self._file)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            is_begun = os.path.exists(self._partial)
+            hint = f"what could be written is in {self._partial}" if is_begun else ""
+            what = f"cannot be written: {error.strerror or error}"
+            raise UserError(f"--out {self._file}", what, hint=hint) from None
 
 
 def record(
@@ -122,9 +177,3 @@ def record(
         "settings": settings.facts(),
         "model": model,
     }
-
-
-def write_record(stream: TextIO, values: dict[str, object]) -> None:
-    """Write a line at once."""
-    stream.write(json.dumps(values, ensure_ascii=False) + "\n")
-    stream.flush()

@@ -15,6 +15,8 @@ Mode = Literal["ar", "prefix", "diffusion"]
 MODES: tuple[Mode, ...] = ("ar", "prefix", "diffusion")
 
 TOKENS = 64
+MOST_SAMPLES = 100_000
+"""More texts of one prompt than that take more than one call, each with a seed of its own."""
 TEMPERATURE = 0.8
 
 Word = TypeVar("Word", bound=str)
@@ -57,6 +59,9 @@ class Settings:
             for option, value in positive.items()
             if value is not None and value < 1
         ]
+        if self.samples > MOST_SAMPLES:
+            hint = "more come with another --seed"
+            wrong.append(UserError("--samples", f"{self.samples}", f"at most {MOST_SAMPLES}", hint))
         if self.samples > 1 and self.is_certain:
             sure = f"{self.samples} texts of temperature 0 would be one and the same"
             wrong.append(UserError("--samples", sure, "1, or a temperature above 0"))
@@ -71,7 +76,7 @@ class Settings:
     def is_certain(self) -> bool:
         """Whether chance has no say."""
         drawn_order = self.is_diffusion and self.order == "random"
-        return self.sampling.temperature == 0 and not drawn_order
+        return self.sampling.is_greedy and not drawn_order
 
     def facts(self) -> dict[str, object]:
         """Those settings that have a say in this mode, for a file of results."""

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dualtrain import randomness
 from dualtrain.errors import UserError
+from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.generate.autoregressive import Stop, continue_prompts
 from dualtrain.generate.decode import Piece, label_pieces
 from dualtrain.generate.diffusion import Filled, fill_masks, plan_passes
@@ -171,7 +170,9 @@ def generate_texts(
         watcher.begin(jobs)
         try:
             texts = _make(jobs, settings, model, watcher)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(jobs) == 1:
                 raise UserError(
                     "memory", "does not suffice for a single text", hint="try --device cpu"

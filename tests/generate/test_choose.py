@@ -93,6 +93,20 @@ def test_temperature_0_takes_the_first_of_the_likeliest(logits):
     assert choose(torch.zeros(1, 5), Sampling(0), None).item() == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1000.0])
+def test_the_ends_of_the_temperature_draw_from_what_is_allowed(logits, temperature):
+    numbers = torch.linspace(0, 0.999, 40, dtype=torch.float64)
+    drawn = choose(logits, Sampling(temperature, top_p=0.9), numbers)
+    assert logits.gather(1, drawn[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 1e-320])
+def test_next_to_0_is_greedy(logits, temperature):
+    sampling = Sampling(temperature)
+    assert sampling.is_greedy
+    assert torch.equal(choose(logits, sampling, None), logits.argmax(-1))
+
+
 def test_banned_tokens():
     banned = banned_tokens(8, 6, (0, 3), torch.device("cpu"))
     assert banned.nonzero()[:, 0].tolist() == [0, 3, 6, 7]
@@ -101,13 +115,17 @@ def test_banned_tokens():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "--temperature: -0.1 — expected 0 or more"),
+        ({"temperature": -0.1}, "--temperature: -0.1 — expected 0 to 1000, where all tokens"),
+        ({"temperature": 1e300}, r"--temperature: 1e\+300 — expected 0 to 1000"),
+        ({"temperature": math.inf}, "--temperature: inf"),
         ({"temperature": math.nan}, "--temperature: nan"),
         ({"top_k": 0}, "--top-k: 0 — expected 1 or more"),
         ({"top_p": 0.0}, r"--top-p: 0 — expected a number in \(0, 1\]"),
         ({"top_p": 1.1}, "--top-p: 1.1"),
         ({"top_p": math.nan}, "--top-p: nan"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty: 0"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty: 0 — expected 0.01 to 100; 1 changes"),
+        ({"repetition_penalty": 1e39}, "--repetition-penalty: 1e"),
+        ({"repetition_penalty": math.nan}, "--repetition-penalty: nan"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

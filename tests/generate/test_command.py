@@ -1,6 +1,12 @@
 """``dualtrain generate`` as a user runs it."""
 
+import bz2
+import gzip
+import io
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from generate_support import random_model
@@ -8,6 +14,7 @@ from typer.testing import CliRunner
 
 from dualtrain.cli import app
 from dualtrain.errors import UserError
+from dualtrain.generate.files import read_prompts
 from dualtrain.trained import open_trained
 
 
@@ -91,15 +98,105 @@ def test_records_of_gaps(generate, tmp_path):
     assert "gaps" not in second and first["settings"]["block"] == 2
 
 
+LINES = '{"prompt": "The cat"}\n{"prompt": "on", "id": 1}\n'
+ARRAY = '[\n{"prompt": "The cat"}, {"id": 1,\n"prompt": "on"}\n]'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.json", LINES),
+        ("a.json", ARRAY),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.json.BZ2", bz2.compress(ARRAY.encode())),
+        ("a.jsonl", "\ufeff" + LINES.replace("\n", "\r\n\r\n")),
+        # Named as text, or not at all: nobody means braces.
+        ("a.txt", LINES),
+        ("prompts", ARRAY),
+        ("a.txt", "The cat\r\n\non"),
+        ("a.txt.gz", gzip.compress(b"The cat\non\n")),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_prompts(name, content, tmp_path, monkeypatch):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    prompts, places = read_prompts(file)
+    assert prompts == ["The cat", "on"]
+    assert all(place.startswith(f"{file}:") for place in places)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    from_stdin, places = read_prompts(Path("-"))
+    assert from_stdin == prompts and places[0].startswith("standard input:")
+
+
+def test_prompts_from_standard_input(exported, monkeypatch):
+    arguments = ["generate", str(exported), "--file", "-", "--tokens", "2"]
+    result = CliRunner().invoke(app, arguments, input="The cat\n\non\n", catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.count("--- prompt") == 2
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="standard input: is closed"):
+        read_prompts(Path("-"))
+
+
+def test_text_that_is_not_unicode_is_named(generate, tmp_path):
+    with pytest.raises(UserError, match="prompt: has the byte 0xe9 at position 4"):
+        generate(os.fsdecode(b"caf\xe9"))
+    file = tmp_path / "half.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud83d"}\n{"prompt": "b\\udfff"}')
+    with pytest.raises(UserError) as caught:
+        generate("--file", file)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{file}:2: has the half of a character, \\ud83d, at position 1")
+    assert second.startswith(f"{file}:3: has the half of a character, \\udfff, at position 2")
+
+
+def test_names_that_are_not_utf_8(generate, exported, tmp_path):
+    file, out = (tmp_path / os.fsdecode(name) for name in (b"pr\xf6mpts.jsonl", b"na\xefve"))
+    file.write_text(LINES)
+    _, err = generate("--file", file, "--tokens", 2, "--out", out)
+    assert "written to" in err and len(out.read_text().splitlines()) == 2
+    file.write_text("{")
+    with pytest.raises(UserError, match="mpts.jsonl:1: is not JSON"):
+        generate("--file", file)
+    folder = shutil.copytree(exported, tmp_path / os.fsdecode(b"mod\xe8le"))
+    with pytest.raises(UserError, match=r"has a name that is not UTF-8 .* \(rename it\)"):
+        generate("The", path=folder)
+
+
+def test_a_full_disk_is_one_sentence(generate, tmp_path):
+    """What could be written stays beside, under a name that nobody takes for the whole."""
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError) as caught:
+        generate("The", "--tokens", 2, "--out", out)
+    assert f"--out {out}: cannot be written: No space left on device" in str(caught.value)
+    assert not out.exists()
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        generate("The", "--tokens", 2, "--out", tmp_path / ("x" * 250))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("empty.txt", "", "empty.txt: has no prompts"),
         ("empty.txt", "\n \n", "empty.txt: has no prompts"),
+        ("empty.json", "[]", "empty.json: has no prompts"),
+        ("empty.jsonl", "\n", "empty.jsonl: has no prompts"),
         ("none.txt", None, "none.txt: cannot be read: .*No such file"),
-        ("latin.txt", b"caf\xe9", "latin.txt: cannot be read"),
+        ("latin.txt", b"ok\ncaf\xe9", "latin.txt:2: byte 0xe9 is not UTF-8"),
+        ("wide.txt", "The cat".encode("utf-16-le"), "wide.txt:1: has a zero byte"),
+        ("a.json.gz", b"{}", "a.json.gz: damaged file: cannot be decompressed as gzip"),
+        ("deep.json", "[" * 99_999, "deep.json: is not JSON: it is nested too deeply"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt": }]', "a.json:2: is not JSON: Expecting value"),
+        ("a.json", '[{"prompt": "a"},\n\n3]', "a.json:3: is a JSON int — expected a JSON object"),
+        ("a.json", '{"prompt": "a", "prompt": "b"}', "a.json:1: .* key 'prompt' is there twice"),
         ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n[]\n{', "(?s)a.jsonl:2: has only promt .*"
-         "did you mean prompt.*a.jsonl:3: '\\[\\]'.*a.jsonl:4: is no JSON"),
-        ("b.jsonl", '{"prompt": 5}', "b.jsonl:1: prompt 5 — expected text"),
+         "did you mean prompt.*a.jsonl:3: is a JSON list.*a.jsonl:4: is not JSON"),
+        ("b.jsonl", '{"prompt": 5}', "b.jsonl:1: its prompt is 5 — expected text"),
+        ("b.jsonl", '{"prompt": null}', "b.jsonl:1: its prompt is null — expected text"),
+        ("b.jsonl", '{"prompt": NaN}', "b.jsonl:1: its prompt is nan — expected text"),
         ("c.txt", "one\ntwo <mask:2>\n", "c.txt:2: has a gap, which mode ar does not fill"),
     ],
 )  # fmt: skip
@@ -109,6 +206,26 @@ def test_bad_files_are_named(generate, tmp_path, name, content, message):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         generate("--file", file, "--mode", "ar")
+
+
+def test_next_to_0_the_temperature_is_greedy(generate):
+    for mode in (), ("--mode", "diffusion"):
+        greedy = generate("The cat", "--temperature", 0, "--tokens", 8, *mode)[0]
+        for temperature in ("1e-320", "1e-7"):
+            options = ("--temperature", temperature, "--tokens", 8, *mode)
+            assert generate("The cat", *options)[0] == greedy
+    # The ends of what is taken still make text.
+    for options in (
+        ("--temperature", 1000),
+        ("--temperature", 1e-6),
+        ("--top-p", "1e-320"),
+        ("--top-k", 10**30),
+        ("--repetition-penalty", 100, "--seed", -1),
+        ("--repetition-penalty", 0.01, "--seed", 10**30),
+        ("--batch", 10**9, "--tokens", 10**12),
+        ("--mode", "diffusion", "--steps", 10**9, "--block", 10**9),
+    ):
+        assert generate("The cat", *options)[0].startswith("The cat")
 
 
 def test_what_does_not_go_together_is_refused(generate, tmp_path):
@@ -122,6 +239,9 @@ def test_what_does_not_go_together_is_refused(generate, tmp_path):
         (("The", "--batch", 0), "--batch: 0"),
         (("The", "--precision", "fp16"), "--precision: 'fp16' — expected fp32 or bf16"),
         (("The", "--device", "tpu"), "--device: 'tpu'"),
+        (("The", "--temperature", "1e300"), r"--temperature: 1e\+300 — expected 0 to 1000"),
+        (("The", "--samples", 10**9), "--samples: 1000000000 — expected at most 100000"),
+        (("The cat " * 20_000,), "prompt: .* tokens with <s> — expected at most 32"),
         (("The" * 60,), "prompt: .* tokens with <s> — expected at most 32"),
         (("The <mask:x>",), "prompt: malformed gap '<mask:x>'"),
     ):

@@ -26,7 +26,7 @@ from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
 from dualtrain.file_kinds import read_object, read_tokenizer
 from dualtrain.model import DualOutput, resolve_backend
-from dualtrain.model.exported import exported_target
+from dualtrain.model.exported import exported_append_eos, exported_target
 from dualtrain.model.imported import ImportedLM
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
@@ -160,6 +160,11 @@ def find_source(path: Path | str, *, step: int | None = None) -> Source:
         UserError: There is nothing of the kind, or it is half-written or damaged.
     """
     path = Path(path).expanduser()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        expected = "a name in UTF-8: the library that reads weights takes no other"
+        raise UserError(str(path), "has a name that is not UTF-8", expected, "rename it") from None
     if not path.exists():
         raise UserError(str(path), "does not exist", "a run directory, a checkpoint, or an export")
     if not path.is_dir():
@@ -317,6 +322,13 @@ def read_vocab(source: Source) -> Vocab:
     size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     named = {token for token in (bos, eos, mask) if token is not None}
     return Vocab(size, bos, bos if eos is None else eos, mask, tuple(sorted(special | named)))
+
+
+def appends_eos(source: Source) -> bool:
+    """Whether the texts that the model was trained on ended with ``</s>``, as far as is known."""
+    if source.recipe is not None:
+        return source.recipe.data.append_eos
+    return exported_append_eos(json.loads((source.path / CONFIG).read_text()))
 
 
 def context_of(source: Source, model: nn.Module) -> int:

@@ -20,6 +20,7 @@ from dualtrain.evaluate.report import Evaluation, as_json, print_report
 from dualtrain.evaluate.result_files import ResultDirectory
 from dualtrain.evaluate.scoring import MASKING_MODES, MODES, Mode, Scorer, encode_pair
 from dualtrain.evaluate.tasks import SHIPPED, Task, load_tasks, score_task
+from dualtrain.evaluate.tokenizer_differences import tokenizer_differences
 from dualtrain.evaluate.view import View
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
@@ -27,6 +28,7 @@ from dualtrain.trained import (
     Precision,
     Source,
     TrainedModel,
+    appends_eos,
     find_source,
     open_trained,
     read_vocab,
@@ -187,8 +189,8 @@ def choose_tasks(options: Options, notes: list[str]) -> list[Task]:
         return []
     if options.tasks is not None:
         names = None if options.tasks == "all" else _names(options.tasks, "--tasks")
-        return load_tasks(names, options.tasks_dir)
-    known = load_tasks(None, options.tasks_dir)
+        return load_tasks(names, options.tasks_dir, on_note=notes.append)
+    known = load_tasks(None, options.tasks_dir, on_note=notes.append)
     found = [task for task in known if task.data_file() is not None]
     if not found:
         files = ", ".join(task.spec.data for task in known[:2])
@@ -249,10 +251,11 @@ def _open_held_out(options: Options, evaluation: Evaluation) -> TokenDataset | N
         return None
     path = options.data
     if path is None and recipe is not None:
-        path = Path(recipe.data.path).expanduser()
+        path = Path(recipe.data.path)
     if path is None:
         evaluation.notes.append("no held-out losses: --data may name a dataset of its tokenizer")
         return None
+    path = path.expanduser()
     try:
         _check_tokenizer(path, source)
         dataset = TokenDataset.open(path, "val")
@@ -267,9 +270,13 @@ def _open_held_out(options: Options, evaluation: Evaluation) -> TokenDataset | N
 
 
 def _check_tokenizer(path: Path, source: Source) -> None:
-    own = tokenizer_file(source)
-    if hashlib.sha256(own.read_bytes()).hexdigest() != DatasetInfo.load(path).tokenizer_sha256:
-        raise UserError(str(path), f"has another tokenizer than {own}", "the model's tokenizer")
+    own, info = tokenizer_file(source), DatasetInfo.load(path)
+    if hashlib.sha256(own.read_bytes()).hexdigest() == info.tokenizer_sha256:
+        return
+    differences = tokenizer_differences(own, path / info.tokenizer_file)
+    if differences:
+        what = f"has another tokenizer than {own}: it differs in {' and '.join(differences)}"
+        raise UserError(str(path), what, "a dataset of the model's tokenizer")
 
 
 def _begin_results(options: Options, source: Source) -> ResultDirectory:
@@ -308,7 +315,7 @@ def _held_out(
     validation = ValidationData(
         dataset,
         sequence_length=trained.context,
-        append_eos=recipe is not None and recipe.data.append_eos,
+        append_eos=appends_eos(trained.source),
         sequences=sequences,
     )
     micro_batch = max(1, (tokens or DEFAULT_TOKENS) // trained.context)

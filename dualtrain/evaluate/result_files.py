@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,15 @@ class ResultDirectory:
             UserError: The directory has come to be there meanwhile.
         """
         text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-        self._write(RESULTS, (text + "\n").encode())
-        sync(self._partial)
+        # A name that is not UTF-8 becomes the escapes of JSON, which Python reads back.
+        self._write(RESULTS, (text + "\n").encode("utf-8", "backslashreplace"))
         try:
+            sync(self._partial)
             self._partial.rename(self.path)
+            sync(self.path.parent)
         except OSError as error:
             what = f"cannot be given its name: {error.strerror}"
             raise UserError(str(self._partial), what, hint="the results are whole there") from None
-        sync(self.path.parent)
 
     def give_up(self) -> Path | None:
         """Leave what there is of items, and return where; remove the directory if it is empty."""
@@ -109,6 +111,9 @@ class ResultDirectory:
             path.write_bytes(content)
             sync(path)
         except OSError as error:
+            # Half a file would be taken for the items that were scored.
+            with suppress(OSError):
+                path.unlink()
             raise _unwritable(path, error) from None
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -110,12 +111,16 @@ def export_checkpoint(
     # A checkpoint of an older version has no configuration of its own.
     file = source.path / CONFIG
     config = read_config(file) if file.is_file() else model_config(recipe, info)
-    target, dtype_name = recipe.objective.target, str(dtype).removeprefix("torch.")
+    facts: dict[str, Any] = {
+        "target": recipe.objective.target,
+        "append_eos": recipe.data.append_eos,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     if isinstance(config, DualConfig):
-        values = exported_config(config, target=target, dtype=dtype_name)
+        values = exported_config(config, **facts)
     else:
         given = read_object(file, "a model's configuration")
-        values = exported_import(given, target=target, dtype=dtype_name)
+        values = exported_import(given, **facts)
     with made_whole(to) as directory:
         _write(directory / CONFIG, values)
         _write(directory / "generation_config.json", _generation(config, info))

@@ -22,6 +22,7 @@ CODE = "modeling_dualtrain"
 """The file of Python code in an exported model."""
 
 _TARGET = "diffusion_target"
+_APPEND_EOS = "append_eos"
 _HEAD = "head"
 # The old name: transformers before 4.56 knows no other, and newer ones know both.
 _DTYPE = "torch_dtype"
@@ -42,16 +43,19 @@ _NAMES = {
 }
 
 
-def exported_config(config: DualConfig, *, target: Target, dtype: str) -> dict[str, Any]:
+def exported_config(
+    config: DualConfig, *, target: Target, append_eos: bool, dtype: str
+) -> dict[str, Any]:
     """Describe a model for transformers 4 and 5 alike.
 
     Args:
         config: Of the model.
         target: What its diffusion objective predicts at i: token i+1, or i.
+        append_eos: Whether the texts of its training ended with ``</s>``.
         dtype: Of the exported weights, such as ``float32``.
     """
     values = {name: getattr(config, ours) for name, ours in _NAMES.items()}
-    values |= {_HEAD: config.head, _TARGET: target, _DTYPE: dtype}
+    values |= {_HEAD: config.head, _TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
     values |= {"tie_word_embeddings": False, "use_cache": True}
     auto_map = {
         "AutoConfig": f"{CODE}.DualTrainConfig",
@@ -78,15 +82,18 @@ def exported_config(config: DualConfig, *, target: Target, dtype: str) -> dict[s
     }
 
 
-def exported_import(values: Mapping[str, Any], *, target: Target, dtype: str) -> dict[str, Any]:
+def exported_import(
+    values: Mapping[str, Any], *, target: Target, append_eos: bool, dtype: str
+) -> dict[str, Any]:
     """Describe a model that was imported from Hugging Face and trained.
 
     Args:
         values: Its ``config.json`` in a checkpoint.
         target: As in :func:`exported_config`.
+        append_eos: Likewise.
         dtype: Likewise.
     """
-    exported = {**values, _TARGET: target, _DTYPE: dtype}
+    exported = {**values, _TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
     exported.pop("dtype", None)
     rope = dict(values.get("rope_parameters") or {})
     is_neox = values["model_type"] == "gpt_neox"
@@ -126,3 +133,8 @@ def read_exported_config(values: Mapping[str, Any], *, where: str) -> DualConfig
 def exported_target(values: Mapping[str, Any]) -> Target:
     """What the diffusion objective of an exported model predicts at i."""
     return values.get(_TARGET, "next")
+
+
+def exported_append_eos(values: Mapping[str, Any]) -> bool:
+    """Whether the texts of an exported model's training ended with ``</s>``; False if not known."""
+    return values.get(_APPEND_EOS) is True

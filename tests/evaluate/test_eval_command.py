@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import shutil
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import pytest
@@ -20,6 +22,7 @@ from dualtrain.data.dataset import DatasetInfo
 from dualtrain.errors import UserError
 from dualtrain.evaluate import result_files
 from dualtrain.evaluate.command import Options, choose_modes, evaluate
+from dualtrain.export import export_checkpoint
 from dualtrain.trained import find_source
 
 
@@ -184,12 +187,86 @@ def test_held_out_text_that_is_gone_is_noted_and_asked_for_refused(
         moved.rename(tiny_dataset)
 
 
+def test_an_export_has_the_losses_of_its_checkpoint(run_dir, tiny_dataset, out, tmp_path, capsys):
+    """Its tokenizer.json is another file, but encodes the same; documents end as in training."""
+    export_checkpoint(run_dir, to=tmp_path / "export")
+    own = tmp_path / "export" / "tokenizer.json"
+    assert own.read_bytes() != (tiny_dataset / "tokenizer.json").read_bytes()
+    options = Options(path=str(run_dir), tasks="none", sequences=10, out=out)
+    expected = evaluate(options).held_out
+    exported = replace(options, path=str(tmp_path / "export"), out=out.with_name("exported"))
+    found = evaluate(replace(exported, data=tiny_dataset)).held_out
+    assert found is not None and expected is not None
+    for name, value in asdict(expected).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+
+
 def test_another_tokenizers_dataset_is_refused(run_dir, tiny_dataset, tmp_path):
     other = shutil.copytree(tiny_dataset, tmp_path / "other")
+    file = other / "tokenizer.json"
     facts = json.loads((other / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps(facts | {"tokenizer_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="has another tokenizer than"):
-        evaluate(Options(path=str(run_dir), data=other))
+
+    def refused(**changes):
+        content = json.loads((tiny_dataset / "tokenizer.json").read_text()) | changes
+        file.write_text(json.dumps(content))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        (other / "dataset.json").write_text(json.dumps(facts | {"tokenizer_sha256": digest}))
+        options = Options(path=str(run_dir), data=other, tasks="none", sequences=2)
+        try:
+            evaluate(replace(options, out=tmp_path / f"out-{digest[:8]}"))
+        except UserError as error:
+            return str(error)
+        return None
+
+    model = json.loads(file.read_text())["model"]
+    first, second, *_ = sorted(model["vocab"], key=model["vocab"].get)[-2:]
+    swapped = model["vocab"] | {
+        first: model["vocab"][second],
+        second: model["vocab"][first],
+    }
+    assert refused(post_processor=None, truncation=None) is None
+    assert "it differs in 2 of 512 tokens" in str(refused(model=model | {"vocab": swapped}))
+    assert "it differs in the model" in str(
+        refused(model=model | {"merges": model["merges"][::-1]})
+    )
+    assert "it differs in the normalizer" in str(refused(normalizer={"type": "NFC"}))
+    message = str(refused(pre_tokenizer={"type": "Whitespace"}))
+    assert f"{other}: has another tokenizer than {run_dir}" in message
+    assert "tokenizer.json: it differs in the pre-tokenizer" in message
+
+
+def test_names_that_are_not_utf_8(run_dir, tasks_dir, tmp_path, capsys):
+    folder = shutil.copytree(tasks_dir, tmp_path / os.fsdecode(b"d\xf4nn\xe9es"))
+    out = tmp_path / os.fsdecode(b"r\xe9sultats")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as the command line does
+    options = Options(path=str(run_dir), tasks="quiz", tasks_dir=folder, modes="ar", out=out)
+    evaluate(replace(options, sequences=0))
+    assert results(out)["tasks"]["quiz"]["data"]["origin"] == str(folder / "quiz.jsonl")
+    (folder / "quiz.jsonl").write_text("{")
+    with pytest.raises(UserError, match="quiz.jsonl:1: is not JSON"):
+        evaluate(replace(options, out=tmp_path / "again"))
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(run_dir, tasks_dir, out, capsys):
+    """A limit of the size of files stands for it: what is written then fails half-way."""
+    options = Options(path=str(run_dir), tasks_dir=tasks_dir, modes="ar", sequences=0, out=out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"blimp.ar.jsonl: cannot be written: File too large"):
+            evaluate(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(out.parent) == []
+
+
+def test_a_task_file_of_the_harness_beside_the_data(run_dir, tasks_dir, out, tmp_path, capsys):
+    folder = shutil.copytree(tasks_dir, tmp_path / "tasks")
+    (folder / "blimp_local.yaml").write_text("task: blimp_local\ndataset_path: json\n")
+    options = Options(path=str(run_dir), tasks_dir=folder, modes="ar", sequences=0, out=out)
+    evaluate(options)
+    assert list(results(out)["tasks"]) == ["blimp", "quiz"]
+    assert "note: passed over: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_rotary_settings_are_written_for_both_versions():
     llama = exported_import(
         {"model_type": "llama", "rope_parameters": rope, "dtype": "float32"},
         target="in_place",
+        append_eos=True,
         dtype="bfloat16",
     )
     assert llama["rope_theta"] == 5e5 and llama["rope_parameters"] == rope
@@ -89,11 +90,12 @@ def test_rotary_settings_are_written_for_both_versions():
     neox = exported_import(
         {"model_type": "gpt_neox", "rope_parameters": rope | {"rope_type": "default"}},
         target="next",
+        append_eos=True,
         dtype="float32",
     )
     assert neox["rotary_emb_base"] == 5e5 and neox["rotary_pct"] == 0.5
     assert "rope_scaling" not in neox
-    assert json.dumps(exported_import(old, target="next", dtype="float32"))
+    assert json.dumps(exported_import(old, target="next", append_eos=True, dtype="float32"))
 
 
 def test_an_exported_llama_is_imported_like_any_other(cases, tiny_dataset, tmp_path):

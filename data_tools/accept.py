@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_tools.build_source import STANDARD_INPUT, open_source
 from data_tools.choose import VAL_FRACTION
-from data_tools.sources import BUILTIN
+from data_tools.sources import BUILTIN, InputFile
 from data_tools.tokenizer import find_tokenizer
 from dualtrain.data.dataset import DatasetInfo, SourceFile
 from dualtrain.errors import UserError
@@ -22,21 +22,25 @@ _BLOCK = 1 << 20
 
 def check_made_alike(place: str, info: DatasetInfo, build: BuildSection) -> None:
     """Raise UserError unless the dataset at `place` was made with these settings and sources."""
-    there, asked = _with_defaults(info.arguments), effective_arguments(build)
-    differences = [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
-        for name, value in asked.items()
-        if there.get(name) != value
-    ]
-    if not differences:
-        differences = _changed_files(info, build)
+    differences = changed_settings(info, build) or _changed_files(info, build)
     if differences:
         raise UserError(
             place,
             "holds a dataset made differently: " + "; ".join(differences),
             "the same settings and files",
-            "choose another place, or remove it to have it made again",
+            "choose another place, or remove it to have it made again; "
+            "with data.build=null a run takes it as it is",
         )
+
+
+def changed_settings(info: DatasetInfo, build: BuildSection) -> list[str]:
+    """In what the settings of a dataset that is there differ from these, in words."""
+    there, asked = _with_defaults(info.arguments), effective_arguments(build)
+    return [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in asked.items()
+        if there.get(name) != value
+    ]
 
 
 def effective_arguments(
@@ -80,7 +84,7 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     if any(name.startswith(BUILTIN) for name in names):
         return differences  # changes with Python, which must not stop an old run
     try:
-        now = {file.path: file for file in open_source(build, None).files}
+        now = {file.name: file for file in open_source(build, None).files}
     except UserError:
         return differences
     then = {file.path: file for file in info.sources}
@@ -94,17 +98,21 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     return differences
 
 
-def _differs(then: SourceFile, now: SourceFile) -> bool:
+def _differs(then: SourceFile, now: InputFile) -> bool:
     if then.bytes != now.bytes:
         return True
     return then.sha256 is not None and then.sha256 != file_hash(now.path)
 
 
-def with_hashes(files: Sequence[SourceFile]) -> list[SourceFile]:
-    """The files with the hashes of their contents, unless that would take long."""
-    if sum(file.bytes for file in files) > _HASHED_BYTES:
-        return list(files)
-    return [file.model_copy(update={"sha256": file_hash(file.path)}) for file in files]
+def recorded(files: Sequence[InputFile]) -> list[SourceFile]:
+    """What ``dataset.json`` says of files: with hashes of their contents, if that is quick."""
+    is_quick = sum(file.bytes for file in files) <= _HASHED_BYTES
+    return [
+        SourceFile(
+            path=file.name, bytes=file.bytes, sha256=file_hash(file.path) if is_quick else None
+        )
+        for file in files
+    ]
 
 
 def file_hash(path: str) -> str | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from data_tools.reporting import Progress
+from data_tools.reporting import Progress, shown
 from data_tools.view import View, print_facts, print_histogram, say
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.schema import BuildSection
@@ -25,24 +25,48 @@ tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
-def _option(field: str, *names: str) -> Any:
-    return typer.Option(*names, help=BuildSection.model_fields[field].description)
+def _option(field: str, *names: str, default: str = "") -> Any:
+    """An option of a conversion; None is what it is without, and so tells whether it was given."""
+    about = BuildSection.model_fields[field].description
+    return typer.Option(*names, help=about, show_default=default or True)
+
+
+def _path(name: str) -> Callable[[str], Path]:
+    """How a path is read: an empty one would be the current directory."""
+
+    def path(text: str) -> Path:
+        if not text:
+            hint = "perhaps a variable of the shell is not set"
+            raise UserError(name, "the path is empty", "a file or a directory", hint)
+        return Path(text)
+
+    return path
+
+
+def _argument(help: str) -> Any:
+    return typer.Argument(help=help, parser=_path("path"), metavar="PATH")
+
+
+def _path_option(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, parser=_path(name), metavar="PATH")
 
 
 _Sources = Annotated[
     list[str],
     typer.Argument(
-        help="What to read, in this order. " + "Each: a file, a directory, "
-        "a glob pattern, - for standard input, builtin:python-docs."
+        help="What to read, in this order. Each: a file, a directory, a glob pattern, - for "
+        "standard input, builtin:python-docs."
     ),
 ]
 _Format = Annotated[str | None, _option("format")]
-_TextField = Annotated[str, _option("text_field")]
+_TextField = Annotated[str | None, _option("text_field", default="text")]
 _Separator = Annotated[str | None, _option("separator")]
-_OnError = Annotated[str, _option("on_error")]
-_MinCharacters = Annotated[int, _option("min_characters")]
+_OnError = Annotated[str | None, _option("on_error", default="stop")]
+_MinCharacters = Annotated[int | None, _option("min_characters")]
 _MaxCharacters = Annotated[int | None, _option("max_characters")]
-_Seed = Annotated[int, typer.Option(help="Seed of the document order on disk.")]
+_Seed = Annotated[
+    int | None, typer.Option(help="Seed of the document order on disk.", show_default="0")
+]
 _KeepOrder = Annotated[bool, typer.Option(help="Keep the documents in the order of the sources.")]
 _DropDuplicates = Annotated[bool, _option("drop_duplicates", "--drop-duplicates")]
 
@@ -52,29 +76,36 @@ def convert(
     sources: _Sources,
     out: Annotated[str, typer.Option(help="Directory to make, or a URL such as s3://bucket/name.")],
     format: _Format = None,
-    text_field: _TextField = "text",
+    text_field: _TextField = None,
     separator: _Separator = None,
-    on_error: _OnError = "stop",
-    min_characters: _MinCharacters = 0,
+    on_error: _OnError = None,
+    min_characters: _MinCharacters = None,
     max_characters: _MaxCharacters = None,
     drop_duplicates: _DropDuplicates = False,
     tokenizer: Annotated[str | None, _option("tokenizer")] = None,
     tokenizer_pattern: Annotated[str | None, _option("tokenizer_pattern")] = None,
-    vocab_size: Annotated[int, _option("vocab_size")] = 4096,
+    vocab_size: Annotated[int | None, _option("vocab_size", default="4096")] = None,
     val_fraction: Annotated[float | None, _option("val_fraction")] = None,
     val_tokens: Annotated[int | None, _option("val_tokens")] = None,
     max_tokens: Annotated[int | None, _option("max_tokens")] = None,
-    shuffle_seed: _Seed = 0,
+    shuffle_seed: _Seed = None,
     keep_order: _KeepOrder = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that encode; default: one for each core.")
     ] = None,
     local: Annotated[
         Path | None,
-        typer.Option(help="With a URL: where the dataset is made first, and stays."),
+        _path_option("--local", "With a URL: where the dataset is made first, and stays."),
     ] = None,
 ) -> None:
     """Convert text into a dataset: MDS shards, tokenizer, dataset.json."""
+    _path("--out")(out)
+    if tokenizer is not None and vocab_size is not None:
+        what = f"{vocab_size} has no effect: {tokenizer} has a vocabulary of its own"
+        raise UserError("--vocab-size", what, "one of --vocab-size and --tokenizer")
+    if tokenizer is None and tokenizer_pattern is not None:
+        what, hint = "has no effect: a tokenizer is trained", "name the rank file with --tokenizer"
+        raise UserError("--tokenizer-pattern", what, "a rank file", hint)
     build = _build_section(
         source=sources,
         format=format,
@@ -90,7 +121,7 @@ def convert(
         val_fraction=val_fraction,
         val_tokens=val_tokens,
         max_tokens=max_tokens,
-        shuffle_seed=None if keep_order else shuffle_seed,
+        shuffle_seed=_order(shuffle_seed, keep_order),
     )
     from data_tools.remote import is_remote
 
@@ -105,9 +136,9 @@ def convert(
 
 @app.command()
 def merge(
-    datasets: Annotated[list[Path], typer.Argument(help="Datasets of the same tokenizer.")],
-    out: Annotated[Path, typer.Option(help="Directory to make.")],
-    shuffle_seed: _Seed = 0,
+    datasets: Annotated[list[Path], _argument("Datasets of the same tokenizer.")],
+    out: Annotated[Path, _path_option("--out", "Directory to make.")],
+    shuffle_seed: _Seed = None,
     keep_order: Annotated[bool, typer.Option(help="One dataset after another.")] = False,
     drop_duplicates: _DropDuplicates = False,
 ) -> None:
@@ -118,7 +149,7 @@ def merge(
         info = merge_datasets(
             datasets,
             out,
-            shuffle_seed=None if keep_order else shuffle_seed,
+            shuffle_seed=_order(shuffle_seed, keep_order),
             drop_duplicates=drop_duplicates,
             report=view,
         )
@@ -126,7 +157,7 @@ def merge(
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="Directory of the dataset.")]) -> None:
+def verify(path: Annotated[Path, _argument("Directory of the dataset.")]) -> None:
     """Check every shard's size and hash, and every document's tokens."""
     from data_tools.verify import verify_dataset
 
@@ -138,7 +169,7 @@ def verify(path: Annotated[Path, typer.Argument(help="Directory of the dataset."
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Directory of the dataset.")],
+    path: Annotated[Path, _argument("Directory of the dataset.")],
     documents: Annotated[int, typer.Option(min=0, help="Documents of each split to show.")] = 2,
     characters: Annotated[int, typer.Option(min=1, help="Characters of each.")] = 300,
 ) -> None:
@@ -176,12 +207,12 @@ def inspect(
 def train(
     sources: _Sources,
     vocab_size: Annotated[int, _option("vocab_size")],
-    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    out: Annotated[Path, _path_option("--out", "The tokenizer.json to write.")],
     format: _Format = None,
-    text_field: _TextField = "text",
+    text_field: _TextField = None,
     separator: _Separator = None,
-    on_error: _OnError = "stop",
-    min_characters: _MinCharacters = 0,
+    on_error: _OnError = None,
+    min_characters: _MinCharacters = None,
     max_characters: _MaxCharacters = None,
 ) -> None:
     """Train a byte-level BPE tokenizer with the special tokens <unk> <s> </s> <pad> <mask>."""
@@ -198,7 +229,7 @@ def train(
         vocab_size=vocab_size,
     )
     with View() as view:
-        trained = train_tokenizer(build, out, stdin=sys.stdin.buffer, report=view)
+        trained = train_tokenizer(build, out, report=view)
     say(
         f"{out}: vocabulary {trained.vocab_size:,}, {trained.bytes_per_token:.3f} bytes/token on "
         f"{trained.measured_bytes / 1e6:,.1f} MB of its text, encodes through {trained.backend}"
@@ -233,6 +264,7 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
 def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: int | None) -> None:
     """Make a dataset on this machine and upload it, unless it is there."""
     from data_tools.accept import check_made_alike
+    from data_tools.place import disk_error
     from data_tools.remote import check_destination, fetch_info, upload_dataset
     from dualtrain.data.locks import locked
 
@@ -244,7 +276,10 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
         return
     check_destination(url)  # before hours of work
     path = local or _upload_directory(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from None
     with locked(path.parent / f".{path.name}.upload.lock", remove=True):
         if local is None and _holds_another(path, build):
             say(f"{path}, left by an unfinished upload of something else, is removed")
@@ -282,11 +317,39 @@ def _upload_directory(url: str) -> Path:
     return cache / "dualtrain" / "uploads" / digest
 
 
+def _order(seed: int | None, keep_order: bool) -> int | None:
+    """The seed of the order on disk; None keeps that of the sources."""
+    if keep_order and seed is not None:
+        what = f"{seed} has no effect: --keep-order leaves the documents in their order"
+        raise UserError("--shuffle-seed", what, "one of the two")
+    return None if keep_order else seed or 0
+
+
 def _build_section(**values: Any) -> BuildSection:
+    """The settings of a conversion; None is an option that was not given."""
+    given = {
+        name: value
+        for name, value in values.items()
+        if value is not None or name == "shuffle_seed"  # of which None means something
+    }
+    for name, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not _is_unicode(text):
+                where = "SOURCES" if name == "source" else "--" + name.replace("_", "-")
+                hint = "give the directory that holds it, or rename it" if name == "source" else ""
+                raise UserError(where, f"'{shown(text)}' is not UTF-8", "text in UTF-8", hint)
     try:
-        return BuildSection.model_validate(values)
+        return BuildSection.model_validate(given)
     except ValidationError as error:
         raise UserErrors([_as_user_error(e) for e in error.errors()]) from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_user_error(error: Any) -> UserError:

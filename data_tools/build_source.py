@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from data_tools.reporting import Report
 from data_tools.sources import Source, open_sources
+from data_tools.sources.find import standard_input
 from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
@@ -25,7 +27,7 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
 
     Args:
         build: Its settings.
-        stdin: What the source ``-`` reads; None where it will not be read.
+        stdin: What the source ``-`` reads; None is this process's standard input.
 
     Raises:
         UserError: Nothing is there, or not of a kind that can be read.
@@ -39,8 +41,23 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
     )
 
 
-def repeatable(build: BuildSection, stdin: IO[bytes], kept: Path) -> Callable[[], Source]:
+def say_what_is_left(source: Source, report: Report) -> None:
+    """Say what stands in the searched directories and is not read."""
+    for note in source.notes:
+        report.say(note)
+    if source.ignored:
+        report.say(
+            f"{len(source.ignored):,} files of other kinds are not read, first {source.ignored[0]}"
+        )
+
+
+def repeatable(build: BuildSection, stdin: IO[bytes] | None, kept: Path) -> Callable[[], Source]:
     """A way to open a source again and again; standard input is first copied to the file `kept`.
+
+    Args:
+        build: As for :func:`open_source`.
+        stdin: What the source ``-`` reads; None is this process's standard input.
+        kept: A file to make.
 
     Raises:
         UserError: As :func:`open_source`, or the source is a pipe with a name.
@@ -57,5 +74,5 @@ def repeatable(build: BuildSection, stdin: IO[bytes], kept: Path) -> Callable[[]
         return lambda: open_source(build, None)
     if not kept.exists():
         with kept.open("wb") as stream:
-            shutil.copyfileobj(stdin, stream, _COPY_BYTES)
+            shutil.copyfileobj(stdin or standard_input(), stream, _COPY_BYTES)
     return lambda: open_source(build, kept.open("rb"))

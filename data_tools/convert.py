@@ -12,11 +12,9 @@ another one starts again. Both say so.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from importlib.metadata import version
 from itertools import islice
@@ -25,14 +23,22 @@ from typing import IO
 
 import numpy as np
 
-from data_tools.accept import check_made_alike, effective_arguments, with_hashes
-from data_tools.build_source import open_source, repeatable, source_name
+from data_tools.accept import check_made_alike, effective_arguments, recorded
+from data_tools.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
-from data_tools.place import absolute, beside, discard, locked_place, publish
-from data_tools.reporting import Progress, Report
+from data_tools.place import (
+    absolute,
+    beside,
+    check_place,
+    discard,
+    disk_error,
+    locked_place,
+    publish,
+)
+from data_tools.reporting import Progress, Report, shown
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
-from data_tools.sources import Source
+from data_tools.sources import PYTHON_DOCS, InputFile, Source
 from data_tools.spool import Spool, SpoolState
 from data_tools.tokenizer import Tokenizer, find_tokenizer
 from data_tools.train_tokenizer import learn
@@ -42,7 +48,6 @@ from dualtrain.data.dataset import (
     LEFT_OUT_FILE,
     TOKENIZER_FILE,
     DatasetInfo,
-    SourceFile,
     SplitInfo,
 )
 from dualtrain.errors import UserError
@@ -93,7 +98,7 @@ def build_dataset(
                 return _accept(path, build)
             # An error in what is asked for comes before what an interrupted conversion left is
             # looked at, and leaves it alone.
-            conversion = _Conversion(build, partial, report, stdin or sys.stdin.buffer)
+            conversion = _Conversion(build, partial, report, stdin)
             try:
                 info = conversion.run(workers, shard_bytes)
                 publish(conversion.dataset, path)
@@ -108,17 +113,25 @@ def build_dataset(
             discard(partial)
             return info
     except OSError as error:
-        raise _disk_error(error, path, partial) from None
+        kept = f"what is done is kept in {shown(partial)}; {_GOES_ON}"
+        raise disk_error(error, path, kept if partial.exists() else "") from None
 
 
-def _disk_error(error: OSError, path: Path, partial: Path) -> UserError:
-    hint = ""
-    if partial.exists():
-        hint = f"what is done is kept in {partial}; {_GOES_ON}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        hint = f"make room; {hint}" if hint else "make room"
-    place = str(error.filename or path)
-    return UserError(place, f"cannot be written: {error.strerror or error}", hint=hint)
+def check_build(build: BuildSection, path: str | Path) -> None:
+    """Refuse what :func:`build_dataset` would refuse before it reads any text.
+
+    Raises:
+        UserError: as there.
+    """
+    path = absolute(path)
+    if (path / DATASET_FILE).exists():
+        check_made_alike(str(path), DatasetInfo.load(path), build)
+        return
+    check_place(path)
+    if build.sources != [PYTHON_DOCS]:  # always there, and slow to look at
+        open_source(build, None)
+    if build.tokenizer is not None:
+        find_tokenizer(build.tokenizer, pattern=build.tokenizer_pattern)
 
 
 def _accept(path: Path, build: BuildSection) -> DatasetInfo:
@@ -133,7 +146,7 @@ class _Conversion:
     """One conversion in a directory that may hold what an earlier one left."""
 
     def __init__(
-        self, build: BuildSection, directory: Path, report: Report, stdin: IO[bytes]
+        self, build: BuildSection, directory: Path, report: Report, stdin: IO[bytes] | None
     ) -> None:
         self.dataset = directory / "dataset"
         """The dataset, whole when :meth:`run` returns."""
@@ -143,11 +156,7 @@ class _Conversion:
         self._stdin = stdin
         self._where = source_name(build)
         self._source = open_source(build, stdin)
-        if self._source.ignored:
-            count = len(self._source.ignored)
-            report.say(
-                f"{count:,} files of other kinds are not read, first {self._source.ignored[0]}"
-            )
+        say_what_is_left(self._source, report)
         self._given = None
         if build.tokenizer is not None:
             self._given = find_tokenizer(build.tokenizer, pattern=build.tokenizer_pattern)
@@ -287,6 +296,7 @@ class _Conversion:
             except BaseException:
                 with contextlib.suppress(OSError):  # then less is left to go on with
                     spool.save()
+                spool.close()
                 raise
             if self._stamps() != self._files:
                 raise UserError(
@@ -340,9 +350,7 @@ class _Conversion:
                 },
                 "skipped_documents": left_out.total(),
                 "left_out": dict(sorted(left_out.items())),
-                "sources": with_hashes(
-                    [SourceFile(path=path, bytes=size) for path, size, _ in self._files]
-                ),
+                "sources": recorded([InputFile(path, size) for path, size, _ in self._files]),
                 "arguments": effective_arguments(self._build),
             }
         )

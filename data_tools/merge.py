@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.choose import SPLITS
-from data_tools.place import absolute, beside, discard, locked_place, publish
+from data_tools.place import absolute, beside, discard, disk_error, locked_place, publish
 from data_tools.reporting import Progress, Report
 from data_tools.shards import (
     SHARD_BYTES,
@@ -98,8 +98,7 @@ def merge_datasets(
                 raise
             return info
     except OSError as error:
-        place = str(error.filename or out)
-        raise UserError(place, f"cannot be written: {error.strerror or error}") from None
+        raise disk_error(error, out) from None
 
 
 def _check_alike(paths: Sequence[str | Path], infos: Sequence[DatasetInfo]) -> None:

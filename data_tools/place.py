@@ -6,12 +6,14 @@ or none; what a killed one left beside it is for its maker to use again or to re
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Progress, Report, shown
 from dualtrain.data.dataset import DATASET_FILE
 from dualtrain.data.locks import locked
 from dualtrain.disk import sync
@@ -22,14 +24,23 @@ def absolute(path: str | Path) -> Path:
     """The path itself: with ``~`` and the current directory filled in, and links followed.
 
     A dataset is moved to its place in the end, and nothing can be moved over a link.
-
-    Raises:
-        UserError: It begins with the home of an unknown user, or links lead in a circle.
     """
-    try:
-        return Path(path).expanduser().resolve()
-    except RuntimeError as error:
-        raise UserError(str(path), f"is no path: {error}") from None
+    # Those of Path raise RuntimeError, for an unknown user and for links in a circle.
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def disk_error(error: OSError, path: Path, hint: str = "") -> UserError:
+    """What to say when a file could not be written.
+
+    Args:
+        error: What happened.
+        path: What was to be made, where the error names no file.
+        hint: What else there is to say.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = f"make room; {hint}" if hint else "make room"
+    place = shown(error.filename or path)
+    return UserError(place, f"cannot be written: {error.strerror or error}", hint=hint)
 
 
 @contextmanager
@@ -40,26 +51,32 @@ def locked_place(path: Path, report: Report) -> Iterator[None]:
         UserError: Something else is there.
         OSError: The directory above cannot be written.
     """
-    if path.is_mount():
-        raise UserError(
-            str(path),
-            "is where a volume is mounted, and a whole dataset cannot be moved there",
-            "a directory in it",
-            f"give {path / 'data'}, for example",
-        )
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
     waiting = Progress("waiting for another conversion", 0, 0, "documents")
     with locked(lock, remove=True, on_wait=lambda: report.show(waiting)):
-        other = path.is_file() or (path.exists() and any(path.iterdir()))
-        if other and not (path / DATASET_FILE).exists():
-            raise UserError(
-                str(path),
-                f"is in the way: it exists and has no {DATASET_FILE}",
-                "a new or empty directory",
-                "remove it or choose another path",
-            )
+        check_place(path)  # again: somebody may have been quicker
         yield
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError unless a place is free or a dataset."""
+    if path.is_mount():
+        raise UserError(
+            shown(path),
+            "is where a volume is mounted, and a whole dataset cannot be moved there",
+            "a directory in it",
+            f"give {shown(path / 'data')}, for example",
+        )
+    other = path.is_file() or (path.exists() and any(path.iterdir()))
+    if other and not (path / DATASET_FILE).exists():
+        raise UserError(
+            shown(path),
+            f"is in the way: it exists and has no {DATASET_FILE}",
+            "a new or empty directory",
+            "remove it or choose another path",
+        )
 
 
 def beside(path: Path) -> Path:

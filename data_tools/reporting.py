@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that any file and terminal takes: bytes that are not UTF-8 as ``\\xef``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,8 +76,16 @@ def write_split(
         if number % _SHOWN_EVERY == 0:
             report.show(Progress(f"writing {split}", number, len(lengths), "documents"))
     writer.finish()
-    np.save(directory / split / LENGTHS_FILE, lengths)
-    np.save(directory / split / TEXT_BYTES_FILE, text_bytes)
+    _save(directory / split / LENGTHS_FILE, lengths)
+    _save(directory / split / TEXT_BYTES_FILE, text_bytes)
+
+
+def _save(file: Path, numbers: np.ndarray) -> None:
+    """As ``np.save``, whose error on a full disk says neither what nor where."""
+    header = np.lib.format.header_data_from_array_1_0(numbers)
+    with file.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(np.ascontiguousarray(numbers).data)
 
 
 def check_split(

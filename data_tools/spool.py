@@ -6,6 +6,7 @@ journal says how much of the files is valid, so that a killed conversion goes on
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -150,9 +151,10 @@ class Spool:
             shutil.copyfile(self._directory / _LEFT_OUT, file)
 
     def close(self) -> None:
-        """Close the files, which stay."""
+        """Close the files, which stay; what could not be written was reported when it failed."""
         for stream in self._files.values():
-            stream.close()
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def _open(self, name: str) -> IO[bytes]:
         file = self._directory / name

@@ -12,10 +12,10 @@ from typing import IO
 
 import numpy as np
 
-from data_tools.build_source import repeatable, source_name
+from data_tools.build_source import repeatable, say_what_is_left, source_name
 from data_tools.choose import may_be_held_out
 from data_tools.encode import text_hash, wanted
-from data_tools.place import absolute
+from data_tools.place import absolute, disk_error
 from data_tools.reporting import Progress, Report
 from data_tools.sources import Problem, Source
 from data_tools.tokenizer import Backend, Tokenizer
@@ -39,14 +39,18 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    build: BuildSection, out: str | Path, *, stdin: IO[bytes], report: Report | None = None
+    build: BuildSection,
+    out: str | Path,
+    *,
+    stdin: IO[bytes] | None = None,
+    report: Report | None = None,
 ) -> TrainedTokenizer:
     """Train on all documents of a source and write the ``tokenizer.json``.
 
     Args:
         build: Source, filters and ``vocab_size``; the rest does not matter here.
         out: File to write, which must not exist.
-        stdin: What the source ``-`` reads.
+        stdin: What the source ``-`` reads; None is this process's standard input.
         report: Told how far it is.
 
     Raises:
@@ -60,13 +64,13 @@ def train_tokenizer(
             raise UserError(str(out), "exists", "a new file", "remove it or choose another name")
         out.parent.mkdir(parents=True, exist_ok=True)
         open_again = repeatable(build, stdin, kept)
+        say_what_is_left(open_again(), report)
         tokenizer = learn(open_again, build, hold_out=False, report=report)
         measured = _measure(tokenizer, open_again, build)
         tokenizer.save(partial)
         os.replace(partial, out)
     except OSError as error:
-        place = str(error.filename or out)
-        raise UserError(place, f"cannot be written: {error.strerror or error}") from None
+        raise disk_error(error, out) from None
     finally:
         for file in (partial, kept):
             with contextlib.suppress(OSError):

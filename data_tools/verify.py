@@ -7,6 +7,7 @@ and the ids of every document, and the totals.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def verify_dataset(path: str | Path, *, report: Report | None = None) -> Dataset
     info = DatasetInfo.load(path)
     found: list[UserError] = []
     for split in info.splits:
-        found += _split_errors(Path(path).expanduser(), split, info, report)
+        found += _split_errors(Path(os.path.expanduser(path)), split, info, report)
     if len(found) > _SHOWN:
         found = [*found[:_SHOWN], UserError(str(path), f"{len(found) - _SHOWN} more errors")]
     if found:
@@ -101,9 +102,12 @@ def _hash_error(dataset: TokenDataset, shard: Shard) -> UserError | None:
     if "sha256" not in shard.hashes:
         return UserError(file, "index.json holds no sha256 of this shard to compare with")
     found = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            found.update(block)
+    try:
+        with open(file, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                found.update(block)
+    except OSError as error:
+        return UserError(file, f"cannot be read: {error.strerror}")
     if found.hexdigest() != shard.hashes["sha256"]:
         return UserError(
             file, "shard is damaged: its content does not match its hash in index.json"

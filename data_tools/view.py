@@ -13,7 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Progress, Report, shown
 
 if TYPE_CHECKING:
     from data_tools.inspection import Bin
@@ -28,7 +28,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print a line on standard output as it is."""
-    console.print(text, markup=False)
+    console.print(shown(text), markup=False)
 
 
 class View(Report):
@@ -86,7 +86,7 @@ class View(Report):
         )
 
     def say(self, text: str) -> None:
-        self._bars.console.print(text, markup=False)
+        self._bars.console.print(shown(text), markup=False)
 
     def _facts(self, progress: Progress, elapsed_s: float) -> str:
         if not progress.documents:

@@ -3,7 +3,7 @@
 :func:`open_sources` finds them; a :class:`Source` delivers blocks, which deliver documents.
 """
 
-from data_tools.sources.documents import Block, Document, Problem, Source
+from data_tools.sources.documents import Block, Document, InputFile, Problem, Source
 from data_tools.sources.files import BUILTIN, PYTHON_DOCS
 from data_tools.sources.find import open_sources
 
@@ -12,6 +12,7 @@ __all__ = [
     "PYTHON_DOCS",
     "Block",
     "Document",
+    "InputFile",
     "Problem",
     "Source",
     "open_sources",

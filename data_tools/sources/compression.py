@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
@@ -16,17 +17,18 @@ from typing import IO, Protocol
 SUFFIXES = {".gz": "gzip", ".zst": "zstandard", ".xz": "xz", ".bz2": "bzip2"}
 
 _MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"\xfd7zXZ\x00": "xz",
-    b"BZh": "bzip2",
+    re.compile(rb"\x1f\x8b"): "gzip",
+    re.compile(rb"\x28\xb5\x2f\xfd"): "zstandard",
+    re.compile(rb"\xfd7zXZ\x00"): "xz",
+    # Of a block, or of a file without one: three letters might begin a text.
+    re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"): "bzip2",
 }
 _PADDED = {"gzip", "xz"}
 """Formats in which zeros may follow a stream, from tapes and block devices."""
 
 _COMPRESSED_CHUNK = 1 << 15  # small: a chunk of something very regular grows a thousandfold
 _BOM = b"\xef\xbb\xbf"
-_LONGEST_MAGIC = 6
+_LONGEST_MAGIC = 10
 
 
 class BrokenFile(Exception):
@@ -92,7 +94,7 @@ class Content:
         first = b""
         if self._compression == "detect":
             first = self._read(_LONGEST_MAGIC)
-            matches = (name for magic, name in _MAGIC.items() if first.startswith(magic))
+            matches = (name for magic, name in _MAGIC.items() if magic.match(first))
             self._compression = next(matches, None)
         if self._compression is None:
             while chunk := first + self._read(self._chunk_bytes):

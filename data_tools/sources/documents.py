@@ -9,10 +9,10 @@ options only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from dualtrain.data.dataset import SourceFile
+from data_tools.reporting import shown
 from dualtrain.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -20,6 +20,20 @@ BLOCK_BYTES = 1 << 20
 
 _PIECE_OVERHEAD = 256
 """Counted for each piece, so that very many empty files do not gather in one block."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file that a source reads."""
+
+    path: str
+    """As the operating system takes it; of what is no file, its name."""
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """What messages and ``dataset.json`` call it."""
+        return shown(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +113,7 @@ class Failure(Piece):
 class Reader(ABC):
     """Cuts one file, or what is like a file, into pieces."""
 
-    file: SourceFile
+    file: InputFile
 
     @abstractmethod
     def pieces(self) -> Iterator[tuple[Piece, int]]:
@@ -112,12 +126,14 @@ class Reader(ABC):
 class Source(ABC):
     """Documents in a fixed order."""
 
-    files: tuple[SourceFile, ...]
+    files: tuple[InputFile, ...]
     """What the documents are read from."""
     bytes: int
     """Size of all files together; 0 when it is not known beforehand."""
     ignored: tuple[str, ...]
-    """What stands in the searched directories and is not read: other kinds, hidden files."""
+    """What stands in the searched directories and is no text: other kinds, hidden files."""
+    notes: tuple[str, ...]
+    """What else whoever reads the source should know: which texts were left where they are."""
     repeatable: bool
     """Whether the documents can be had again: not from standard input."""
 
@@ -139,7 +155,23 @@ class PackedBlock(Block):
 
     def documents(self) -> Iterator[Document | Problem]:
         for piece in self.pieces:
-            yield from piece.documents()
+            for item in piece.documents():
+                # Whatever the kind of file, no text has this character.
+                if isinstance(item, Document) and "\0" in item.text:
+                    item = _not_text(item)
+                yield item
+
+
+def _not_text(document: Document) -> Problem:
+    before = document.text.partition("\0")[0]
+    line = f" in line {1 + before.count(chr(10)):,} of the document" if "\n" in before else ""
+    return Problem.at(
+        "not text",
+        document.where,
+        f"has a NUL character{line}: it is binary data, or text in UTF-16",
+        "text in UTF-8",
+        "convert UTF-16 with iconv -f UTF-16LE -t UTF-8, or leave it out with --on-error skip",
+    )
 
 
 class ReaderSource(Source):
@@ -147,7 +179,9 @@ class ReaderSource(Source):
 
     Args:
         readers: In the order of their documents.
-        ignored: What was found beside them and is not read.
+        ignored: What was found beside them and is no text.
+        notes: What is to be said of what was found.
+        at_end: Called when all is read; raises what shows only then.
         repeatable: Whether all of them can be read again.
         block_bytes: Content of a block; one that ends with a large document has more.
     """
@@ -157,6 +191,8 @@ class ReaderSource(Source):
         readers: Iterable[Reader],
         *,
         ignored: Iterable[str],
+        notes: Iterable[str],
+        at_end: Callable[[], None],
         repeatable: bool,
         block_bytes: int,
     ) -> None:
@@ -165,6 +201,8 @@ class ReaderSource(Source):
         self.files = tuple(reader.file for reader in self._readers)
         self.bytes = sum(file.bytes for file in self.files) if repeatable else 0
         self.ignored = tuple(ignored)
+        self.notes = tuple(notes)
+        self._at_end = at_end
         self.repeatable = repeatable
 
     def blocks(self) -> Iterator[Block]:
@@ -178,6 +216,7 @@ class ReaderSource(Source):
                 packed, size = [], 0
         if packed:
             yield PackedBlock(position, tuple(packed))
+        self._at_end()
 
     def _pieces(self) -> Iterator[tuple[Piece, int]]:
         before = 0

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO
 
 from data_tools.python_docs import python_docs
 from data_tools.sources.compression import BrokenFile, Content
-from data_tools.sources.documents import Document, Failure, Piece, Problem, Reader, Texts
+from data_tools.sources.csv_files import DELIMITERS, csv_pieces
+from data_tools.sources.documents import (
+    Document,
+    Failure,
+    InputFile,
+    Piece,
+    Problem,
+    Reader,
+    Texts,
+)
 from data_tools.sources.json_files import json_lines_pieces, json_pieces
-from data_tools.sources.text_files import text_pieces
-from dualtrain.data.dataset import SourceFile
+from data_tools.sources.text_files import Sought, text_pieces
 from dualtrain.errors import UserError
 
 BUILTIN = "builtin:"
@@ -29,22 +37,23 @@ class Options:
     text_field: str
     separator: str | None
     block_bytes: int
+    sought: Sought = field(default_factory=Sought)
 
 
 class ByteReader(Reader):
-    """Reads ``.txt``, ``.jsonl`` and ``.json``, compressed or not.
+    """Reads ``.txt``, ``.jsonl``, ``.json``, ``.csv`` and ``.tsv``, compressed or not.
 
     Args:
         file: Name and size.
         open_raw: Opens the content for reading bytes.
-        kind: ``txt``, ``jsonl`` or ``json``.
+        kind: ``txt``, ``jsonl``, ``json``, ``csv`` or ``tsv``.
         compression: As of :class:`Content`.
         options: How content is read.
     """
 
     def __init__(
         self,
-        file: SourceFile,
+        file: InputFile,
         open_raw: Callable[[], AbstractContextManager[IO[bytes]]],
         *,
         kind: str,
@@ -69,10 +78,10 @@ class ByteReader(Reader):
                     yield piece, used
             return
         except BrokenFile as error:
-            problem = Problem.at(error.kind, self.file.path, error.what, hint=error.hint)
+            problem = Problem.at(error.kind, self.file.name, error.what, hint=error.hint)
         except OSError as error:
             what = f"cannot be read: {error.strerror or error}"
-            problem = Problem.at("unreadable file", self.file.path, what)
+            problem = Problem.at("unreadable file", self.file.name, what)
         yield Failure(problem), max(used, self.file.bytes)
 
     def _cut(self, content: Content) -> Iterator[Piece]:
@@ -81,21 +90,29 @@ class ByteReader(Reader):
         if first is None:
             raise BrokenFile("empty file", "has no content")
         chunks = chain([first], chunks)
-        name, options = self.file.path, self._options
+        name, options = self.file.name, self._options
         size, field = options.block_bytes, options.text_field
         if self._kind == "txt":
-            return text_pieces(chunks, name, separator=options.separator, block_bytes=size)
+            return text_pieces(
+                chunks,
+                name,
+                separator=options.separator,
+                sought=options.sought,
+                block_bytes=size,
+            )
+        if delimiter := DELIMITERS.get(self._kind):
+            return csv_pieces(chunks, name, delimiter=delimiter, field=field, block_bytes=size)
         cut = json_pieces if self._kind == "json" else json_lines_pieces
         return cut(chunks, name, field=field, block_bytes=size)
 
 
 def file_reader(path: Path, *, kind: str, compression: str | None, options: Options) -> ByteReader:
-    """Read a file on disk."""
+    """Read a file on disk; without `compression` its first bytes say whether it has one."""
     return ByteReader(
-        SourceFile(path=str(path), bytes=path.stat().st_size),
+        InputFile(str(path), path.stat().st_size),
         lambda: path.open("rb"),
         kind=kind,
-        compression=compression,
+        compression=compression or "detect",
         options=options,
     )
 
@@ -106,7 +123,7 @@ class StandardInput(ByteReader):
     def __init__(self, stream: IO[bytes], *, kind: str, options: Options) -> None:
         self._is_read = False
         super().__init__(
-            SourceFile(path=STDIN_NAME, bytes=0),
+            InputFile(STDIN_NAME, 0),
             lambda: nullcontext(stream),
             kind=kind,
             compression="detect",
@@ -127,7 +144,7 @@ class PythonDocs(Reader):
         from platform import python_version
 
         size = sum(len(text.encode()) for _, text in python_docs())
-        self.file = SourceFile(path=f"{PYTHON_DOCS}, Python {python_version()}", bytes=size)
+        self.file = InputFile(f"{PYTHON_DOCS}, Python {python_version()}", size)
 
     def pieces(self) -> Iterator[tuple[Piece, int]]:
         used = 0

@@ -12,6 +12,7 @@ from typing import Any
 from data_tools.sources.compression import BrokenFile
 from data_tools.sources.cutting import TOO_LARGE, cut, decoded, gather, line_ends
 from data_tools.sources.documents import Document, Piece, Problem
+from data_tools.sources.fields import documents
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_BYTE = re.compile(rb"\s*(\S?)")
@@ -113,18 +114,20 @@ class JsonLines(Piece):
     def documents(self) -> Iterator[Document | Problem]:
         for number, line in enumerate(self.data.split(b"\n"), start=self.first_line):
             if line and not line.isspace():
-                yield self._document(line, number)
+                yield from self._documents(line, number)
 
-    def _document(self, data: bytes, number: int) -> Document | Problem:
+    def _documents(self, data: bytes, number: int) -> Iterator[Document | Problem]:
         line = decoded(data, self.name, number)
         if isinstance(line, Problem):
-            return line
+            yield line
+            return
         where = f"{self.name}:{number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            return _not_json(where, error, "one JSON object a line")
-        return _document(record, self.field, where)
+            yield _not_json(where, error, "one JSON object a line")
+            return
+        yield from documents(record, self.field, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ class WholeJson(Piece):
             for record, start in _records(text):
                 line += text.count("\n", counted, start)
                 counted = start
-                yield _document(record, self.field, f"{self.name}:{line + 1}")
+                yield from documents(record, self.field, f"{self.name}:{line + 1}")
         except (ValueError, RecursionError) as error:
             # A RecursionError does not say where, but it is behind the last good record.
             line = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
@@ -199,28 +202,3 @@ def _not_json(where: str, error: Exception, expected: str) -> Problem:
     else:
         reason = str(error)
     return Problem.at("not JSON", where, f"is not JSON: {reason}", expected)
-
-
-def _document(record: Any, field: str, where: str) -> Document | Problem:
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        return Problem.at("no text field", where, f"is a JSON {kind}", "a JSON object")
-    if field not in record:
-        fields = ", ".join(f"'{name}'" for name in record) or "none"
-        return Problem.at(
-            "no text field",
-            where,
-            f"has no field '{field}'",
-            f"one of its fields: {fields}",
-            "set text_field",
-        )
-    text = record[field]
-    if not isinstance(text, str):
-        value = json.dumps(text)[:60]
-        return Problem.at("text is not a string", where, f"field '{field}' is {value}", "a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        what = f"field '{field}' holds half a surrogate pair"
-        return Problem.at("lone surrogate", where, what, "text that UTF-8 can express")
-    return Document(text, where)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.sources.compression import BrokenFile
-from data_tools.sources.documents import Document, Failure, Piece, Problem, Reader
-from dualtrain.data.dataset import SourceFile
+from data_tools.sources.documents import Document, Failure, InputFile, Piece, Problem, Reader
+from data_tools.sources.fields import EACH, ITEMS, no_field, steps
 
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"ARROW1"
 _ARROW_STREAM_START = 8
 _ARROW_CONTINUES = b"\xff\xff\xff\xff"
-_TEXT_TYPES = {"string", "large_string", "string_view"}
+_TEXT_TYPES = {
+    f"{size}{kind}{view}"
+    for kind in ("string", "binary")
+    for size, view in (("", ""), ("large_", ""), ("", "_view"))
+}
 _MOST_ROWS = 1 << 16
 
 
@@ -33,7 +37,8 @@ class Rows(Piece):
     """Texts of consecutive rows, in UTF-8."""
 
     name: str
-    first_row: int
+    rows: Sequence[int]
+    """The number of each value's row, from 1 on."""
     values: list[bytes | None]
     field: str
 
@@ -42,8 +47,8 @@ class Rows(Piece):
         return sum(len(value) for value in self.values if value is not None)
 
     def documents(self) -> Iterator[Document | Problem]:
-        for number, value in enumerate(self.values, start=self.first_row):
-            yield self._document(value, f"{self.name}: row {number}")
+        for row, value in zip(self.rows, self.values, strict=True):
+            yield self._document(value, f"{self.name}: row {row}")
 
     def _document(self, value: bytes | None, where: str) -> Document | Problem:
         if value is None:
@@ -64,20 +69,25 @@ class TableReader(Reader):
     """
 
     def __init__(self, path: Path, *, kind: str, field: str, block_bytes: int) -> None:
-        self.file = SourceFile(path=str(path), bytes=path.stat().st_size)
+        self.file = InputFile(str(path), path.stat().st_size)
         self._path = path
         self._is_parquet = kind == "parquet"
         self._field = field
+        self._steps: list[str] = []
         self._block_bytes = block_bytes
 
     def pieces(self) -> Iterator[tuple[Piece, int]]:
-        name, row = str(self._path), 1
+        name, before = self.file.name, 1
         try:
-            for column, share in self._columns():
+            for found, share in self._columns():
                 used = round(self.file.bytes * share)
-                for values in _in_parts(column, self._block_bytes):
-                    yield Rows(name, row, values, self._field), used
-                    row += len(values)
+                for start, values in _in_parts(found.values, self._block_bytes):
+                    end = start + len(values)
+                    rows: Sequence[int] = range(before + start, before + end)
+                    if found.parents is not None:
+                        rows = [before + row for row in found.parents[start:end].to_pylist()]
+                    yield Rows(name, rows, values, self._field), used
+                before += found.rows
             return
         except _NoTextColumn as error:
             problem = error.problem
@@ -87,8 +97,8 @@ class TableReader(Reader):
             problem = Problem.at("unreadable file", name, f"cannot be read: {error.strerror}")
         yield Failure(problem), self.file.bytes
 
-    def _columns(self) -> Iterator[tuple[Any, float]]:
-        """Arrays of the column, each with the share of the file that is read then.
+    def _columns(self) -> Iterator[tuple[_Texts, float]]:
+        """Texts of the column, each time with the share of the file that is read then.
 
         Raises:
             BrokenFile: Truncated or damaged, after the arrays before that place.
@@ -102,7 +112,7 @@ class TableReader(Reader):
             try:
                 columns = self._parquet(handle) if self._is_parquet else self._arrow(handle)
                 for column, share in columns:
-                    yield _as_bytes(column), share
+                    yield _texts(column, self._steps[1:]), share
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 # A ValueError is a damaged name that pyarrow fails to decode.
                 if isinstance(error, OSError) and error.errno is not None:
@@ -122,11 +132,12 @@ class TableReader(Reader):
             handle, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
         )
         self._check(table.schema_arrow)
-        rows = _rows_in(self._block_bytes, table.metadata, self._field)
+        name = self._steps[0]
+        rows = _rows_in(self._block_bytes, table.metadata, name)
         read = 0
-        for batch in table.iter_batches(batch_size=rows, columns=[self._field], use_threads=False):
+        for batch in table.iter_batches(batch_size=rows, columns=[name], use_threads=False):
             read += batch.num_rows
-            yield batch.column(0), read / table.metadata.num_rows
+            yield batch.column(name), read / table.metadata.num_rows
 
     def _arrow(self, handle: Any) -> Iterator[tuple[Any, float]]:
         import pyarrow
@@ -165,18 +176,42 @@ class TableReader(Reader):
         from pyarrow.ipc import IpcReadOptions
 
         self._check(schema)
-        return IpcReadOptions(included_fields=[schema.names.index(self._field)])
+        return IpcReadOptions(included_fields=[schema.names.index(self._steps[0])])
 
     def _check(self, schema: Any) -> None:
-        name, field = str(self._path), self._field
-        if field not in schema.names:
-            columns = ", ".join(f"'{column}'" for column in schema.names) or "none"
-            what, expected = f"has no column '{field}'", f"one of its columns: {columns}"
-            raise _NoTextColumn(Problem.at("no text field", name, what, expected, "set text_field"))
-        held = schema.types[schema.names.index(field)]
-        if str(getattr(held, "value_type", held)) not in _TEXT_TYPES:
+        from pyarrow.types import is_dictionary
+
+        name, field = self.file.name, self._field
+        self._steps = steps(field, schema.names)
+        path, held = "", schema
+        children = {column.name: column.type for column in schema}
+        for step in self._steps:
+            if step not in children:
+                names = [_joined(path, other) for other in children]
+                raise _NoTextColumn(no_field(name, field, names, kind="column"))
+            held, path = children[step], _joined(path, step)
+            children = _children(held)
+        text = held.value_type if is_dictionary(held) else held
+        if str(text) not in _TEXT_TYPES:
+            strings = str(children.get(ITEMS)) in _TEXT_TYPES
+            hint = EACH.format(field + ITEMS) if strings else ""
             what = f"column '{field}' holds {held}"
-            raise _NoTextColumn(Problem.at("text is not a string", name, what, "strings"))
+            raise _NoTextColumn(Problem.at("text is not a string", name, what, "strings", hint))
+
+
+def _children(held: Any) -> dict[str, Any]:
+    """What a field of this type can be followed to."""
+    from pyarrow import types
+
+    if types.is_struct(held):
+        return {child.name: child.type for child in held}
+    if types.is_list(held) or types.is_large_list(held) or types.is_fixed_size_list(held):
+        return {ITEMS: held.value_type}
+    return {}
+
+
+def _joined(path: str, step: str) -> str:
+    return path + step if step == ITEMS else f"{path}.{step}".removeprefix(".")
 
 
 def _start(handle: Any, length: int) -> bytes:
@@ -196,8 +231,40 @@ def _rows_in(block_bytes: int, metadata: Any, field: str) -> int:
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = (group.column(number) for number in range(group.num_columns))
-        size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+        size += sum(
+            c.total_uncompressed_size
+            for c in columns
+            if f"{c.path_in_schema}.".startswith(f"{field}.")
+        )
     return min(_MOST_ROWS, max(1, block_bytes * metadata.num_rows // max(1, size)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What a batch of rows holds."""
+
+    values: Any
+    """Array of bytes."""
+    parents: Any | None
+    """Array: the row in the batch that each value is of; None if they are the rows."""
+    rows: int
+
+
+def _texts(column: Any, left: list[str]) -> _Texts:
+    """Follow the steps from a column to its texts."""
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
+    rows, parents = len(column), None
+    for step in left:
+        column.validate(full=True)
+        if step == ITEMS:
+            of_items = compute.list_parent_indices(column)
+            parents = of_items if parents is None else parents.take(of_items)
+            column = compute.list_flatten(column)
+        else:
+            column = compute.struct_field(column, [step])
+    return _Texts(_as_bytes(column), parents, rows)
 
 
 def _as_bytes(column: Any) -> Any:
@@ -217,9 +284,9 @@ def _as_bytes(column: Any) -> Any:
     return column
 
 
-def _in_parts(column: Any, block_bytes: int) -> Iterator[list[bytes | None]]:
-    """The values of an array in lists of about `block_bytes`."""
+def _in_parts(column: Any, block_bytes: int) -> Iterator[tuple[int, list[bytes | None]]]:
+    """The values of an array in lists of about `block_bytes`, each with the number of its first."""
     parts = max(1, math.ceil(column.nbytes / block_bytes))
     rows = max(1, math.ceil(len(column) / parts))
     for start in range(0, len(column), rows):
-        yield column.slice(start, rows).to_pylist()
+        yield start, column.slice(start, rows).to_pylist()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from data_tools.sources.cutting import (
+    Ends,
     blank_line_ends,
     cut,
     decoded,
@@ -19,11 +20,33 @@ from data_tools.sources.documents import Document, Piece, Problem
 BLANK_LINE = "blank-line"
 """The separator that stands for lines of nothing but (ASCII) white space."""
 
+
+class Sought:
+    """Whether the separator was found in any file: one that is nowhere is a mistake."""
+
+    found = False
+
+    def noting(self, ends: Ends) -> Ends:
+        """The same, remembering whether it found an end."""
+
+        def noted(buffer: bytearray, seen: int) -> tuple[int, int]:
+            end, seen = ends(buffer, seen)
+            self.found = self.found or end > 0
+            return end, seen
+
+        return noted
+
+
 _BLANK_LINES = re.compile(rb"(?m)^[^\S\n]*(?:\n|\Z)")
 
 
 def text_pieces(
-    chunks: Iterable[bytes], name: str, *, separator: str | None, block_bytes: int
+    chunks: Iterable[bytes],
+    name: str,
+    *,
+    separator: str | None,
+    sought: Sought,
+    block_bytes: int,
 ) -> Iterator[Piece]:
     """One piece for a whole file; with a separator, pieces of about `block_bytes`."""
     if separator is None:
@@ -34,7 +57,7 @@ def text_pieces(
     separator = separator.replace("\r\n", "\n")
     ends = blank_line_ends if separator == BLANK_LINE else separator_ends(separator.encode())
     line = 1
-    for data in cut(unix_newlines(chunks), ends, block_bytes):
+    for data in cut(unix_newlines(chunks), sought.noting(ends), block_bytes):
         yield DividedText(name, line, data, separator)
         line += data.count(b"\n")
 

@@ -116,18 +116,20 @@ class BuildSection(Section):
         description="`builtin:python-docs`, a file, a directory, a glob pattern, `-` for standard "
         "input, or a list of these.",
     )
-    format: Literal["txt", "jsonl", "json", "parquet", "arrow"] | None = Field(
+    format: Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] | None = Field(
         default=None,
         description="Kind of standard input and of files whose name does not say it; null: JSON "
         "lines for standard input, an error for files.",
     )
     text_field: str = Field(
-        default="text", description="Field or column that holds the text of a document."
+        default="text",
+        description="Field or column that holds the text of a document; `a.b` in another, `a[]` "
+        "for each string of a list.",
     )
     separator: str | None = Field(
         default=None,
         min_length=1,
-        description="What divides documents in .txt files: `blank-line` or any text; null: a file "
+        description="What divides documents in text files: `blank-line` or any text; null: a file "
         "is one document.",
     )
     on_error: Literal["stop", "skip"] = Field(
@@ -145,6 +147,7 @@ class BuildSection(Section):
     )
     tokenizer: str | None = Field(
         default=None,
+        min_length=1,
         description="A tokenizer.json, a directory that holds one, a tiktoken rank file or the "
         "name of a tiktoken encoding; null trains one on the source.",
     )
@@ -189,12 +192,14 @@ class DataSection(Section):
     """Where the text comes from."""
 
     path: str = Field(
+        min_length=1,
         description="Directory of MDS shards with `train/` and `val/` splits; with `remote`, of "
-        "its local copy."
+        "its local copy.",
     )
     build: BuildSection | None = Field(
         default=None,
-        description="Makes `path` first when it does not exist; null demands that it exists.",
+        description="Makes `path` first when it does not exist; null demands that it exists. "
+        "`data.path=DIR` on the command line takes another dataset that is there as it is.",
     )
     append_eos: bool = Field(
         default=True,

@@ -6,11 +6,14 @@ import gzip
 import io
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from convert_support import Said, StopAt, files_of, write_jsonl
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 from data_tools.app import app
 from data_tools.convert import build_dataset
 from data_tools.tokenizer import Tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.errors import UserError
@@ -175,6 +179,114 @@ def test_pipe_is_read_once(tmp_path: Path, corpus: Path) -> None:
     assert sum(split.documents for split in info.splits.values()) == len(TEXTS)
 
 
+def test_standard_input_may_be_closed(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python sets it for `<&-`
+    build_dataset(section(corpus), tmp_path / "data")
+    train_tokenizer(section(corpus), tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="standard input: is closed"):
+        build_dataset(section("-"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("stage", ["index.json", "lengths.npy", "dataset.json"])
+def test_full_disk_at_any_stage(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """A device that is always full, in place of one of the files that are written."""
+    real_open = open
+
+    def full(file: object, *arguments: Any, **options: Any) -> Any:
+        return real_open("/dev/full" if str(file).endswith(stage) else file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        patch.setattr("io.open", full)
+        with pytest.raises(UserError, match="cannot be written: No space left.*make room"):
+            build_dataset(section(corpus), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    said = Said()
+    build_dataset(section(corpus), tmp_path / "data", report=said)
+    assert "going on" in said.lines[0]
+    verify_dataset(tmp_path / "data")
+
+
+def test_names_that_are_not_utf8_are_recorded(tmp_path: Path, corpus: Path) -> None:
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/na\xefve"))
+    source.mkdir()
+    corpus.rename(source / "a.jsonl")
+    build = section(tmp_path / "na*")
+    info = build_dataset(build, source / "data")
+    assert [file.path for file in info.sources] == [f"{tmp_path}/na\\xefve/a.jsonl"]
+    assert info.sources[0].sha256 is not None
+    assert build_dataset(build, source / "data") == info, "the same command accepts it"
+    result = CliRunner().invoke(app, ["convert", str(source), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, UserError)
+    assert "na\\xefve' is not UTF-8" in str(result.exception)
+    result = CliRunner().invoke(app, ["inspect", str(source / "data")])
+    assert result.exit_code == 0 and "na\\xefve/data: vocabulary" in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert '' --out out",
+        "convert source --out ''",
+        "convert source --out out --tokenizer ''",
+        "convert source --out s3://a/b --local ''",
+        "tokenizer train source --vocab-size 300 --out ''",
+        "tokenizer train '' --vocab-size 300 --out out",
+        "merge a '' --out out",
+        "merge a b --out ''",
+        "verify ''",
+        "inspect ''",
+    ],
+)
+def test_empty_path_is_not_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "source", TEXTS).rename(tmp_path / "source.jsonl")
+    command = command.replace("source", "source.jsonl")
+    result = CliRunner().invoke(app, shlex.split(command))
+    assert isinstance(result.exception, UserError), result.output
+    assert re.search("empty|'' is not allowed", str(result.exception))
+    assert [file.name for file in tmp_path.iterdir()] == ["source.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--tokenizer t.json --vocab-size 300", "--vocab-size"),
+        ("--tokenizer-pattern gpt2", "--tokenizer-pattern"),
+        ("--keep-order --shuffle-seed 1", "--shuffle-seed"),
+        ("--separator |", "--separator"),
+        ("--format txt", "--format"),
+        ("--local here", "--local"),
+    ],
+)
+def test_option_without_effect_is_refused(
+    tmp_path: Path, corpus: Path, options: str, named: str
+) -> None:
+    command = ["convert", str(corpus), "--out", str(tmp_path / "out"), *options.split()]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError), result.output
+    assert result.exception.where == named
+
+
+def test_directory_with_splits_is_said_by_both_commands(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    write_jsonl(tmp_path / "source" / "train.jsonl", TEXTS)
+    write_jsonl(tmp_path / "source" / "test.jsonl", ["held out"])
+    said = Said()
+    info = build_dataset(section(tmp_path / "source"), tmp_path / "data", report=said)
+    assert sum(split.documents for split in info.splits.values()) == len(TEXTS)
+    train_tokenizer(section(tmp_path / "source"), tmp_path / "tokenizer.json", report=said)
+    assert [line for line in said.lines if "only the split train is read" in line] == [
+        said.lines[0]
+    ] * 2
+
+
 def test_full_disk_is_an_error_and_the_same_command_goes_on(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [text * 100 for text in TEXTS])
     command = [sys.executable, "-m", "dualtrain", "data", "convert", str(corpus)]
@@ -229,7 +341,7 @@ def test_every_option_of_the_command(tmp_path: Path, corpus: Path) -> None:
             ["--on-error", "ignore"],
             "--on-error: 'ignore' is not allowed — expected 'stop' or 'skip'",
         ),
-        (["--format", "csv"], "--format: 'csv' is not allowed"),
+        (["--format", "pdf"], "--format: 'pdf' is not allowed"),
         (["--val-fraction", "3"], "--val-fraction: 3.0 is not allowed — expected less than 1"),
         (["--max-tokens", "0"], "--max-tokens: 0 is not allowed"),
         (["--local", "there"], "--local: goes with a URL as --out only"),
@@ -261,5 +373,5 @@ def test_dataset_in_a_searched_directory_is_no_text(tmp_path: Path) -> None:
     assert build_dataset(build, tmp_path / "mds") == info
     more = build_dataset(build, tmp_path / "elsewhere" / "mds")
     assert more.splits == info.splits
-    with pytest.raises(UserError, match="the directory has no text"):
+    with pytest.raises(UserError, match="is a dataset already"):
         build_dataset(section(tmp_path / "mds"), tmp_path / "again")

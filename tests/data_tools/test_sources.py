@@ -30,6 +30,10 @@ def brief(items: list[Document | Problem]) -> list[str]:
     return [item.text if isinstance(item, Document) else f"[{item.kind}]" for item in items]
 
 
+def read(source: Any, **options: Any) -> list[str]:
+    return brief(delivered(source, **options))
+
+
 def only_problem(source: Any, **options: Any) -> Problem:
     [problem] = [item for item in delivered(source, **options) if isinstance(item, Problem)]
     return problem
@@ -69,6 +73,34 @@ def test_bad_byte_costs_one_divided_document(tmp_path: Path) -> None:
     items = delivered(file, separator="blank-line")
     assert brief(items) == ["one", "[not UTF-8]", "three"]
     assert only_problem(file, separator="blank-line").error.where == f"{file}:4"
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 1 << 20])
+def test_separator_that_is_nowhere_is_refused(tmp_path: Path, block_bytes: int) -> None:
+    (tmp_path / "a.txt").write_text("line one\nline two\n" * 100)
+    (tmp_path / "b.txt").write_text("another")
+    options = {"block_bytes": block_bytes}
+    with pytest.raises(UserError, match=r"occurs nowhere.*type \$'\\n' in bash"):
+        read(tmp_path, separator="\\n", **options)
+    with pytest.raises(UserError, match="occurs nowhere.*leave it out"):
+        read(tmp_path, separator="blank-line", **options)
+    assert len(read(tmp_path, separator="\n", **options)) == 201
+    (tmp_path / "b.txt").write_text("another\n\nand another")
+    assert len(read(tmp_path, separator="blank-line", **options)) == 3, (
+        "one file may be one document"
+    )
+
+
+def test_binary_content_is_no_text(tmp_path: Path) -> None:
+    text = "a text in UTF-16\nof two lines"
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-16-le"))
+    (tmp_path / "b.txt").write_bytes(b"one\n\n\0\0two\n\nthree")
+    (tmp_path / "c.jsonl").write_text('{"text": "a\\u0000"}\n{"text": "b"}')
+    [problem] = open_sources(str(tmp_path / "a.txt")).documents()
+    assert isinstance(problem, Problem) and problem.kind == "not text"
+    assert "NUL character" in str(problem.error) and "iconv" in str(problem.error)
+    assert read(tmp_path / "b.txt", separator="blank-line") == ["one", "[not text]", "three"]
+    assert read(tmp_path / "c.jsonl") == ["[not text]", "b"]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 1 << 20])
@@ -172,6 +204,29 @@ def test_missing_field_shows_the_fields_there_are(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(json.dumps({"body": "b", "id": 1}))
     assert "'body', 'id'" in str(only_problem(file).error)
+
+
+def test_text_in_nested_fields_and_lists(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    record = {"meta": {"text": "one"}, "list": ["a", "b"], "turns": [{"text": "x"}, {}], "a.b": "1"}
+    file.write_text(json.dumps(record))
+    assert read(file, text_field="meta.text") == ["one"]
+    assert read(file, text_field="list[]") == ["a", "b"]
+    assert read(file, text_field="a.b") == ["1"]
+    x, problem = open_sources(str(file), text_field="turns[].text").documents()
+    assert x == Document("x", f"{file}:1: item 1")
+    assert isinstance(problem, Problem) and problem.error.where == f"{file}:1: item 2"
+    for field, message in (
+        ("list", r"a string.*give --text-field 'list\[\]'"),
+        ("turns", "field 'turns' is"),
+        ("meta.body", "one of its fields: 'meta.text'"),
+        ("list.text", "expected an object with 'text'"),
+        ("meta[]", "expected a list"),
+    ):
+        [problem] = open_sources(str(file), text_field=field).documents()
+        assert isinstance(problem, Problem)
+        with pytest.raises(UserError, match=message):
+            raise problem.error
 
 
 def test_surrogate_pairs_are_joined_and_empty_texts_kept(tmp_path: Path) -> None:

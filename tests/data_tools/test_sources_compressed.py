@@ -46,6 +46,24 @@ def numbers(texts: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_compression_under_a_plain_name_is_seen(tmp_path: Path, suffix: str) -> None:
+    for name in ("a.jsonl", "b.csv"):
+        content = b"text\none\n" if name.endswith("csv") else b'{"text": "one"}\n'
+        (tmp_path / name).write_bytes(COMPRESS[suffix](content))
+        assert read(tmp_path / name) == (["one"], [])
+    (tmp_path / "a.txt").write_text("BZh is how a text may begin")
+    assert read(tmp_path / "a.txt")[0] == ["BZh is how a text may begin"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_empty_files(tmp_path: Path, suffix: str) -> None:
+    for content in (b"", COMPRESS[suffix](b"")):
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
+        texts, [problem] = read(tmp_path / f"a.jsonl{suffix}")
+        assert problem.kind == "empty file" and not texts
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_several_members_are_one_file(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.jsonl{suffix}"
     compress = COMPRESS[suffix]
@@ -170,9 +188,11 @@ def test_standard_input_and_files_without_suffix_may_be_compressed(
 
 
 # Text that survives every kind: pieces of a .txt lose line ends around them, \r\n becomes \n.
-plain_text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+plain_text = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40
+)
 divided_text = st.text(
-    st.characters(exclude_categories=("Cs",), exclude_characters="\r\n"), min_size=1, max_size=40
+    st.characters(exclude_categories=("Cs",), exclude_characters="\r\n\0"), min_size=1, max_size=40
 ).filter(lambda text: not text.isspace())
 
 
@@ -199,7 +219,7 @@ def test_any_json_in_any_compression_and_block_size_gives_the_texts(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    texts=st.lists(divided_text, min_size=1, max_size=12),
+    texts=st.lists(divided_text, min_size=2, max_size=12),
     separator=st.sampled_from(["blank-line", "<|endoftext|>", "§§", "\n#\n"]),
     newline=st.sampled_from(["\n", "\r\n"]),
     suffix=st.sampled_from(["", *SUFFIXES]),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 
-from data_tools.sources import Document, open_sources
+from data_tools.sources import Document, Problem, open_sources
 from dualtrain.errors import UserError
 
 
 def texts(*sources: Path | str, **options: Any) -> list[str]:
     found = open_sources([str(source) for source in sources], **options).documents()
     return [item.text for item in found if isinstance(item, Document)]
+
+
+def is_problem(item: Document | Problem) -> TypeGuard[Problem]:
+    return isinstance(item, Problem)
 
 
 def fill(directory: Path, *names: str) -> None:
@@ -49,7 +55,6 @@ def test_what_a_directory_holds_besides_is_listed(tmp_path: Path) -> None:
     names = (".git/", ".hidden.txt", "b.pdf", "d.parquet.gz", "dataset_info.json", "e.txt.lz4")
     expected = [f"{tmp_path}/{name}" for name in (*names, "gone.txt", "sub/c.md")]
     assert list(open_sources(str(tmp_path)).ignored) == expected
-    assert texts(tmp_path, format="txt") == ["a.txt"], "a format is for files named one by one"
 
 
 def test_links_to_directories_are_followed_once(tmp_path: Path) -> None:
@@ -71,6 +76,16 @@ def test_format_tells_what_a_file_without_suffix_is(tmp_path: Path) -> None:
         open_sources(str(tmp_path / "README"))
 
 
+def test_format_reaches_into_directories(tmp_path: Path) -> None:
+    fill(tmp_path, "one.train", "deep/two.train", "a.txt", ".hidden.train", ".git/config")
+    assert texts(tmp_path, format="txt") == ["a.txt", "deep/two.train", "one.train"]
+    (tmp_path / "part-0").write_bytes(gzip.compress(b"packed"))
+    assert texts(tmp_path, format="txt")[-1] == "packed"
+    (tmp_path / "z.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    problems = [x for x in open_sources(str(tmp_path), format="txt").documents() if is_problem(x)]
+    assert [problem.error.where for problem in problems] == [f"{tmp_path / 'z.png'}:1"]
+
+
 def test_nothing_is_read_twice(tmp_path: Path) -> None:
     fill(tmp_path, "sub/a.txt", "b.txt")
     (tmp_path / "alias.txt").symlink_to(tmp_path / "b.txt")
@@ -85,6 +100,39 @@ def test_nothing_is_read_twice(tmp_path: Path) -> None:
     for sources in doubles:
         with pytest.raises(UserError, match="named twice"):
             open_sources(sources)
+    with pytest.raises(UserError) as caught:
+        open_sources(str(tmp_path))
+    names = f"{tmp_path}/b.txt: is named twice among the sources: it is the same file as {tmp_path}"
+    assert str(caught.value).startswith(f"{names}/alias.txt")
+
+
+def test_empty_name_is_not_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "private.txt")
+    monkeypatch.chdir(tmp_path)
+    for sources in ("", ["private.txt", ""]):
+        with pytest.raises(UserError, match="empty name.*variable of the shell is not set"):
+            open_sources(sources)
+    assert texts(".") == ["private.txt"]
+
+
+def test_names_that_are_not_utf8_are_read_and_shown(tmp_path: Path) -> None:
+    file = os.fsencode(tmp_path) + b"/na\xefve.jsonl"
+    Path(os.fsdecode(file)).write_text('{"text": "one"}\n{"body": "two"}\n')
+    Path(os.fsdecode(file) + ".pdf").touch()
+    source = open_sources(str(tmp_path))
+    shown = f"{tmp_path}/na\\xefve.jsonl"
+    assert [found.name for found in source.files] == [shown]
+    assert source.ignored == (f"{shown}.pdf",)
+    one, two = source.documents()
+    assert isinstance(one, Document) and one == Document("one", f"{shown}:1")
+    assert isinstance(two, Problem) and two.error.where == f"{shown}:2"
+
+
+def test_places_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="File name too long"):
+        open_sources(str(tmp_path / ("x" * 300)))
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -108,8 +156,17 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         open_sources([])
 
 
-def test_options_that_make_no_sense() -> None:
-    with pytest.raises(UserError, match="no format 'csv'.*jsonl"):
-        open_sources("-", format="csv")
+def test_options_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no format 'pdf'.*jsonl"):
+        open_sources("-", format="pdf")
     with pytest.raises(UserError, match="separator is empty"):
         open_sources("-", separator="")
+    fill(tmp_path, "a.txt", "b.jsonl")
+    for name, option, value in (
+        ("a.txt", "text_field", "body"),
+        ("b.jsonl", "separator", "|"),
+        ("b.jsonl", "format", "txt"),
+    ):
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: .*has no effect"):
+            open_sources(str(tmp_path / name), **{option: value})
+    assert texts(tmp_path / "a.txt", format="txt") == ["a.txt"], "true, if known already"

@@ -92,6 +92,55 @@ def test_column_of_text_is_missing_or_of_another_type(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_binary_column_of_utf8(tmp_path: Path, suffix: str) -> None:
+    values = [b"one", "zwölf".encode(), "na\xefve".encode("latin-1"), "u".encode("utf-16")]
+    for kind in (pa.binary(), pa.large_binary()):
+        file = write(tmp_path / f"a{suffix}", pa.table({"text": pa.array(values, kind)}))
+        assert brief(file) == ["one", "zwölf", "[not UTF-8]", "[not UTF-8]"]
+    file = write(tmp_path / f"a{suffix}", pa.table({"text": pa.array(["o\0n\0e\0"])}))
+    assert brief(file) == ["[not text]"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_text_in_nested_columns_and_lists(tmp_path: Path, suffix: str, block_bytes: int) -> None:
+    rows = [
+        {"meta": {"text": "one"}, "list": ["a", "b"], "turns": [{"text": "x"}]},
+        {"meta": None, "list": [], "turns": None},
+        {"meta": {"text": "two"}, "list": [None, "c"], "turns": [{"text": "y"}, {"text": "z"}]},
+    ]
+    content = pa.Table.from_pylist(rows).append_column("a.b", [["1", "2", "3"]])
+    file = write(tmp_path / f"a{suffix}", content, rows=2)
+    options = {"block_bytes": block_bytes}
+    assert brief(file, text_field="meta.text", **options) == [
+        "one",
+        "[text is not a string]",
+        "two",
+    ]
+    assert brief(file, text_field="a.b", **options) == ["1", "2", "3"]
+    source = open_sources(str(file), text_field="list[]", **options)
+    found = [d if isinstance(d, Document) else d.error for d in source.documents()]
+    assert [item.where.rpartition(": ")[2] for item in found] == [
+        "row 1",
+        "row 1",
+        "row 3",
+        "row 3",
+    ]
+    expected = ["a", "b", "[text is not a string]", "c"]
+    assert brief(file, text_field="list[]", **options) == expected
+    assert brief(file, text_field="turns[].text", **options) == ["x", "y", "z"]
+    for field, message in (
+        ("list", r"strings.*give --text-field 'list\[\]'"),
+        ("meta", "column 'meta' holds struct"),
+        ("meta.body", "one of its columns: 'meta.text'"),
+        ("turns.text", r"one of its columns: 'turns\[\]'"),
+        ("meta[]", "no column 'meta\\[\\]'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            raise only_problem(file, text_field=field).error
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_what_is_no_table(tmp_path: Path, suffix: str) -> None:
     for number, content in enumerate((b"", b"x", b"neither of them" * 10)):
         (tmp_path / f"{number}{suffix}").write_bytes(content)
@@ -159,10 +208,15 @@ def test_dataset_dict_with_one_split_is_read(tmp_path: Path) -> None:
     assert brief(tmp_path) == ["one", "two"]
     saved(tmp_path / "test", ["three"], files=1)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert brief(tmp_path) == ["one", "two"]
+    source = open_sources(str(tmp_path))
+    assert source.notes == (f"{tmp_path}: only the split train is read, not test",)
+    assert source.ignored == ()
+    assert brief(tmp_path / "test") == ["three"]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["en", "test"]}')
     with pytest.raises(UserError) as caught:
         open_sources(str(tmp_path))
-    assert f"give {tmp_path / 'train'} or {tmp_path / 'test'}" in str(caught.value)
-    assert brief(tmp_path / "test") == ["three"]
+    assert f"give {tmp_path / 'en'} or {tmp_path / 'test'}" in str(caught.value)
 
 
 def test_saved_datasets_that_cannot_be_read(tmp_path: Path) -> None:

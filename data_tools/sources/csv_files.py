@@ -1,0 +1,102 @@
+"""``.csv`` and ``.tsv`` files: a table in text, the names of its columns in the first row.
+
+Fields may be quoted and then hold line ends, so only parsing finds where a row ends: it is done by
+the process that reads, and blocks hold ready texts.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+
+from data_tools.sources.compression import BrokenFile
+from data_tools.sources.documents import Document, Failure, Piece, Problem, Texts
+from data_tools.sources.fields import no_field
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+csv.field_size_limit(sys.maxsize)  # of all readers in this process: a document may be long
+
+
+def csv_pieces(
+    chunks: Iterable[bytes], name: str, *, delimiter: str, field: str, block_bytes: int
+) -> Iterator[Piece]:
+    """Pieces of about `block_bytes`, of whole rows."""
+    # Bytes that are not UTF-8 pass as half surrogates, to cost only the row in which they stand.
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(chunks))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    ready: list[Document] = []
+    size = line = 0
+    column, columns = -1, 0
+    try:
+        for row in rows:
+            where, line = f"{name}:{line + 1}", rows.line_num
+            if not row:
+                continue
+            if column < 0:
+                if problem := _header_problem(row, field, where):
+                    yield Failure(problem)
+                    return
+                column, columns = row.index(field), len(row)
+                continue
+            item = _document(row, column, columns, where)
+            if isinstance(item, Document):
+                ready.append(item)
+                size += len(item.text)
+            if isinstance(item, Problem) or size >= block_bytes:
+                yield Texts(tuple(ready))
+                ready, size = [], 0
+            if isinstance(item, Problem):
+                yield Failure(item)
+    except csv.Error as error:
+        yield Texts(tuple(ready))
+        what = f"cannot be divided into rows and fields from here on: {error}"
+        hint = "a field with quotes, delimiters or line ends is quoted, its quotes are doubled"
+        yield Failure(Problem.at("damaged file", f"{name}:{line + 1}", what, hint=hint))
+        return
+    except BrokenFile:
+        yield Texts(tuple(ready))
+        raise
+    yield Texts(tuple(ready))
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines with their ends, which are ``\\n`` only."""
+    kept = b""
+    for chunk in chunks:
+        *whole, kept = (kept + chunk).split(b"\n")
+        for line in whole:
+            yield line + b"\n"
+    if kept:
+        yield kept
+
+
+def _header_problem(row: list[str], field: str, where: str) -> Problem | None:
+    if (problem := _not_utf8("".join(row), where)) is not None:
+        return problem
+    if field not in row:
+        return no_field(where, field, row, kind="column")
+    if row.count(field) > 1:
+        what = f"names {row.count(field)} columns '{field}'"
+        return Problem.at("no text field", where, what, "one of this name")
+    return None
+
+
+def _document(row: list[str], column: int, columns: int, where: str) -> Document | Problem:
+    if len(row) != columns:
+        what = f"the row has {len(row)} fields"
+        hint = "quote fields that hold delimiters or line ends"
+        return Problem.at("ragged row", where, what, f"{columns}, as in the first row", hint)
+    return _not_utf8(row[column], where) or Document(row[column], where)
+
+
+def _not_utf8(text: str, where: str) -> Problem | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        hint = "convert the file, for example with iconv"
+        what = f"byte 0x{byte:02x} is not UTF-8"
+        return Problem.at("not UTF-8", where, what, "text in UTF-8", hint)
+    return None

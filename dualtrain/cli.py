@@ -88,12 +88,21 @@ def run(
         from dualtrain.branch import load_branch
 
         loaded = load_branch(recipe, overrides or [], start_from)
+    from dualtrain.data.build import check_dataset, with_dataset_there
+
+    settled = with_dataset_there(loaded)
+    if settled is not loaded:
+        typer.echo(
+            "data.path holds another dataset: data.build of the recipe is left out", err=True
+        )
+        loaded = settled
     if dry_run:
         from dualtrain.data.corpus import read_corpus
         from dualtrain.recipe.derive import derive
         from dualtrain.recipe.merge import deepspeed_config
         from dualtrain.recipe.render import print_dry_run
 
+        check_dataset(loaded.recipe)
         corpus = read_corpus(loaded.recipe)
         derived = derive(loaded.recipe, corpus=corpus, world_size=ranks)
         per_rank = derived.slots_per_step // derived.world_size

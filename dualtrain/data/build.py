@@ -6,10 +6,50 @@ would delay the ranks by seconds.
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
+from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
 from dualtrain.data.remote import fetch_facts
+from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe
 from dualtrain.recipe.schema import Recipe
+
+
+def with_dataset_there(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Drop ``data.build`` where the command line names another dataset that is there.
+
+    ``data.path=DIR`` for a dataset of one's own says nothing of how a recipe makes its own. A
+    recipe that names both is another matter: what is there was once made for it, and may be stale.
+
+    Raises:
+        UserError: what is there is no whole dataset.
+    """
+    build, path = loaded.recipe.data.build, Path(os.path.expanduser(loaded.recipe.data.path))
+    by_hand = {key for key, origin in loaded.origins.items() if origin.startswith(COMMAND_LINE)}
+    is_named = "data.path" in by_hand and not any(key.startswith("data.build") for key in by_hand)
+    if build is None or not is_named or not (path / DATASET_FILE).exists():
+        return loaded
+    from data_tools.accept import changed_settings
+
+    if not changed_settings(DatasetInfo.load(path), build):
+        return loaded
+    data = loaded.recipe.data.model_copy(update={"build": None})
+    recipe = loaded.recipe.model_copy(update={"data": data})
+    origin = f"{COMMAND_LINE}: data.path holds another dataset"
+    return replace(loaded, recipe=recipe, origins={**loaded.origins, "data.build": origin})
+
+
+def check_dataset(recipe: Recipe) -> None:
+    """Refuse what :func:`build_missing_dataset` would refuse before it makes anything.
+
+    Raises:
+        UserError: as there.
+    """
+    if recipe.data.build is not None:
+        from data_tools.convert import check_build
+
+        check_build(recipe.data.build, recipe.data.path)
 
 
 def build_missing_dataset(recipe: Recipe) -> None:

@@ -117,7 +117,7 @@ class DatasetInfo(_Facts):
         Raises:
             UserError: There is no dataset there, or only a part of one.
         """
-        file = Path(path).expanduser() / DATASET_FILE
+        file = Path(os.path.expanduser(path)) / DATASET_FILE
         try:
             return cls.model_validate_json(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -218,7 +218,7 @@ class TokenDataset:
         info: DatasetInfo,
         source: ShardSource | None = None,
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.split: Split = split
         self.info = info
         self._source = source

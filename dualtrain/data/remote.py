@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import tempfile
 import threading
@@ -60,7 +61,9 @@ class Remote:
         self.url = url.rstrip("/") or "/"
         # The downloaders of streaming know plain paths, but not the scheme for them.
         path = self.url.removeprefix(_FILE_SCHEME)
-        self.path = None if "://" in path or path.startswith("dbfs:") else Path(path).expanduser()
+        self.path = (
+            None if "://" in path or path.startswith("dbfs:") else Path(os.path.expanduser(path))
+        )
         self._base = self.url if self.path is None else str(self.path)
         self._clients = threading.local()
         self._closed = threading.Event()
@@ -179,7 +182,7 @@ def fetch_facts(url: str, path: str | Path) -> None:
     Raises:
         UserError: The dataset cannot be fetched, or `path` holds another one.
     """
-    remote, path = Remote(url), Path(path).expanduser()
+    remote, path = Remote(url), Path(os.path.expanduser(path))
     if remote.path is not None and remote.path.resolve() == path.resolve():
         raise UserError(
             "data.remote", f"{url!r} is data.path itself", "a local directory for a copy of it"

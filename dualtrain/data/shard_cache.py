@@ -59,7 +59,7 @@ class ShardCache:
         reader: int = 0,
         readers: int = 1,
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self._state = self.path / STATE_DIR
         self._incoming = self._state / "incoming"
         self._locks = self._state / "locks"

@@ -27,6 +27,7 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
+from dualtrain.data.build import with_dataset_there
 from dualtrain.data.corpus import read_corpus
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.derive import run_length
@@ -269,7 +270,7 @@ def _make_point(base: RecipeTree, number: int, values: Values, folder: Path) -> 
     tree = base
     for key, value in values.items():
         tree = tree.changed(key, value)
-    loaded = tree.load()
+    loaded = with_dataset_there(tree.load())
     found = {key: value_at(loaded.recipe, key) for key in values}
     name = directory_name(found)
     directory = folder / name

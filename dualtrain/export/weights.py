@@ -7,6 +7,7 @@ mapped from the disk.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dualtrain.errors import UserError
 from dualtrain.file_kinds import open_weights
 
 INDEX = "model.safetensors.index.json"
+_SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", re.IGNORECASE)
 
 
 def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shard_size: str) -> int:
@@ -40,10 +42,10 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     # Tensors without memory: the library looks at their sizes only.
     sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    try:
-        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-    except ValueError:
-        raise UserError("--max-shard-size", repr(max_shard_size), "such as 5GB or 500MB") from None
+    # The library takes a size below zero, and fails on an infinite one.
+    if not _SIZE.fullmatch(max_shard_size):
+        raise UserError("--max-shard-size", repr(max_shard_size), "such as 5GB or 500MB")
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     for name, tensors in split.filename_to_tensors.items():
         _copy(source, directory / name, tensors, dtype)
     if split.is_sharded:

@@ -328,7 +328,7 @@ def appends_eos(source: Source) -> bool:
     """Whether the texts that the model was trained on ended with ``</s>``, as far as is known."""
     if source.recipe is not None:
         return source.recipe.data.append_eos
-    return exported_append_eos(json.loads((source.path / CONFIG).read_text()))
+    return exported_append_eos(read_object(source.path / CONFIG, "a model's configuration"))
 
 
 def context_of(source: Source, model: nn.Module) -> int:

@@ -318,7 +318,8 @@ def _held_out(
         append_eos=appends_eos(trained.source),
         sequences=sequences,
     )
-    micro_batch = max(1, (tokens or DEFAULT_TOKENS) // trained.context)
+    # No more than there are: what is missing in a batch is filled up.
+    micro_batch = max(1, min((tokens or DEFAULT_TOKENS) // trained.context, len(validation)))
     if recipe is not None and tokens is None:
         micro_batch = recipe.micro_batch
     while evaluation.held_out is None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefined
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dualtrain.errors import UserError
@@ -22,19 +22,6 @@ from dualtrain.recipe.yaml_source import shown
 
 Record = Mapping[str, Any]
 """A line of data: a JSON object."""
-
-_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    re.error,
-)
-"""What a template or an expression raises on data that it was not made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +154,7 @@ class Templates:
             if isinstance(value, Undefined):
                 str(value)  # raises what is undefined
             return value
-        except _FAILURES as error:
+        except Exception as error:  # the template is the user's code, and may raise anything
             fields = ", ".join(name for name in record if name != "choice") or "none"
             raise UserError(
                 where,

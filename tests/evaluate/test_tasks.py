@@ -15,7 +15,12 @@ from task_support import SPEC, load_one, question, write_lines, write_task
 from dualtrain.errors import UserError
 from dualtrain.evaluate.task_data import read_hub
 from dualtrain.evaluate.tasks import load_tasks
-from dualtrain.evaluate.templates import Templates, compile_expression, compile_template
+from dualtrain.evaluate.templates import (
+    Templates,
+    as_plain,
+    compile_expression,
+    compile_template,
+)
 
 SHIPPED = {
     "arc_challenge": {"query": "Question: Q?", "choices": ["a", "b"], "gold": 1},
@@ -137,6 +142,20 @@ def test_fields_of_the_hub_become_those_of_the_file(name, tmp_path):
     else:
         assert item.choices == (" a", " b")
     assert item.gold == 1
+
+
+def test_a_null_of_the_hub_is_named_where_it_is_used(tmp_path):
+    fields = {"question": "stem", "choices": "options", "gold": "key | int"}
+    hub = {"path": "somebody/quiz", "split": "test", "fields": fields}
+    task = load_one(write_task(tmp_path, hub=hub, group=None))
+    row = {"stem": "Why?", "options": ["x", "y"], "key": "1", "unused": None}
+    assert task.file.hub_fields is not None
+    with pytest.raises(UserError, match="hub:1: question of .* fails: 'stem' is null"):
+        task.file.hub_fields.record(row | {"stem": None}, where="hub:1")
+    made = task.file.hub_fields.record(row | {"options": ["x", None]}, where="hub:2")
+    record = json.loads(json.dumps(made, default=as_plain))
+    with pytest.raises(UserError, match=r"hub:2: choices of .* gives \['x', null\]"):
+        task.file.templates.item(record, where="hub:2", line=2)
 
 
 def test_without_the_library_of_the_hub_both_ways_out_are_named(monkeypatch, tmp_path):
@@ -314,6 +333,7 @@ def evaluated(text):
         ("{{ text | regex_replace('(', '') }}", "missing ), unterminated subpattern"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{% include 'x' %}", "loader"),
+        ("{{ text | truncate(1) }}", "expected length >= 3"),
     ],
 )
 def test_a_template_shows_nothing_but_text_and_numbers(text, expected):

@@ -14,6 +14,7 @@ from data_tools.reporting import Progress, Report
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
+    NOT_AN_ARRAY,
     TEXT_BYTES_FILE,
     TOKENS_FIELD,
     DatasetInfo,
@@ -128,7 +129,7 @@ def load_text_bytes(dataset: TokenDataset) -> np.ndarray:
     file = dataset.directory / TEXT_BYTES_FILE
     try:
         found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, *NOT_AN_ARRAY) as error:
         raise UserError(
             str(file), f"cannot be read: {error}", hint="make the dataset again with data convert"
         ) from None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
@@ -41,6 +42,9 @@ INDEX_FILE = "index.json"
 LEFT_OUT_FILE = "left_out.jsonl"
 """What of the sources could not be read, one JSON object (kind, where, what) a line; not needed."""
 TOKENS_FIELD = "tokens"
+
+NOT_AN_ARRAY = (ValueError, EOFError, TokenError, SyntaxError, OverflowError, MemoryError)
+"""What numpy raises for a damaged ``.npy`` file, whose header it parses as Python."""
 
 _OPEN_FILES = 128
 _HEADERS = (6, 7, 9, 13)
@@ -438,7 +442,7 @@ class TokenDataset:
             lengths = np.load(file, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
-        except (ValueError, EOFError) as error:
+        except NOT_AN_ARRAY as error:
             refuse_foreign(file, "the lengths of documents")
             raise UserError(str(file), f"is damaged: {error}", hint=_REMAKE) from None
         if lengths.dtype != np.int64 or lengths.shape != (self.documents,):

@@ -149,9 +149,13 @@ def test_lengths_that_do_not_fit(path: Path) -> None:
     np.save(file, wrong)
     with pytest.raises(UserError, match="document 0 does not have the 6 tokens of lengths.npy"):
         TokenDataset.open(path)
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match="lengths.npy: is damaged"):
-        TokenDataset.open(path)
+    whole = file.read_bytes()
+    # Cut; brackets without an end, which numpy's parser reports by another error; too large.
+    open_end, large = whole.replace(b"), }", b" ((("), whole.replace(b"(", b"(" + b"9" * 20)
+    for damaged in (whole[:-20], open_end, large):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="lengths.npy: is damaged"):
+            TokenDataset.open(path)
 
 
 def test_tokenizer_of_other_shards(path: Path) -> None:

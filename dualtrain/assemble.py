@@ -39,6 +39,7 @@ from dualtrain.events import Dispatcher, Event, State, Vocabulary
 from dualtrain.file_kinds import read_tokenizer
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
+from dualtrain.memory import check_memory
 from dualtrain.mixing import Mixture, Slot
 from dualtrain.model import muon_parameter_names, resolve_backend
 from dualtrain.non_finite import LossWatch
@@ -88,6 +89,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
     assert corpus is not None  # the dataset is open
     derived = derive(recipe, corpus=corpus, world_size=world.world_size)
     assert derived.cost is not None  # the vocabulary is known
+    check_memory(derived, ranks=world.local_world_size)
     mixture = build_mixture(recipe, derived.steps)
     slots_per_rank = mixture.slots_per_step // world.world_size
     origin = Origin.of(

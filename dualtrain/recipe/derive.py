@@ -22,12 +22,16 @@ from dualtrain.recipe.reasons import (
     find_warnings,
     give_reasons,
 )
-from dualtrain.recipe.schema import AlphaSchedule, Recipe
+from dualtrain.recipe.schema import LARGEST_STEPS, AlphaSchedule, Recipe
 from dualtrain.schedules import learning_rate_factor, nearest_whole
 
 if TYPE_CHECKING:
     from dualtrain.model.arithmetic import ImportedSizes
     from dualtrain.recipe.estimates import Sizes
+
+
+LONGEST_SCHEDULE = 10**6
+"""Steps of a run whose alpha changes: they are counted one by one, which takes half a minute."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,9 @@ def run_length(recipe: Recipe, corpus: CorpusFacts | None) -> Length:
     elif steps is None:
         assert asked is not None, "checked when the recipe was loaded"
         steps = max(1, nearest_whole(float(asked * unique / per_step)))
+        if steps > LARGEST_STEPS:
+            what = f"{float(asked):g} of {unique:,} unique tokens take {steps:,} steps"
+            raise UserError("repetitions", what, f"at most {LARGEST_STEPS:,} steps")
         follows = "steps"
         reason = f"{unique:,} unique tokens x {float(asked):g} / {per_step:,}, in whole steps"
     elif asked is None:
@@ -226,8 +233,15 @@ def run_length(recipe: Recipe, corpus: CorpusFacts | None) -> Length:
 
 
 def build_mixture(recipe: Recipe, steps: int) -> Mixture:
-    """The slots of the recipe's steps."""
+    """The slots of the recipe's steps.
+
+    Raises:
+        UserError: A schedule of alpha is too long to be counted.
+    """
     alpha = recipe.alpha
+    if isinstance(alpha, AlphaSchedule) and steps > LONGEST_SCHEDULE:
+        what = f"changes from step to step, over {steps:,} of them"
+        raise UserError("alpha", what, f"at most {LONGEST_SCHEDULE:,} steps, or one alpha for all")
     return Mixture(
         alpha=(lambda step: alpha_at(alpha, step, steps))
         if isinstance(alpha, AlphaSchedule)

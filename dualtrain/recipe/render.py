@@ -117,20 +117,27 @@ def _cost_rows(derived: Derived) -> Iterator[Row]:
         rest = cost.parameters - cost.muon_parameters
         yield "of them Muon's", f"{cost.muon_parameters:,}", f"AdamW has the other {rest:,}"
     yield "training operations", f"{cost.training_flops:.2e}", "FLOP, forward and backward"
-    yield "a checkpoint", _bytes(cost.checkpoint_bytes), "estimate: weights, fp32 masters, states"
+    yield (
+        "a checkpoint",
+        bytes_text(cost.checkpoint_bytes),
+        "estimate: weights, fp32 masters, states",
+    )
     memory = cost.memory
     ranks = "the only rank" if derived.world_size == 1 else f"each of {derived.world_size} ranks"
     parts = (
-        f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, "
-        f"optimizer {_bytes(memory.optimizer)}, activations {_bytes(memory.activations)}"
+        f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, "
+        f"optimizer {bytes_text(memory.optimizer)}, activations {bytes_text(memory.activations)}"
     )
     if memory.host:
-        parts += f"; {_bytes(memory.host)} of host memory"
+        parts += f"; {bytes_text(memory.host)} of host memory"
     stage = f"ZeRO stage {derived.zero_stage}, {ranks}"
-    yield "memory of a rank", _bytes(memory.total), f"rough estimate, {stage}: {parts}"
+    yield "memory of a rank", bytes_text(memory.total), f"rough estimate, {stage}: {parts}"
 
 
-def _bytes(number: int) -> str:
+def bytes_text(number: int) -> str:
+    """A number of bytes as one reads it."""
     if number < 2**30:
         return f"{number / 2**20:.0f} MiB"
+    if number >= 2**50:
+        return f"{number / 2**50:,.1f} PiB"
     return f"{number / 2**30:.1f} GiB"

@@ -10,12 +10,14 @@ Units: ``steps`` are optimizer updates, batches are counted in sequences, length
 
 from __future__ import annotations
 
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -25,6 +27,9 @@ from pydantic import (
     Tag,
     WithJsonSchema,
 )
+
+LARGEST_STEPS = 10**8
+LARGEST_TEMPERATURE = 1e3
 
 SHARE_PATTERN = r"[+-]?(\d{1,20} */ *\d{1,20}|\d{1,20}(\.\d{0,20})?|\.\d{1,20})"
 
@@ -72,6 +77,46 @@ Share = Annotated[
 ]
 
 
+def _limited(lowest: float, highest: float, why: str) -> AfterValidator:
+    """Refuse numbers that no machine could work with; those that make no sense have bounds."""
+
+    def check(number: float) -> float:
+        if number > highest or 0 < number < lowest:
+            raise ValueError(f"is outside [{lowest:.10g}, {highest:.10g}]: {why}")
+        return number
+
+    return AfterValidator(check)
+
+
+_FACTOR = _limited(1e-30, 1e6, "fp32 has to hold it, its products and their squares")
+_TEMPERATURE = _limited(1e-30, LARGEST_TEMPERATURE, "all tokens are equally likely long before")
+_SECONDS = _limited(1, 1e6, "the libraries count milliseconds in 32 bits")
+_STEPS = _limited(1, LARGEST_STEPS, "a step a millisecond would take a day")
+_COUNT = _limited(1, 10**15, "nobody has as much text")
+_SIZE = _limited(1, 2**24, "products of two sizes have to fit into 64 bits")
+
+Factor = Annotated[float, _FACTOR]
+Steps = Annotated[int, _STEPS]
+Count = Annotated[int, _COUNT]
+Size = Annotated[int, _SIZE]
+
+
+def _read_path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("names no file: it is empty" if not text else "has a NUL character")
+    return os.path.expanduser(text)
+
+
+def _read_start(text: str) -> str:
+    """Read ``checkpoint.resume``: a word, or a path that may have a prefix."""
+    prefix, colon, path = text.partition(":")
+    return f"{prefix}:{_read_path(path)}" if colon and path else _read_path(text) if text else text
+
+
+PathText = Annotated[str, AfterValidator(_read_path)]
+"""The path or the name of something: ``~`` in front means the home directory."""
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values do not change."""
 
@@ -112,7 +157,7 @@ Alpha = Annotated[
 class BuildSection(Section):
     """How to make the dataset when it is not there yet."""
 
-    source: str | list[str] = Field(
+    source: PathText | list[PathText] = Field(
         description="`builtin:python-docs`, a file, a directory, a glob pattern, `-` for standard "
         "input, or a list of these.",
     )
@@ -136,18 +181,17 @@ class BuildSection(Section):
         default="stop",
         description="What to do about input that cannot be read: stop, or leave it out and say so.",
     )
-    min_characters: int = Field(
+    min_characters: Count = Field(
         default=0, ge=0, description="Leave out documents with fewer characters."
     )
-    max_characters: int | None = Field(
-        default=None, ge=1, description="Leave out documents with more characters."
+    max_characters: Annotated[int, Field(ge=1), _COUNT] | None = Field(
+        default=None, description="Leave out documents with more characters."
     )
     drop_duplicates: bool = Field(
         default=False, description="Keep only the first of documents with the same text."
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         default=None,
-        min_length=1,
         description="A tokenizer.json, a directory that holds one, a tiktoken rank file or the "
         "name of a tiktoken encoding; null trains one on the source.",
     )
@@ -156,7 +200,7 @@ class BuildSection(Section):
         description="How a rank file's tokenizer divides text: `gpt2`, `cl100k_base`, "
         "`o200k_base` or a regular expression.",
     )
-    vocab_size: int = Field(
+    vocab_size: Size = Field(
         default=4096, ge=272, le=2**20, description="Vocabulary of the tokenizer that is trained."
     )
     val_fraction: float | None = Field(
@@ -166,18 +210,16 @@ class BuildSection(Section):
         description="Share of documents held out, chosen by document hash; null: 0.05, or as many "
         "as val_tokens needs.",
     )
-    val_tokens: int | None = Field(
+    val_tokens: Annotated[int, Field(ge=1), _COUNT] | None = Field(
         default=None,
-        ge=1,
         description="Hold out documents in order of their hashes until they have this many tokens; "
         "what val_fraction chose beyond them is left out.",
     )
-    max_tokens: int | None = Field(
+    max_tokens: Annotated[int, Field(ge=1), _COUNT] | None = Field(
         default=None,
-        ge=1,
         description="End the train split with the document that reaches this many tokens.",
     )
-    shuffle_seed: int | None = Field(
+    shuffle_seed: Count | None = Field(
         default=0,
         description="Seed of the document order on disk, which decides subsets; null keeps it.",
     )
@@ -191,8 +233,7 @@ class BuildSection(Section):
 class DataSection(Section):
     """Where the text comes from."""
 
-    path: str = Field(
-        min_length=1,
+    path: PathText = Field(
         description="Directory of MDS shards with `train/` and `val/` splits; with `remote`, of "
         "its local copy.",
     )
@@ -209,15 +250,13 @@ class DataSection(Section):
     prefetch_steps: int = Field(
         default=4, ge=1, le=64, description="Steps of data prepared ahead in the background."
     )
-    remote: str | None = Field(
+    remote: PathText | None = Field(
         default=None,
-        min_length=1,
         description="Dataset to read through a copy in `path`: `s3://bucket/directory`, `gs://`, "
         "`hf://` or a directory; shards are fetched when they are needed.",
     )
-    cache_limit_gib: float | None = Field(
+    cache_limit_gib: Annotated[float, Field(gt=0), _FACTOR] | None = Field(
         default=None,
-        gt=0,
         description="Most GiB of shards of `remote` in `path`, on each machine; those of the "
         "unique tokens have to fit. null: no limit.",
     )
@@ -226,9 +265,8 @@ class DataSection(Section):
 class ModelSection(Section):
     """The transformer."""
 
-    hf: str | None = Field(
+    hf: PathText | None = Field(
         default=None,
-        min_length=1,
         description="A Hugging Face decoder in place of ours, with its own sizes: a directory, or "
         "a name on the hub, `NAME@REVISION` too; llama, qwen2, qwen3, mistral, gpt2 or gpt_neox.",
     )
@@ -237,21 +275,20 @@ class ModelSection(Section):
         description="weights: go on from those of `hf`; scratch: only its configuration, with its "
         "family's own initial values.",
     )
-    layers: int = Field(default=24, ge=1, description="Transformer blocks.")
-    width: int = Field(default=1024, ge=8, description="Width of the residual stream.")
-    heads: int = Field(
+    layers: Size = Field(default=24, ge=1, description="Transformer blocks.")
+    width: Size = Field(default=1024, ge=8, description="Width of the residual stream.")
+    heads: Size = Field(
         default=16, ge=1, description="Attention heads; `width` is divisible by them."
     )
-    mlp_width: int = Field(default=3554, ge=8, description="Hidden width of the SwiGLU MLP.")
-    vocab_size: int | None = Field(
+    mlp_width: Size = Field(default=3554, ge=8, description="Hidden width of the SwiGLU MLP.")
+    vocab_size: Annotated[int, Field(ge=8), _SIZE] | None = Field(
         default=None,
-        ge=8,
         description="Rows of the embedding; null takes the dataset's, rounded up to 64.",
     )
-    rope_theta: float = Field(
+    rope_theta: Factor = Field(
         default=160_000.0, gt=0, description="Base of the rotary frequencies."
     )
-    norm_eps: float = Field(default=1e-7, gt=0, description="Epsilon of RMSNorm.")
+    norm_eps: Factor = Field(default=1e-7, gt=0, description="Epsilon of RMSNorm.")
     head: Literal["paper", "linear"] = Field(
         default="paper",
         description="paper: norm, linear, GELU, linear with bias; linear: Llama's layout.",
@@ -271,8 +308,8 @@ class ModelSection(Section):
 class RateSchedule(Section):
     """A share of tokens that moves in a straight line over the run, as in GPT-BERT."""
 
-    start: float = Field(default=0.3, gt=0, le=1, description="Rate at step 0.")
-    end: float = Field(
+    start: Factor = Field(default=0.3, gt=0, le=1, description="Rate at step 0.")
+    end: Factor = Field(
         default=0.15,
         gt=0,
         le=1,
@@ -307,7 +344,7 @@ class SpanCorruption(Section):
 
     name: Literal["span"] = Field(description="Short spans, mostly masked.")
     rate: Rate = RateSchedule()
-    max_span: int = Field(
+    max_span: Size = Field(
         default=3, ge=1, description="Longest span, in tokens; lengths are uniform from 1."
     )
     random_share: float = Field(
@@ -331,10 +368,10 @@ class ObjectiveSection(Section):
         "and alpha*R times by AR, to within one. false: each goes through all of the text at its "
         "own pace. null: true unless mixing is weighted_sum.",
     )
-    ar_weight: float = Field(
+    ar_weight: Factor = Field(
         default=1.0, gt=0, description="Factor on the AR loss (paper 1.0, released code 2.0)."
     )
-    z_loss: float = Field(
+    z_loss: Factor = Field(
         default=1e-4, ge=0, description="Factor on the squared log-sum-exp of the logits."
     )
     target: Literal["next", "in_place"] = Field(
@@ -353,7 +390,7 @@ class ScheduleSection(Section):
         default="wsd",
         description="wsd: warm-up, stable, decay; cosine: to `final` over the whole run.",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up from 0.")
+    warmup_steps: Steps = Field(default=0, ge=0, description="Linear warm-up from 0.")
     cooldown: float = Field(
         default=0.25,
         ge=0,
@@ -375,8 +412,8 @@ class OptimSection(Section):
         default="muon",
         description="muon: Muon for the body's matrices, AdamW for the rest; adamw: AdamW for all.",
     )
-    lr: float = Field(default=7e-3, gt=0, description="Peak learning rate, of both optimizers.")
-    weight_decay: float = Field(
+    lr: Factor = Field(default=7e-3, gt=0, description="Peak learning rate, of both optimizers.")
+    weight_decay: Factor = Field(
         default=0.1,
         ge=0,
         description="Decoupled decay: p <- p * (1 - lr * weight_decay), on everything.",
@@ -389,10 +426,9 @@ class OptimSection(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95), description="AdamW's betas."
     )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    clip_norm: float | None = Field(
+    eps: Factor = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    clip_norm: Annotated[float, Field(gt=0), _FACTOR] | None = Field(
         default=None,
-        gt=0,
         description="Largest global L2 norm of the raw gradient; null: no clipping, as in the "
         "paper.",
     )
@@ -404,19 +440,19 @@ class OptimSection(Section):
 class EngineSection(Section):
     """DeepSpeed."""
 
-    deepspeed: str = Field(
+    deepspeed: PathText = Field(
         default="zero1",
         description="A shipped ds_config (zero0, zero1, zero2, zero3) or a path to one.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="Compute precision; master weights are fp32 in both."
     )
-    timeout_s: float = Field(
+    timeout_s: Annotated[float, _SECONDS] = Field(
         default=1800.0,
         gt=0,
         description="Longest wait of a rank for the others before it fails, seconds.",
     )
-    skip_non_finite: int = Field(
+    skip_non_finite: Steps = Field(
         default=0,
         ge=0,
         description="Steps with a loss that is not finite that the run may leave out; the next "
@@ -427,10 +463,10 @@ class EngineSection(Section):
 class EvalSection(Section):
     """Held-out losses in all three modes, and tasks."""
 
-    interval_steps: int = Field(
+    interval_steps: Steps = Field(
         default=0, ge=0, description="Steps between evaluations; 0: only at the end."
     )
-    sequences: int = Field(
+    sequences: Count = Field(
         default=256,
         ge=1,
         description="Held-out sequences scored, at most; text and masks never change.",
@@ -438,21 +474,19 @@ class EvalSection(Section):
     tasks: list[str] = Field(
         default=[], description="Zero-shot tasks scored during the run, by name, such as `blimp`."
     )
-    tasks_dir: str | None = Field(
+    tasks_dir: PathText | None = Field(
         default=None,
-        min_length=1,
         description="Directory with the data of tasks, and task files of your own; null: data is "
         "fetched from the hub.",
     )
     modes: list[Literal["ar", "prefix", "pll", "chain", "elbo"]] = Field(
         default=["ar"], min_length=1, description="How the answers of tasks are scored."
     )
-    limit: int | None = Field(
+    limit: Annotated[int, Field(ge=1), _COUNT] | None = Field(
         default=200,
-        ge=1,
         description="Items scored of each task, spread over its data; null: all.",
     )
-    task_interval_steps: int = Field(
+    task_interval_steps: Steps = Field(
         default=0,
         ge=0,
         description="Steps between evaluations that score the tasks, too; 0: only at the end.",
@@ -462,13 +496,13 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """Saving and resuming."""
 
-    interval_steps: int = Field(
+    interval_steps: Steps = Field(
         default=0, ge=0, description="Steps between checkpoints; 0: only at the end."
     )
-    keep: int | None = Field(
-        default=None, ge=2, description="Newest checkpoints kept; null keeps all of them."
+    keep: Annotated[int, Field(ge=2), _STEPS] | None = Field(
+        default=None, description="Newest checkpoints kept; null keeps all of them."
     )
-    resume: str = Field(
+    resume: Annotated[str, AfterValidator(_read_start)] = Field(
         default="auto",
         description="auto: continue the newest whole checkpoint if there is one; must; never; "
         "a checkpoint directory; or `weights:PATH` to start from weights only.",
@@ -478,7 +512,7 @@ class CheckpointSection(Section):
 class ProgressSection(Section):
     """What the user sees."""
 
-    interval_steps: int = Field(
+    interval_steps: Steps = Field(
         default=10, ge=1, description="Steps between records in metrics.jsonl."
     )
     tensorboard: bool = Field(
@@ -494,8 +528,10 @@ class SampleSection(Section):
         default="",
         description="Text with `<mask:N>` gaps for the diffusion sample; empty makes none.",
     )
-    tokens: int = Field(default=48, ge=0, description="Tokens of the AR sample; 0 makes none.")
-    temperature: float = Field(default=0.8, ge=0, description="Sampling temperature; 0 is greedy.")
+    tokens: Size = Field(default=48, ge=0, description="Tokens of the AR sample; 0 makes none.")
+    temperature: Annotated[float, _TEMPERATURE] = Field(
+        default=0.8, ge=0, description="Sampling temperature; 0 is greedy."
+    )
 
 
 class AlgorithmEntry(Section):
@@ -513,7 +549,7 @@ class Recipe(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its directory."
     )
-    run_dir: str | None = Field(
+    run_dir: PathText | None = Field(
         default=None, description="Directory of checkpoints, metrics and logs; null is runs/NAME."
     )
     seed: int = Field(
@@ -523,20 +559,21 @@ class Recipe(Section):
     alpha: Alpha = Field(
         description="AR share: 1 is purely autoregressive, 0 purely diffusion; or a schedule of it."
     )
-    steps: int | None = Field(default=None, ge=1, description="Optimizer updates.")
-    unique_tokens: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+    steps: Annotated[int, Field(ge=1), _STEPS] | None = Field(
+        default=None, description="Optimizer updates."
+    )
+    unique_tokens: Annotated[int, Field(ge=1), _COUNT] | Literal["all"] | None = Field(
         default=None,
         description="Tokens of the unique subset (a prefix of the corpus), or `all` of it.",
     )
-    repetitions: float | None = Field(
+    repetitions: Annotated[float, Field(gt=0), _FACTOR] | None = Field(
         default=None,
-        gt=0,
         description="Passes over the unique subset. Two of steps, unique_tokens and "
         "repetitions fix the third.",
     )
-    sequence_length: int = Field(default=2048, ge=2, description="Tokens a sequence (T).")
-    global_batch: int = Field(default=2048, ge=1, description="Sequences a step, over all ranks.")
-    micro_batch: int = Field(
+    sequence_length: Size = Field(default=2048, ge=2, description="Tokens a sequence (T).")
+    global_batch: Size = Field(default=2048, ge=1, description="Sequences a step, over all ranks.")
+    micro_batch: Size = Field(
         default=8, ge=1, description="Sequences a slot: one forward pass of one rank."
     )
 

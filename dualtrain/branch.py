@@ -16,6 +16,7 @@ from pathlib import Path
 from dualtrain.checkpoint import RECIPE, checkpoint_path, find_checkpoints, read_state, step_of
 from dualtrain.checkpoint_files import find_defects
 from dualtrain.data.corpus import read_corpus
+from dualtrain.disk import user_path, write_text
 from dualtrain.errors import UserError
 from dualtrain.mixing import Mixture
 from dualtrain.progress.metrics import FILE_NAME, read_metrics
@@ -126,7 +127,7 @@ def inherit_metrics(parent: Path, run_dir: Path, step: int) -> None:
     if not source.is_file():
         return
     lines = [json.dumps(r) for r in read_metrics(source) if r["step"] <= step]
-    (run_dir / FILE_NAME).write_text("".join(line + "\n" for line in lines))
+    write_text(run_dir / FILE_NAME, "".join(line + "\n" for line in lines))
 
 
 def _check_pass(recipe: Recipe, unique: int, step: int, before: Sequence[Mixture]) -> None:
@@ -172,7 +173,7 @@ def _cooldown_note(parent: Recipe, length: Length, step: int) -> list[str]:
 
 
 def _checkpoint(run_dir: Path, start: str) -> Path:
-    path = checkpoint_path(run_dir, int(start)) if start.isdigit() else Path(start)
+    path = checkpoint_path(run_dir, int(start)) if start.isdigit() else user_path(start)
     defects = find_defects(path) if path.is_dir() else [f"there is no {path}"]
     if defects:
         there = ", ".join(str(step_of(p)) for p in find_checkpoints(run_dir)) or "none"

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, TextIO
 
+from dualtrain.disk import DISK_FULL
 from dualtrain.progress.frame import TRAINING
 from dualtrain.progress.live import LiveView
 from dualtrain.progress.meter import Interval, Meter, train_record
@@ -140,11 +141,25 @@ class Progress:
         record = finite(record)
         self._step = max(self._step, record["step"])
         if self._metrics is not None:
+            waited = self._metrics.waits
             self._metrics.append(record)
-        for view in self._trackers:
-            view.record(record)
+            if self._metrics.waits and not waited:
+                self.message(f"warning: the disk is full: {self._metrics.path} waits for room")
+            elif waited and not self._metrics.waits:
+                self.message(f"{self._metrics.path} has all records again")
+        self._track(record)
         with self._terminal() as screen:
             screen.record(record)
+
+    def _track(self, record: Record) -> None:
+        for view in self._trackers:
+            try:
+                view.record(record)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                self._trackers = tuple(other for other in self._trackers if other is not view)
+                self.message("warning: the disk is full: the curves of TensorBoard end here")
 
     def event(self, event: str, message: str, *, step: int) -> None:
         """Keep and show an event: ``checkpoint`` (the message is its path), …."""
@@ -177,11 +192,17 @@ class Progress:
             screen.message(text)
 
     def finish(self, summary: Summary) -> None:
-        """Show the end of the run."""
+        """Show the end of the run.
+
+        Raises:
+            UserError: The disk is full, so that metrics.jsonl lacks the last records.
+        """
         for view in self._trackers:
             view.finish(summary)
         with self._terminal() as screen:
             screen.finish(summary)
+        if self._metrics is not None:
+            self._metrics.finish()
 
     def close(self) -> None:
         """Give back the terminal and close the files. May be called twice."""
@@ -192,6 +213,7 @@ class Progress:
             view.close()
         self._trackers = ()
         if self._metrics is not None:
+            self._metrics.write()
             self._metrics.close()
             self._metrics = None
 

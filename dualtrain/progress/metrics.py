@@ -2,8 +2,8 @@
 
 The live view, the plain lines, TensorBoard, sweeps and figures all take the records defined here;
 :class:`~dualtrain.progress.Progress` hands each one to the file and to them unchanged. The file is
-append-only and flushed line by line, so a killed run loses at most the line it was writing, and a
-resumed run first drops what it is about to repeat.
+append-only and written line by line, so a killed run loses at most the line it was writing, and a
+resumed run first drops what it is about to repeat. While the disk is full, lines wait for room.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypedDict, cast
 
+from dualtrain.disk import DISK_FULL
 from dualtrain.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
@@ -198,22 +199,44 @@ class MetricsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
             self._repair()
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
+        self._waiting = b""
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is not written yet, because the disk is full."""
+        return bool(self._waiting)
 
     def append(self, record: Record) -> None:
-        """Write one record and flush it.
+        """Write one record, after those that still wait for room on the disk.
 
         Raises:
-            UserError: The record does not reach the file (full disk, read-only file system).
+            UserError: The record cannot be written, for another reason than a full disk.
         """
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        self._waiting += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        self.write()
+
+    def write(self) -> None:
+        """Write what waits, as far as there is room."""
         try:
-            self._file.write(line.encode())
-            self._file.flush()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
-            raise self._unwritable(error) from None
+            if error.errno not in DISK_FULL:
+                raise self._unwritable(error) from None
+
+    def finish(self) -> None:
+        """Write what waits, at the end of a run.
+
+        Raises:
+            UserError: There is still no room for it.
+        """
+        self.write()
+        if self._waiting:
+            what = "lacks the last records of the run, as the disk is full"
+            raise UserError(str(self.path), what, "room for them")
 
     def truncate_after(self, step: int) -> int:
         """Drop the records of steps after ``step``; events stay, as history.
@@ -236,7 +259,7 @@ class MetricsFile:
                 os.fsync(file.fileno())
             self._file.close()
             os.replace(temporary, self.path)
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None
         return len(records) - len(kept)

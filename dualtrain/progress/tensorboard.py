@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from dualtrain.errors import UserError
@@ -11,6 +12,24 @@ from dualtrain.progress.report import RunFacts, View
 
 # Where a record stands on the axis, or what it is, is no curve.
 _NOT_CURVES = frozenset(("kind", "step", "steps", "logged"))
+
+
+def check_tensorboard() -> None:
+    """Refuse TensorBoard where it is not installed; imports nothing.
+
+    Raises:
+        UserError: It is not.
+    """
+    if find_spec("tensorboard") is None:
+        raise _not_installed()
+
+
+def _not_installed() -> UserError:
+    return UserError(
+        "progress.tensorboard",
+        "the package `tensorboard` is not installed",
+        hint="pip install tensorboard, or set progress.tensorboard=false",
+    )
 
 
 class TensorBoardView(View):
@@ -29,11 +48,7 @@ class TensorBoardView(View):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError(
-                "progress.tensorboard",
-                "the package `tensorboard` is not installed",
-                hint="pip install tensorboard, or set progress.tensorboard=false",
-            ) from None
+            raise _not_installed() from None
         self._directory = directory
         self._writer_class = SummaryWriter
         self._writer: SummaryWriter | None = None

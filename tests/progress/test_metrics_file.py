@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -140,9 +141,33 @@ def test_missing_and_unwritable_files_are_the_users(tmp_path: Path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_full_disk_is_the_users(tmp_path: Path):
+def test_records_wait_while_the_disk_is_full(tmp_path: Path):
     metrics = MetricsFile(tmp_path / "m")
-    metrics._file.close()
-    metrics._file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(UserError, match="No space left"):
-        metrics.append(train(1))
+    metrics.append(train(1))
+    there, metrics._file = metrics._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    metrics.append(train(2))
+    metrics.append(train(3))
+    assert metrics.waits
+    with pytest.raises(UserError, match="lacks the last records of the run, as the disk is full"):
+        metrics.finish()
+    assert [record["step"] for record in read_metrics(tmp_path / "m")] == [1]
+    metrics._file = there
+    metrics.append(train(4))
+    assert not metrics.waits
+    metrics.finish()
+    assert [record["step"] for record in read_metrics(tmp_path / "m")] == [1, 2, 3, 4]
+
+
+def test_a_record_that_was_cut_off_by_a_full_disk_is_completed(tmp_path: Path):
+    """A limit on the file's size stands for the full disk: it ends within a record."""
+    metrics = MetricsFile(tmp_path / "m")
+    metrics.append(train(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "m").stat().st_size + 20, hard))
+    try:
+        metrics.append(train(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert metrics.waits and (tmp_path / "m").read_bytes()[-1:] != b"\n"
+    metrics.append(train(3))
+    assert [record["step"] for record in read_metrics(tmp_path / "m")] == [1, 2, 3]

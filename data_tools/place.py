@@ -16,7 +16,7 @@ from pathlib import Path
 from data_tools.reporting import Progress, Report, shown
 from dualtrain.data.dataset import DATASET_FILE
 from dualtrain.data.locks import locked
-from dualtrain.disk import sync
+from dualtrain.disk import sync, user_path
 from dualtrain.errors import UserError
 
 
@@ -25,8 +25,8 @@ def absolute(path: str | Path) -> Path:
 
     A dataset is moved to its place in the end, and nothing can be moved over a link.
     """
-    # Those of Path raise RuntimeError, for an unknown user and for links in a circle.
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    # Path.resolve raises RuntimeError for links in a circle.
+    return Path(os.path.realpath(user_path(path)))
 
 
 def disk_error(error: OSError, path: Path, hint: str = "") -> UserError:

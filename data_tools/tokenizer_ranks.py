@@ -12,7 +12,6 @@ import base64
 import binascii
 import difflib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from data_tools.probes import probe_texts, token_texts
 from data_tools.tokenizer import Tokenizer
 from data_tools.tokenizer_fast import byte_letters
 from data_tools.tokenizer_patterns import PATTERN_NAMES, find_pattern, named_pattern
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 from dualtrain.file_kinds import refuse_foreign
 
@@ -40,7 +40,7 @@ _KINDS = "a tokenizer.json, a directory with one, a rank file, or a tiktoken enc
 
 def find(spec: str, *, pattern: str | None, own_names: bool = False) -> Tokenizer:
     """The tokenizer that a path or a name stands for; see ``tokenizer.find_tokenizer``."""
-    path = Path(os.path.expanduser(spec))
+    path = user_path(spec)
     try:
         if path.is_dir():
             path = _file_of(path)

@@ -7,7 +7,6 @@ and the ids of every document, and the totals.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from dualtrain.data.dataset import (
     Split,
     TokenDataset,
 )
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError, UserErrors
 
 _BLOCK = 1 << 20
@@ -45,7 +45,7 @@ def verify_dataset(path: str | Path, *, report: Report | None = None) -> Dataset
     info = DatasetInfo.load(path)
     found: list[UserError] = []
     for split in info.splits:
-        found += _split_errors(Path(os.path.expanduser(path)), split, info, report)
+        found += _split_errors(user_path(path), split, info, report)
     if len(found) > _SHOWN:
         found = [*found[:_SHOWN], UserError(str(path), f"{len(found) - _SHOWN} more errors")]
     if found:

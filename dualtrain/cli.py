@@ -6,21 +6,24 @@ and a refused recipe answer at once.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from dualtrain.disk import file_problem, user_path
 from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
-from dualtrain.launch import spare_shared_cores
+from dualtrain.launch import keep_current_directory_out, spare_shared_cores
 from dualtrain.peers import ROLL_CALL_S, LostPeer
-from dualtrain.terminal import forget_output, open_missing_output
+from dualtrain.terminal import forget_output, prepare_streams
 
 LARGEST_SEED = 2**32 - 1
 PEER_GRACE_S = 3.0
@@ -80,48 +83,29 @@ def run(
     ] = False,
 ) -> None:
     """Train a model; the same command continues a run that was stopped."""
-    from dualtrain.recipe.load import load_recipe
+    from dualtrain.run_directory import own_places
+    from dualtrain.start import show, start
 
+    changes = [*own_places(recipe, overrides or []), *(overrides or [])]
     if start_from is None:
-        loaded = load_recipe(recipe, overrides or [])
+        from dualtrain.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, changes)
     else:
         from dualtrain.branch import load_branch
 
-        loaded = load_branch(recipe, overrides or [], start_from)
-    from dualtrain.data.build import check_dataset, with_dataset_there
+        loaded = load_branch(recipe, changes, start_from)
+    from dualtrain.data.build import with_dataset_there
 
     settled = with_dataset_there(loaded)
     if settled is not loaded:
         typer.echo(
             "data.path holds another dataset: data.build of the recipe is left out", err=True
         )
-        loaded = settled
     if dry_run:
-        from dualtrain.data.corpus import read_corpus
-        from dualtrain.recipe.derive import derive
-        from dualtrain.recipe.merge import deepspeed_config
-        from dualtrain.recipe.render import print_dry_run
-
-        check_dataset(loaded.recipe)
-        corpus = read_corpus(loaded.recipe)
-        derived = derive(loaded.recipe, corpus=corpus, world_size=ranks)
-        per_rank = derived.slots_per_step // derived.world_size
-        deepspeed_config(
-            loaded.recipe, world_size=derived.world_size, slots_per_step_per_rank=per_rank
-        )
-        if loaded.recipe.algorithms:
-            from dualtrain.algorithms import build_algorithms
-
-            build_algorithms(loaded.recipe)
-        if loaded.recipe.eval.tasks:
-            from dualtrain.evaluate.in_training import read_tasks
-
-            read_tasks(loaded.recipe.eval)
-        print_dry_run(loaded, derived)
+        show(settled, ranks=ranks, hostfile=hostfile)
         return
-    from dualtrain.start import start
-
-    raise typer.Exit(start(loaded, ranks=ranks, hostfile=hostfile, plain=plain))
+    raise typer.Exit(start(settled, ranks=ranks, hostfile=hostfile, plain=plain))
 
 
 @app.command()
@@ -530,17 +514,14 @@ def mount_data_tools() -> None:
 
 def main() -> None:
     """Entry point: run a command; report a failure once and leave with its exit code."""
-    open_missing_output()
+    prepare_streams()
+    keep_current_directory_out()
     spare_shared_cores()
     mount_data_tools()
+    _expand_paths(app)
     try:
+        _check_current_directory()
         app(standalone_mode=True)
-    except UserError as error:
-        _report_once(f"error: {error}")
-        if "WORLD_SIZE" in os.environ:
-            # A rank may have an engine, which Python's tidying up does not survive.
-            _leave_at_once(EXIT_USER_ERROR)
-        sys.exit(EXIT_USER_ERROR)
     except LostPeer as error:
         if str(error):
             _report(f"error: {error}")
@@ -548,11 +529,63 @@ def main() -> None:
             # The store may be in this process, and ranks that noticed later still ask it who lives.
             time.sleep(ROLL_CALL_S)
         _leave_at_once(EXIT_FAILED)
-    except Exception:
-        _report_once(traceback.format_exc())
-        _leave_at_once(EXIT_FAILED)
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            _report_once(traceback.format_exc())
+            _leave_at_once(EXIT_FAILED)
+        _report_once(f"error: {mistake}")
+        if "WORLD_SIZE" in os.environ:
+            # A rank may have an engine, which Python's tidying up does not survive.
+            _leave_at_once(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR)
     finally:
         _flush()
+
+
+def _expand_paths(commands: typer.Typer) -> None:
+    """Let paths of all commands begin with ``~``: of ``--out=~/x`` no shell makes anything."""
+    for command in commands.registered_commands:
+        if command.callback is not None:
+            command.callback = _with_expanded_paths(command.callback)
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _expand_paths(group.typer_instance)
+
+
+def _with_expanded_paths(function: Callable[..., None]) -> Callable[..., None]:
+    def expanded(value: object) -> object:
+        if isinstance(value, list):
+            return [expanded(item) for item in value]
+        return user_path(value) if isinstance(value, Path) else value
+
+    @functools.wraps(function)
+    def call(**options: object) -> None:
+        function(**{name: expanded(value) for name, value in options.items()})
+
+    return call
+
+
+def _check_current_directory() -> None:
+    # Whatever asks for a relative path later would fail in words of its own, or wait for ever.
+    try:
+        os.getcwd()
+    except OSError as error:
+        what = f"cannot be found: {error.strerror}"
+        raise UserError("current directory", what, "one that is there", "cd to another") from None
+
+
+def _mistake(error: Exception) -> UserError | None:
+    """The error as one of the user's or of the machine's, if it is one."""
+    if isinstance(error, OSError):
+        return file_problem(error)
+    if "torch" in sys.modules or isinstance(error, MemoryError):
+        from dualtrain.evaluate.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            what = f"ran out: {str(error).splitlines()[0] if str(error) else 'no more'}"
+            return UserError("memory", what[:300], "more", "use smaller batches or a smaller model")
+    return error if isinstance(error, UserError) else None
 
 
 def _report_once(message: str) -> None:
@@ -561,10 +594,10 @@ def _report_once(message: str) -> None:
     Rank 0 speaks at once. The others wait a moment: whoever started the ranks ends them as soon as
     the first has left.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world_size > 1 and rank > 0:
+    rank = os.environ.get("RANK", "0")  # as the launcher says; it may be what is wrong
+    if rank != "0":
         time.sleep(PEER_GRACE_S)
-    prefix = f"rank {rank}: " if rank > 0 else ""
+    prefix = f"rank {rank}: " if rank != "0" else ""
     _report(prefix + message)
 
 

@@ -170,7 +170,14 @@ def init_distributed(*, timeout_s: float) -> None:
     # take these, and DeepSpeed cannot pass one. To be removed when its new_group can.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        expected, hint = "a port that nobody listens on", "another run may have it; choose another"
+        raise UserError("MASTER_PORT", f"{port} is taken", expected, hint) from None
     announce()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Mapping
 from math import ceil
@@ -18,6 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
+from dualtrain.disk import user_path
 from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
 from dualtrain.file_kinds import read_text, read_tokenizer
@@ -55,12 +55,8 @@ def find_directory(name: str, *, with_weights: bool = False) -> Path:
     Raises:
         UserError: It is neither, or the hub cannot be reached.
     """
-    path = Path(os.path.expanduser(name))
-    try:
-        is_directory = path.is_dir()
-    except OSError as error:
-        raise UserError("model.hf", f"{name!r} cannot be looked at: {error.strerror}") from None
-    if is_directory:
+    path = user_path(name)
+    if path.is_dir():
         if not (path / CONFIG).is_file():
             what = f"{name} has no {CONFIG}"
             raise UserError("model.hf", what, "a model's directory in Hugging Face's layout")
@@ -97,10 +93,7 @@ def read_hf_config(recipe: Recipe) -> PretrainedConfig:
     name = recipe.model.hf
     assert name is not None
     kept = sorted(recipe.directory.glob(f"step-*[0-9]/{CONFIG}"))
-    if kept and not Path(name).expanduser().is_dir():
-        file = kept[-1]
-    else:
-        file = find_directory(name) / CONFIG
+    file = kept[-1] if kept and not user_path(name).is_dir() else find_directory(name) / CONFIG
     config = read_config(file)
     check_length(config, recipe.sequence_length, where=name)
     return config
@@ -164,7 +157,7 @@ def check_tokenizer(recipe: Recipe) -> list[str]:
     Raises:
         UserError: The dataset has another tokenizer than the model.
     """
-    name, dataset = recipe.model.hf, Path(recipe.data.path).expanduser() / TOKENIZER_FILE
+    name, dataset = recipe.model.hf, Path(recipe.data.path) / TOKENIZER_FILE
     assert name is not None
     is_begun = any(recipe.directory.glob(f"step-*[0-9]/{CONFIG}"))
     if recipe.model.hf_init == "scratch" or is_begun or not dataset.is_file():
@@ -293,7 +286,7 @@ def _new_rows(
 ) -> NewRows:
     """Find out which rows are to be made. ``<s>`` and ``</s>`` begin as the model's own."""
     tokens: tuple[int, ...] = ()
-    ours = Path(recipe.data.path).expanduser() / TOKENIZER_FILE
+    ours = Path(recipe.data.path) / TOKENIZER_FILE
     theirs = directory / TOKENIZER_FILE
     if ours.is_file() and theirs.is_file():
         tokens = find_new_tokens(theirs, ours, where=recipe.data.path, model=str(recipe.model.hf))

@@ -37,6 +37,26 @@ ranks that failed for the same reason to say so.
 
 LOG_TAIL_LINES = 40
 
+_MAIN = """
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+sys.path.append({packages!r})
+from dualtrain.cli import main
+main()
+"""
+"""Leaves the current directory out, where a random.py is not what libraries mean: Python puts it in
+front, and can be told not to only since 3.11."""
+
+MOST_RANKS = 2**20
+LONGEST_NUMBER = 20
+_BY_LAUNCHER = (
+    "launchers set it: torchrun, deepspeed, srun; unset RANK and WORLD_SIZE to do without"
+)
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torch and DeepSpeed read of the environment."""
+
 SAME_SIGNAL_S = 1.0
 """Within this time of the first stop signal, another one is the same.
 
@@ -79,28 +99,44 @@ def current_world(environment: MutableMapping[str, str] | None = None) -> World 
         UserError: when a launcher set only a part of what is needed.
     """
     env = os.environ if environment is None else environment
-    if "RANK" not in env and _is_srun_step(env):
+    # A step of one task is no launcher: there, too, `--ranks` and the number of GPUs count.
+    if "RANK" not in env and _is_srun_step(env) and _srun_tasks(env) > 1:
         _adopt_slurm(env)
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
     # The deepspeed launcher says LOCAL_SIZE where everybody else says LOCAL_WORLD_SIZE.
     if "LOCAL_WORLD_SIZE" not in env and "LOCAL_SIZE" in env:
         env["LOCAL_WORLD_SIZE"] = env["LOCAL_SIZE"]
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in env]
+    missing = [name for name in RANK_NAMES if not env.get(name)]
     if missing:
         raise UserError(
             "environment",
             f"{', '.join(missing)} not set although {'RANK' if 'RANK' in env else 'WORLD_SIZE'} is",
-            "all of " + ", ".join(names),
+            "all of " + ", ".join(RANK_NAMES),
             "start the ranks with torchrun, deepspeed or srun, or unset RANK and WORLD_SIZE",
         )
+    world_size = _number(env, "WORLD_SIZE", 1, MOST_RANKS)
+    local_size = _number(env, "LOCAL_WORLD_SIZE", 1, world_size)
+    _number(env, "MASTER_PORT", 1, 65535)
     return World(
-        rank=int(env["RANK"]),
-        local_rank=int(env["LOCAL_RANK"]),
-        world_size=int(env["WORLD_SIZE"]),
-        local_world_size=int(env["LOCAL_WORLD_SIZE"]),
+        rank=_number(env, "RANK", 0, world_size - 1),
+        local_rank=_number(env, "LOCAL_RANK", 0, local_size - 1),
+        world_size=world_size,
+        local_world_size=local_size,
     )
+
+
+def _number(env: Mapping[str, str], name: str, lowest: int, highest: int) -> int:
+    """A number that a launcher has set.
+
+    Raises:
+        UserError: It is none, or one with which ranks would wait for each other for ever.
+    """
+    text = env.get(name, "")
+    if text.isascii() and text.isdigit() and lowest <= int(text[:LONGEST_NUMBER]) <= highest:
+        return int(text)
+    expected = f"a number from {lowest} to {highest}"
+    raise UserError(name, f"{text!r}" if text else "is not set", expected, _BY_LAUNCHER)
 
 
 def single_world() -> World:
@@ -118,8 +154,16 @@ def show_cursor() -> None:
 def free_port() -> int:
     """Return a TCP port that nobody listens on now."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        try:
+            listener.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise _no_loopback(error) from None
         return listener.getsockname()[1]
+
+
+def _no_loopback(error: OSError) -> UserError:
+    what = f"127.0.0.1, through which the ranks of a machine meet, cannot be used: {error.strerror}"
+    return UserError("network", what, "a loopback interface", "such as by `ip link set lo up`")
 
 
 def default_ranks() -> int:
@@ -138,6 +182,17 @@ def spare_shared_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def own_command(arguments: Sequence[str]) -> list[str]:
+    """The command of another process of dualtrain, which runs in the same directory."""
+    packages = Path(__file__).resolve().parents[1]  # where this one is found without installation
+    return [sys.executable, "-c", _MAIN.format(packages=str(packages)), *arguments]
+
+
+def keep_current_directory_out() -> None:
+    """Let no Python that this one starts find modules in the current directory (since 3.11)."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def run_ranks(command: Sequence[str], *, ranks: int, log_dir: Path) -> int:
@@ -163,8 +218,8 @@ def run_ranks(command: Sequence[str], *, ranks: int, log_dir: Path) -> int:
 def launched_ranks(env: Mapping[str, str]) -> int:
     """How many processes a launcher, or srun, has started as ranks beside this one, and with it."""
     if "WORLD_SIZE" not in env and _is_srun_step(env):
-        return int(_srun_tasks(env))
-    return int(env.get("WORLD_SIZE", "1"))
+        return _srun_tasks(env)
+    return _number(env, "WORLD_SIZE", 1, MOST_RANKS) if "WORLD_SIZE" in env else 1
 
 
 def _is_srun_step(env: Mapping[str, str]) -> bool:
@@ -172,20 +227,24 @@ def _is_srun_step(env: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "batch").isdigit()
 
 
-def _srun_tasks(env: Mapping[str, str]) -> str:
-    return env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+def _srun_tasks(env: Mapping[str, str]) -> int:
+    name = "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+    return _number(env, name, 1, MOST_RANKS)
 
 
 def _adopt_slurm(env: MutableMapping[str, str]) -> None:
-    env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = _srun_tasks(env)
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
-    env["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(tasks, int(env.get("SLURM_NODEID", "0"))))
+    tasks = _srun_tasks(env)
+    env["WORLD_SIZE"] = str(tasks)
+    env["RANK"] = str(_number(env, "SLURM_PROCID", 0, tasks - 1))
+    env["LOCAL_RANK"] = str(_number(env, "SLURM_LOCALID", 0, tasks - 1))
+    on_nodes = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
+    node = _number({"SLURM_NODEID": "0", **env}, "SLURM_NODEID", 0, MOST_RANKS)
+    env["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(on_nodes, node))
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     env.setdefault("MASTER_ADDR", _first_host(nodes))
     # Every task of a step computes the same port; steps of one job get different ones.
-    identity = int(env.get("SLURM_JOB_ID", "0")) * 101 + int(env["SLURM_STEP_ID"])
+    job = _number({"SLURM_JOB_ID": "0", **env}, "SLURM_JOB_ID", 0, 2**63)
+    identity = job * 101 + int(env["SLURM_STEP_ID"])
     env.setdefault("MASTER_PORT", str(20_000 + identity % 20_000))
 
 
@@ -197,13 +256,17 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
         if match is None:
             raise UserError("SLURM_TASKS_PER_NODE", f"cannot read {tasks_per_node!r}", "2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        what = f"{tasks_per_node!r} says nothing of node {node} (SLURM_NODEID)"
+        raise UserError("SLURM_TASKS_PER_NODE", what, "tasks on each node", _BY_LAUNCHER)
     return counts[node]
 
 
 def _first_host(nodes: str) -> str:
     """First name of SLURM's compressed list: ``gpu[07-09,12],login`` gives ``gpu07``."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
-    assert match is not None
+    if match is None:
+        raise UserError("SLURM_JOB_NODELIST", f"cannot read {nodes!r}", "gpu[07-09,12],login")
     return match[1] + (match[2] or "") + (match[3] or "")
 
 

@@ -1,26 +1,63 @@
-"""From a loaded recipe to ranks that train: in this process, in several, or on several machines."""
+"""From a loaded recipe to ranks that train: in this process, in several, or on several machines.
+
+What a run would refuse is refused by :func:`show`, too, unless it depends on the machine.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from dualtrain.data.build import build_missing_dataset, check_dataset
+from dualtrain.data.corpus import read_corpus
+from dualtrain.disk import write_text
 from dualtrain.errors import UserError
 from dualtrain.hostfile import read_hostfile, record_outcome, run_hostfile
 from dualtrain.launch import (
     current_world,
     default_ranks,
+    own_command,
     run_ranks,
     single_world,
 )
+from dualtrain.memory import check_memory, memory_shortage
+from dualtrain.progress.tensorboard import check_tensorboard
 from dualtrain.recipe.checks import check_world_size
+from dualtrain.recipe.derive import CorpusFacts, Derived, derive
 from dualtrain.recipe.load import LoadedRecipe
+from dualtrain.recipe.merge import deepspeed_config
 from dualtrain.recipe.schema import Recipe
-from dualtrain.run_directory import lock_run_directory, prepare_run_directory
+from dualtrain.run_directory import (
+    check_run_directory,
+    has_checkpoints,
+    lock_run_directory,
+    prepare_run_directory,
+)
 from dualtrain.terminal import forget_output
 
 OUTCOME = Path("logs", "exit-code")
 """Where rank 0 leaves its exit code, in the run directory."""
+
+
+def show(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None) -> None:
+    """The dry run: show a recipe and what follows from it; nothing is made or changed.
+
+    Raises:
+        UserError: for what :func:`start` would refuse.
+    """
+    from dualtrain.recipe.render import print_dry_run
+
+    recipe = loaded.recipe
+    total = _count(ranks, hostfile)
+    _examine(recipe, total)
+    check_run_directory(recipe)
+    check_dataset(recipe)
+    corpus = read_corpus(recipe)
+    derived = _derive(recipe, corpus, total)
+    _check_data(recipe, corpus)
+    _check_origin(loaded, corpus)
+    print_dry_run(loaded, derived)
+    if hostfile is None and (shortage := memory_shortage(derived, ranks=ranks or 1)):
+        print(f"warning: {shortage}; this machine will refuse the run")
 
 
 def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, plain: bool) -> int:
@@ -32,6 +69,7 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
     Raises:
         UserError: for everything that can be refused before any rank starts.
     """
+    recipe = loaded.recipe
     world = current_world()
     if world is not None:
         if ranks is not None and ranks != world.world_size:
@@ -40,39 +78,98 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
             )
         code = _train(loaded, plain=plain)
         if world.rank == 0:
-            record_outcome(loaded.recipe.directory / OUTCOME, code)
+            record_outcome(recipe.directory / OUTCOME, code)
         return code
-    if loaded.recipe.model.hf is not None:
-        from dualtrain.import_model import read_hf_config
-
-        read_hf_config(loaded.recipe)  # before hours are spent on a dataset
-    run_dir = prepare_run_directory(loaded.recipe)
+    run_dir = prepare_run_directory(recipe)
     # Looked at before anything heavy is imported; rank 0 takes it for good.
-    lock_run_directory(loaded.recipe).close()
+    lock_run_directory(recipe).close()
     if hostfile is None:
         ranks = ranks or default_ranks()
-        check_world_size(loaded.recipe, ranks)
-    else:
-        machines = read_hostfile(hostfile, ranks=ranks)
-        check_world_size(loaded.recipe, sum(ranks or machine.slots for machine in machines))
-    if loaded.recipe.eval.tasks:
-        from dualtrain.evaluate.in_training import read_tasks
-
-        read_tasks(loaded.recipe.eval)  # a mistake there need not wait for the dataset
-    _build_dataset(loaded.recipe)
+    total = _count(ranks, hostfile)
+    _examine(recipe, total)  # before hours are spent on a dataset
+    corpus = read_corpus(recipe)
+    if corpus is not None or recipe.unique_tokens != "all":
+        derived = _derive(recipe, corpus, total)
+        if hostfile is None:
+            check_memory(derived, ranks=total or 1)
+    _build_dataset(recipe)
     if ranks == 1 and hostfile is None:
         single_world()
         return _train(loaded, plain=plain)
     # Not the run's own recipe.yaml, which is written once nothing speaks against this one.
     resolved = (run_dir / "logs" / "recipe.yaml").resolve()
     resolved.parent.mkdir(exist_ok=True)
-    resolved.write_text(loaded.text)
+    write_text(resolved, loaded.text)
     arguments = ["run", str(resolved), *(["--plain"] if plain else [])]
     if hostfile is not None:
         return run_hostfile(arguments, hostfile=hostfile, ranks=ranks, outcome=run_dir / OUTCOME)
     assert ranks is not None
-    command = [sys.executable, "-m", "dualtrain", *arguments]
-    return run_ranks(command, ranks=ranks, log_dir=run_dir / "logs")
+    return run_ranks(own_command(arguments), ranks=ranks, log_dir=run_dir / "logs")
+
+
+def _count(ranks: int | None, hostfile: Path | None) -> int | None:
+    """Ranks of the run, over all machines; None where nothing says how many."""
+    if hostfile is None:
+        return ranks
+    return sum(ranks or machine.slots for machine in read_hostfile(hostfile, ranks=ranks))
+
+
+def _examine(recipe: Recipe, ranks: int | None) -> None:
+    """Refuse what is wrong whatever the dataset is."""
+    if ranks is not None:
+        check_world_size(recipe, ranks)
+    if recipe.model.hf is not None:
+        from dualtrain.import_model import read_hf_config
+
+        read_hf_config(recipe)
+    if recipe.algorithms:
+        from dualtrain.algorithms import build_algorithms
+
+        build_algorithms(recipe)
+    if recipe.eval.tasks:
+        from dualtrain.evaluate.in_training import read_tasks
+
+        read_tasks(recipe.eval)
+    if recipe.progress.tensorboard:
+        check_tensorboard()
+
+
+def _derive(recipe: Recipe, corpus: CorpusFacts | None, ranks: int | None) -> Derived:
+    """What follows from a recipe; refuses what does not go with the dataset, or with DeepSpeed."""
+    derived = derive(recipe, corpus=corpus, world_size=ranks)
+    per_rank = derived.slots_per_step // derived.world_size
+    deepspeed_config(recipe, world_size=derived.world_size, slots_per_step_per_rank=per_rank)
+    return derived
+
+
+def _check_data(recipe: Recipe, corpus: CorpusFacts | None) -> None:
+    """Refuse a dataset that a run could not read; one that is not there yet may be made."""
+    if recipe.data.remote is not None or corpus is None:
+        return
+    from dualtrain.data.dataset import TokenDataset, check_held_out
+
+    TokenDataset.open(recipe.data.path, "train")
+    held_out = TokenDataset.open(recipe.data.path, "val")
+    check_held_out(held_out, recipe.sequence_length, append_eos=recipe.data.append_eos)
+
+
+def _check_origin(loaded: LoadedRecipe, corpus: CorpusFacts | None) -> None:
+    """Refuse to go on from a checkpoint with which the run would be another."""
+    recipe = loaded.recipe
+    resume, run_dir = recipe.checkpoint.resume, recipe.directory
+    if resume in ("auto", "never") and not has_checkpoints(run_dir):
+        return
+    from dualtrain.branch import check_branch
+    from dualtrain.data.dataset import DatasetInfo
+    from dualtrain.resume import check_compatible, choose_resume
+
+    origin = choose_resume(resume, run_dir)
+    if origin.path is None or not origin.continues or corpus is None or recipe.data.remote:
+        return
+    info = DatasetInfo.load(recipe.data.path)
+    check_compatible(origin, recipe_text=loaded.text, fingerprint=info.fingerprint)
+    if origin.kind == "branch":
+        check_branch(recipe, origin.path, corpus)
 
 
 def _train(loaded: LoadedRecipe, *, plain: bool) -> int:
@@ -85,8 +182,6 @@ def _train(loaded: LoadedRecipe, *, plain: bool) -> int:
 
 
 def _build_dataset(recipe: Recipe) -> None:
-    from dualtrain.data.build import build_missing_dataset
-
     try:
         build_missing_dataset(recipe)
     except BrokenPipeError:

@@ -22,6 +22,7 @@ from dualtrain import checkpoint
 from dualtrain.build_model import CONFIG, empty_model, read_exported
 from dualtrain.checkpoint_files import MARKER, find_defects
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
 from dualtrain.file_kinds import read_object, read_tokenizer
@@ -159,7 +160,7 @@ def find_source(path: Path | str, *, step: int | None = None) -> Source:
     Raises:
         UserError: There is nothing of the kind, or it is half-written or damaged.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -278,7 +279,7 @@ def tokenizer_file(source: Source) -> Path:
     if own.is_file():
         return own
     if source.recipe is not None:
-        of_dataset = Path(source.recipe.data.path).expanduser() / TOKENIZER_FILE
+        of_dataset = Path(source.recipe.data.path) / TOKENIZER_FILE
         if of_dataset.is_file():
             return of_dataset
         hint = f"copy the tokenizer.json of {source.recipe.data.path}, the run's dataset, there"

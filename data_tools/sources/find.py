@@ -29,6 +29,7 @@ from data_tools.sources.saved_datasets import METADATA, left_splits, saved_datas
 from data_tools.sources.splits import TRAIN, training_paths
 from data_tools.sources.tables import TableReader
 from dualtrain.data.dataset import DATASET_FILE
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 
 _FORMATS = {
@@ -184,7 +185,7 @@ class _Found:
                 raise UserError(shown(error.filename or source), what) from None
 
     def _add_path(self, source: str) -> None:
-        path = Path(os.path.expanduser(source))
+        path = user_path(source)
         if path.is_dir():
             self._add_directory(path, source)
         elif path.exists():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualtrain.data.dataset import TokenDataset
+from dualtrain.data.dataset import TokenDataset, check_held_out
 from dualtrain.data.plan import (
     DATA_ORDER,
     Piece,
@@ -29,7 +29,6 @@ from dualtrain.data.plan import (
     pieces_between,
 )
 from dualtrain.data.plan_files import PlanFiles
-from dualtrain.errors import UserError
 from dualtrain.mixing import Mixture, Stream
 
 # Below this many documents an epoch's plan is built faster than a file is opened.
@@ -162,14 +161,7 @@ class ValidationData:
         lengths = Subset(dataset.lengths, unique_tokens=None, append_eos=append_eos)
         self._ends = np.cumsum(lengths.packed_lengths())
         self._order = np.arange(dataset.documents)
-        whole = lengths.tokens // sequence_length
-        if whole < 1:
-            raise UserError(
-                str(dataset.directory),
-                f"the held-out split has {lengths.tokens:,} tokens",
-                f"at least one sequence, {sequence_length:,}",
-                "hold out more (data.build.val_fraction) or lower sequence_length",
-            )
+        whole = check_held_out(dataset, sequence_length, append_eos=append_eos)
         count = whole if sequences is None else min(whole, sequences)
         self._windows = [n * whole // count for n in range(count)]
         self.token_bytes = torch.from_numpy(dataset.token_bytes)

@@ -6,12 +6,12 @@ would delay the ranks by seconds.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
 from dualtrain.data.remote import fetch_facts
+from dualtrain.disk import user_path
 from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe
 from dualtrain.recipe.schema import Recipe
 
@@ -25,7 +25,7 @@ def with_dataset_there(loaded: LoadedRecipe) -> LoadedRecipe:
     Raises:
         UserError: what is there is no whole dataset.
     """
-    build, path = loaded.recipe.data.build, Path(os.path.expanduser(loaded.recipe.data.path))
+    build, path = loaded.recipe.data.build, user_path(loaded.recipe.data.path)
     by_hand = {key for key, origin in loaded.origins.items() if origin.startswith(COMMAND_LINE)}
     is_named = "data.path" in by_hand and not any(key.startswith("data.build") for key in by_hand)
     if build is None or not is_named or not (path / DATASET_FILE).exists():

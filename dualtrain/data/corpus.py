@@ -5,7 +5,6 @@ Of a dataset in an object store ``dataset.json`` is fetched if need be, and noth
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
@@ -29,7 +28,7 @@ def read_corpus(recipe: Recipe) -> CorpusFacts | None:
 
 
 def _read_info(recipe: Recipe) -> DatasetInfo | None:
-    path, remote = Path(os.path.expanduser(recipe.data.path)), recipe.data.remote
+    path, remote = Path(recipe.data.path), recipe.data.remote
     if remote is None:
         if recipe.data.build is not None and not (path / DATASET_FILE).exists():
             return None  # what is in the way is for the conversion to say

@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dualtrain.data.token_bytes import token_bytes
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.file_kinds import find_foreign, refuse_foreign
 
@@ -121,7 +122,7 @@ class DatasetInfo(_Facts):
         Raises:
             UserError: There is no dataset there, or only a part of one.
         """
-        file = Path(os.path.expanduser(path)) / DATASET_FILE
+        file = user_path(path) / DATASET_FILE
         try:
             return cls.model_validate_json(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -222,7 +223,7 @@ class TokenDataset:
         info: DatasetInfo,
         source: ShardSource | None = None,
     ) -> None:
-        self.path = Path(os.path.expanduser(path))
+        self.path = user_path(path)
         self.split: Split = split
         self.info = info
         self._source = source
@@ -513,3 +514,20 @@ class TokenDataset:
                 hint=_REMAKE,
             )
         return found
+
+
+def check_held_out(dataset: TokenDataset, sequence_length: int, *, append_eos: bool) -> int:
+    """The sequences of a held-out split.
+
+    Raises:
+        UserError: It is shorter than one.
+    """
+    tokens = dataset.tokens + (dataset.documents if append_eos else 0)
+    if tokens < sequence_length:
+        raise UserError(
+            str(dataset.directory),
+            f"the held-out split has {tokens:,} tokens",
+            f"at least one sequence, {sequence_length:,}",
+            "hold out more (data.build.val_fraction) or lower sequence_length",
+        )
+    return tokens // sequence_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from dualtrain.errors import UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def flock(descriptor: int | IO, operation: int, *, path: Path) -> None:
+    """Lock an open file as ``fcntl.flock`` does; the kernel frees it when we die.
+
+    Args:
+        descriptor: The file.
+        operation: Of ``fcntl``.
+        path: The file's, for messages.
+
+    Raises:
+        BlockingIOError: Another process has the lock, and the operation is not to wait.
+        UserError: The file system has no locks; without one, two processes could write the same
+            files at once.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise UserError(
+            str(path.parent),
+            f"is on a file system without locks (flock: {error.strerror})",
+            "one with them, since two processes must not write the same files at once",
+            "mount it with flock, or choose a directory on another file system",
+        ) from None
 
 
 @contextmanager
@@ -29,7 +60,7 @@ def locked(
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _acquire(descriptor, on_wait)
+            _acquire(descriptor, path, on_wait)
             if not _is_still(path, descriptor):
                 continue  # its former holder removed it: lock the file that is there now
             try:
@@ -55,7 +86,7 @@ def claim(path: Path) -> IO[bytes]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # just removed as unclaimed: once more
             stream = path.open("ab")
-            fcntl.flock(stream, fcntl.LOCK_SH)
+            flock(stream, fcntl.LOCK_SH, path=path)
             if _is_still(path, stream.fileno()):
                 return stream
             stream.close()
@@ -66,17 +97,17 @@ def remove_unclaimed(path: Path) -> None:
     # An error means that it is claimed, that another process is removing it, or that it belongs to
     # another user: in each case it is not ours to remove.
     with contextlib.suppress(OSError), path.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, path=path)
         shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def _acquire(descriptor: int, on_wait: Callable[[], None] | None) -> None:
+def _acquire(descriptor: int, path: Path, on_wait: Callable[[], None] | None) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path=path)
     except BlockingIOError:
         if on_wait is not None:
             on_wait()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        flock(descriptor, fcntl.LOCK_EX, path=path)
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

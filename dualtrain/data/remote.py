@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from dualtrain.data.dataset import (
     TokenDataset,
 )
 from dualtrain.data.locks import locked
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class Remote:
         self.url = url.rstrip("/") or "/"
         # The downloaders of streaming know plain paths, but not the scheme for them.
         path = self.url.removeprefix(_FILE_SCHEME)
-        self.path = (
-            None if "://" in path or path.startswith("dbfs:") else Path(os.path.expanduser(path))
-        )
+        self.path = None if "://" in path or path.startswith("dbfs:") else user_path(path)
         self._base = self.url if self.path is None else str(self.path)
         self._clients = threading.local()
         self._closed = threading.Event()
@@ -182,7 +180,7 @@ def fetch_facts(url: str, path: str | Path) -> None:
     Raises:
         UserError: The dataset cannot be fetched, or `path` holds another one.
     """
-    remote, path = Remote(url), Path(os.path.expanduser(path))
+    remote, path = Remote(url), user_path(path)
     if remote.path is not None and remote.path.resolve() == path.resolve():
         raise UserError(
             "data.remote", f"{url!r} is data.path itself", "a local directory for a copy of it"

@@ -25,8 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dualtrain.data.dataset import INDEX_FILE, Shard, Split
-from dualtrain.data.locks import locked
+from dualtrain.data.locks import flock, locked
 from dualtrain.data.remote import ORIGIN_FILE, STATE_DIR, Remote, unwritable
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 
 _THREADS = 4
@@ -59,7 +60,7 @@ class ShardCache:
         reader: int = 0,
         readers: int = 1,
     ) -> None:
-        self.path = Path(os.path.expanduser(path))
+        self.path = user_path(path)
         self._state = self.path / STATE_DIR
         self._incoming = self._state / "incoming"
         self._locks = self._state / "locks"
@@ -268,7 +269,7 @@ class ShardCache:
         # A descriptor of its own each time: that way threads exclude each other as processes do.
         descriptor = os.open(self._locks / key, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, kind)
+            flock(descriptor, kind, path=self._locks / key)
             yield
         finally:
             os.close(descriptor)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import HeldOut, held_out_losses
 from dualtrain.evaluate.memory import is_out_of_memory
@@ -255,7 +256,7 @@ def _open_held_out(options: Options, evaluation: Evaluation) -> TokenDataset | N
     if path is None:
         evaluation.notes.append("no held-out losses: --data may name a dataset of its tokenizer")
         return None
-    path = path.expanduser()
+    path = user_path(path)
     try:
         _check_tokenizer(path, source)
         dataset = TokenDataset.open(path, "val")

@@ -42,7 +42,6 @@ class ResultDirectory:
         Raises:
             UserError: It is there already, or cannot be made.
         """
-        path = path.expanduser()
         if path.exists():
             raise UserError("--out", f"{path} is there already", "a directory that is not there")
         made = _begin(path)

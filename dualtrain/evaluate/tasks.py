@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.evaluate.task_data import find_data, read_file, read_hub
 from dualtrain.evaluate.task_file import (
@@ -149,7 +150,7 @@ def load_tasks(
         UserError: There is no task of a name, no such directory, or something is wrong with a file
             that is asked for.
     """
-    directory = None if tasks_dir is None else Path(tasks_dir).expanduser()
+    directory = None if tasks_dir is None else user_path(tasks_dir)
     files, broken = _read_files(SHIPPED)
     if directory is not None:
         if not directory.is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from dualtrain.disk import LONGEST_SHOWN, file_problem, user_path
 from dualtrain.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -50,8 +51,8 @@ def find_recipe(path_or_name: str, *, beside: Path | None = None) -> Path:
     Raises:
         UserError: There is none; names the nearest and lists all shipped ones.
     """
-    path = (beside or Path()) / Path(path_or_name).expanduser()
-    if path.is_file():
+    path = (beside or Path()) / user_path(path_or_name)
+    if _is_file(path, path_or_name):
         return path
     name = _shipped_name(path_or_name)
     if name in recipe_names():
@@ -73,11 +74,18 @@ def find_ds_config(path_or_name: str, *, where: str) -> Path:
     names = ds_config_names()
     if path_or_name in names:
         return shipped_directory("ds_configs") / f"{path_or_name}.json"
-    path = Path(path_or_name).expanduser()
-    if path.is_file():
+    path = user_path(path_or_name)
+    if _is_file(path, where):
         return path
     what = f"{path_or_name!r}: no such file, and no shipped ds_config of that name"
     raise _unknown(where, path.stem, what, "a JSON file", names)
+
+
+def _is_file(path: Path, where: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # too long, or behind a directory that is locked
+        raise file_problem(error, where[:LONGEST_SHOWN]) or error from None
 
 
 def _names(kind: str, suffix: str) -> list[str]:

@@ -279,6 +279,10 @@ class _Converter:
             if not is_unicode(key):
                 self._report(place, path, f"the key {shown(key)} has half of a character")
                 continue
+            if key == "<<" and key_node.style is None:
+                what = "merging with << is not part of YAML 1.2, and nothing would come of it"
+                self._report(place, path, what, "the keys themselves, or `extends`")
+                continue
             child = self._convert(value_node, (*path, key), place)
             if key in children:
                 line = children[key].place.line

@@ -73,7 +73,7 @@ def compare_runs(options: Options) -> dict[str, Any]:
         raise UserError(
             "dualtrain compare", counted(len(options.runs), "run"), "two or more, or one sweep"
         )
-    resolved = [path.expanduser().resolve() for path in options.runs]
+    resolved = [path.resolve() for path in options.runs]
     for path in resolved:
         if resolved.count(path) > 1:
             raise UserError("dualtrain compare", f"{path} is there twice", "each run once")
@@ -81,7 +81,7 @@ def compare_runs(options: Options) -> dict[str, Any]:
         if (path / SWEEP).is_file():
             hint = f"`dualtrain compare {path}` compares its points"
             raise UserError(str(path), "is a sweep", "runs, or one sweep alone", hint)
-    runs = [read_run(path.expanduser()) for path in options.runs]
+    runs = [read_run(path) for path in options.runs]
     names = _names(runs)
     for run in runs:
         if not run.steps and not run.evals:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from dualtrain.data.build import with_dataset_there
 from dualtrain.data.corpus import read_corpus
+from dualtrain.disk import user_path
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.recipe.derive import run_length
 from dualtrain.recipe.describe import nearest
@@ -190,7 +191,7 @@ def _directory(section: Located, base: RecipeTree) -> Path:
         if not isinstance(asked.value, str) or not asked.value:
             what = f"is {shown(asked.plain())}"
             raise UserError(f"{asked.place}: sweep.directory", what, "a directory")
-        return Path(asked.value).expanduser()
+        return user_path(asked.value)
     name = base.tree.child("name")
     # A name that is missing or wrong is reported with the points.
     return Path("sweeps") / (str(name.value) if name is not None else "sweep")

@@ -18,6 +18,7 @@ from typing import IO, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from dualtrain.data.locks import flock
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.disk import write_json, write_text
 from dualtrain.errors import UserError
@@ -123,7 +124,7 @@ def prepare(sweep: Sweep) -> None:
         sweep.directory.mkdir(parents=True, exist_ok=True)
         # Jobs of an array begin at once, perhaps with different forms of the sweep.
         with (sweep.directory / _LOCK).open("a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, fcntl.LOCK_EX, path=sweep.directory / _LOCK)
             before = read_listing(sweep.directory) if path.is_file() else before
             points = list(dict.fromkeys([*before.points, *(p.label for p in sweep.points)]))
             now = Listing(
@@ -216,7 +217,7 @@ def _is_held(path: Path) -> bool:
 def _is_locked(file: IO[str]) -> bool:
     """Whether another process has the lock; takes it otherwise, until the file is closed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path=Path(file.name))
     except BlockingIOError:
         return True
     return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
-from dualtrain.launch import die_with_parent
+from dualtrain.launch import die_with_parent, own_command
 from dualtrain.sweep.definition import Point
 from dualtrain.sweep.directory import (
     LOG,
@@ -148,7 +147,7 @@ class Runner:
         # A retry that is interrupted is a point to be continued, no longer one that has failed.
         (directory / OUTCOME).unlink(missing_ok=True)
         recipe = write_recipe(job.point)
-        command = [sys.executable, "-m", "dualtrain", "run", str(recipe), "--plain"]
+        command = own_command(["run", str(recipe), "--plain"])
         if self._ranks is not None:
             command += ["--ranks", str(self._ranks)]
         with (directory / LOG).open("ab") as log:

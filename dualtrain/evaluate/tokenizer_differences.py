@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dualtrain.trained import parse_tokenizer
+from dualtrain.export.tokenizer import put_space_only_first
+from dualtrain.file_kinds import read_tokenizer
 
 _PARTS = {
     "model": "the model",
@@ -24,7 +25,7 @@ def tokenizer_differences(one: Path, other: Path) -> list[str]:
     Raises:
         UserError: One cannot be read.
     """
-    first, second = parse_tokenizer(one), parse_tokenizer(other)
+    first, second = read_tokenizer(one), read_tokenizer(other)
     ids, other_ids = first.get_vocab().items(), second.get_vocab().items()
     found = []
     if different := max(len(ids - other_ids), len(other_ids - ids)):
@@ -33,6 +34,7 @@ def tokenizer_differences(one: Path, other: Path) -> list[str]:
     contents = json.loads(first.to_str()), json.loads(second.to_str())
     for content in contents:
         content["model"].pop("vocab", None)
+        put_space_only_first(content)  # as an export has it
     for key, name in _PARTS.items():
         if contents[0][key] != contents[1][key]:
             found.append(name)

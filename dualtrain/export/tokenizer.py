@@ -55,7 +55,7 @@ def write_tokenizer(
     content["post_processor"] = _begin_with(begin, ids["bos_token"], content["post_processor"])
     content["truncation"] = content["padding"] = None
     content["added_tokens"] = _literal(content["added_tokens"], names, ids, mask)
-    _put_space_only_first(content)
+    put_space_only_first(content)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
@@ -90,7 +90,7 @@ def _literal(
     return [tokens[token] for token in sorted(tokens)]
 
 
-def _put_space_only_first(content: dict[str, Any]) -> None:
+def put_space_only_first(content: dict[str, Any]) -> None:
     """Have no space put behind special tokens by a tokenizer that puts one before every text.
 
     It does so for each part of a text between special tokens; training's texts have one part.

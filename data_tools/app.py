@@ -264,7 +264,7 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
 def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: int | None) -> None:
     """Make a dataset on this machine and upload it, unless it is there."""
     from data_tools.accept import check_made_alike
-    from data_tools.place import disk_error
+    from data_tools.place import disk_errors
     from data_tools.remote import check_destination, fetch_info, upload_dataset
     from dualtrain.data.locks import locked
 
@@ -276,10 +276,8 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
         return
     check_destination(url)  # before hours of work
     path = local or _upload_directory(url)
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path) from None
     with locked(path.parent / f".{path.name}.upload.lock", remove=True):
         if local is None and _holds_another(path, build):
             say(f"{path}, left by an unfinished upload of something else, is removed")

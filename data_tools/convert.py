@@ -33,6 +33,7 @@ from data_tools.place import (
     check_place,
     discard,
     disk_error,
+    disk_errors,
     locked_place,
     publish,
 )
@@ -88,33 +89,46 @@ def build_dataset(
         UserError: Unusable source or tokenizer; `path` holds something else; disk errors.
     """
     report = report or Report()
-    path = absolute(path)
-    if (path / DATASET_FILE).exists():  # also where nothing may be written
-        return _accept(path, build)
-    partial = beside(path)
     try:
-        with locked_place(path, report):
-            if (path / DATASET_FILE).exists():
-                return _accept(path, build)
-            # An error in what is asked for comes before what an interrupted conversion left is
-            # looked at, and leaves it alone.
-            conversion = _Conversion(build, partial, report, stdin)
-            try:
-                info = conversion.run(workers, shard_bytes)
-                publish(conversion.dataset, path)
-            except KeyboardInterrupt:
-                report.say(f"interrupted: what is done is kept in {partial}; {_GOES_ON}")
-                raise
-            except WorkerDiedError:
-                raise
-            except UserError:
-                discard(partial)  # the input has to change before it could go on
-                raise
-            discard(partial)
-            return info
+        place = absolute(path)
+        if (place / DATASET_FILE).exists():  # also where nothing may be written
+            return _accept(place, build)
+        with locked_place(place, report):
+            if (place / DATASET_FILE).exists():
+                return _accept(place, build)
+            return _make(build, place, workers, report, shard_bytes, stdin)
     except OSError as error:
+        partial = beside(Path(path))
         kept = f"what is done is kept in {shown(partial)}; {_GOES_ON}"
-        raise disk_error(error, path, kept if partial.exists() else "") from None
+        raise disk_error(error, Path(path), kept if os.path.exists(partial) else "") from None
+
+
+def _make(
+    build: BuildSection,
+    path: Path,
+    workers: int | None,
+    report: Report,
+    shard_bytes: int,
+    stdin: IO[bytes] | None,
+) -> DatasetInfo:
+    """Make the dataset at a place that is ours; whatever ends it, the place has it whole or not."""
+    partial = beside(path)
+    # An error in what is asked for comes before what an interrupted conversion left is looked at,
+    # and leaves it alone.
+    conversion = _Conversion(build, partial, report, stdin)
+    try:
+        info = conversion.run(workers, shard_bytes)
+        publish(conversion.dataset, path)
+    except KeyboardInterrupt:
+        report.say(f"interrupted: what is done is kept in {shown(partial)}; {_GOES_ON}")
+        raise
+    except WorkerDiedError:
+        raise
+    except UserError:
+        discard(partial)  # the input has to change before it could go on
+        raise
+    discard(partial)
+    return info
 
 
 def check_build(build: BuildSection, path: str | Path) -> None:
@@ -123,11 +137,13 @@ def check_build(build: BuildSection, path: str | Path) -> None:
     Raises:
         UserError: as there.
     """
-    path = absolute(path)
-    if (path / DATASET_FILE).exists():
+    with disk_errors(path):
+        path = absolute(path)
+        is_there = (path / DATASET_FILE).exists()
+        check_place(path)
+    if is_there:
         check_made_alike(str(path), DatasetInfo.load(path), build)
         return
-    check_place(path)
     if build.sources != [PYTHON_DOCS]:  # always there, and slow to look at
         open_source(build, None)
     if build.tokenizer is not None:

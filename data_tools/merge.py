@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.choose import SPLITS
-from data_tools.place import absolute, beside, discard, disk_error, locked_place, publish
-from data_tools.reporting import Progress, Report
+from data_tools.place import absolute, beside, discard, disk_errors, locked_place, publish
+from data_tools.reporting import Progress, Report, shown
 from data_tools.shards import (
     SHARD_BYTES,
     check_split,
@@ -67,8 +67,6 @@ def merge_datasets(
     Raises:
         UserError: Different tokenizers, a dataset given twice or damaged, or `out` in use.
     """
-    report = report or Report()
-    out = absolute(out)
     if len(paths) < 2:
         raise UserError("data merge", "one dataset is not enough", "two or more")
     infos = [DatasetInfo.load(path) for path in paths]
@@ -78,27 +76,32 @@ def merge_datasets(
         "shuffle_seed": shuffle_seed,
         "drop_duplicates": drop_duplicates,
     }
-    if (out / DATASET_FILE).exists():
-        return _accept(out, arguments)
-    partial = beside(out)
-    try:
+    report = report or Report()
+    with disk_errors(out):
+        out = absolute(out)
+        if (out / DATASET_FILE).exists():
+            return _accept(out, arguments)
         with locked_place(out, report):
             if (out / DATASET_FILE).exists():
                 return _accept(out, arguments)
-            if partial.exists():
-                report.say(f"starting again: {partial} was left unfinished")
-                shutil.rmtree(partial)
-            partial.mkdir()
-            try:
-                merge = _Merge(paths, infos, arguments, partial, report, shard_bytes)
-                info = merge.run()
-                publish(partial, out)
-            except BaseException:
-                discard(partial)  # made quickly, and needs the room of the whole
-                raise
-            return info
-    except OSError as error:
-        raise disk_error(error, out) from None
+            return _make(
+                out, report, _Merge(paths, infos, arguments, beside(out), report, shard_bytes)
+            )
+
+
+def _make(out: Path, report: Report, merge: _Merge) -> DatasetInfo:
+    partial = beside(out)
+    if partial.exists():
+        report.say(f"starting again: {shown(partial)} was left unfinished")
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        info = merge.run()
+        publish(partial, out)
+    except BaseException:
+        discard(partial)  # made quickly, and needs the room of the whole
+        raise
+    return info
 
 
 def _check_alike(paths: Sequence[str | Path], infos: Sequence[DatasetInfo]) -> None:

@@ -29,6 +29,15 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.realpath(user_path(path)))
 
 
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn every OSError into a :func:`disk_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, Path(path)) from None
+
+
 def disk_error(error: OSError, path: Path, hint: str = "") -> UserError:
     """What to say when a file could not be written.
 

@@ -15,8 +15,8 @@ import numpy as np
 from data_tools.build_source import repeatable, say_what_is_left, source_name
 from data_tools.choose import may_be_held_out
 from data_tools.encode import text_hash, wanted
-from data_tools.place import absolute, disk_error
-from data_tools.reporting import Progress, Report
+from data_tools.place import absolute, disk_errors
+from data_tools.reporting import Progress, Report, shown
 from data_tools.sources import Problem, Source
 from data_tools.tokenizer import Backend, Tokenizer
 from dualtrain.errors import UserError
@@ -56,12 +56,18 @@ def train_tokenizer(
     Raises:
         UserError: `out` exists or cannot be written; no text; unusable source.
     """
-    report, out = report or Report(), absolute(out)
+    with disk_errors(out):
+        return _train(build, absolute(out), stdin, report or Report())
+
+
+def _train(
+    build: BuildSection, out: Path, stdin: IO[bytes] | None, report: Report
+) -> TrainedTokenizer:
+    if out.exists():
+        raise UserError(shown(out), "exists", "a new file", "remove it or choose another name")
     partial = out.with_name(f".{out.name}.partial")
     kept = out.with_name(f".{out.name}.standard-input")
     try:
-        if out.exists():
-            raise UserError(str(out), "exists", "a new file", "remove it or choose another name")
         out.parent.mkdir(parents=True, exist_ok=True)
         open_again = repeatable(build, stdin, kept)
         say_what_is_left(open_again(), report)
@@ -69,8 +75,6 @@ def train_tokenizer(
         measured = _measure(tokenizer, open_again, build)
         tokenizer.save(partial)
         os.replace(partial, out)
-    except OSError as error:
-        raise disk_error(error, out) from None
     finally:
         for file in (partial, kept):
             with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from data_tools.sources.compression import BrokenFile
-from data_tools.sources.documents import Document, Failure, Piece, Problem, Texts
+from data_tools.sources.documents import Document, Failure, Piece, Problem, Texts, not_text
 from data_tools.sources.fields import no_field
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -75,6 +75,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _header_problem(row: list[str], field: str, where: str) -> Problem | None:
     if (problem := _not_utf8("".join(row), where)) is not None:
         return problem
+    if "\0" in "".join(row):
+        return not_text(where)
     if field not in row:
         return no_field(where, field, row, kind="column")
     if row.count(field) > 1:

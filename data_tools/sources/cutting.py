@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from data_tools.sources.compression import BrokenFile
-from data_tools.sources.documents import Problem
+from data_tools.sources.documents import Problem, not_text
 
 TOO_LARGE = "file too large"
 WHOLE_LIMIT = 1 << 30
@@ -106,9 +106,9 @@ def gather(chunks: Iterable[bytes], into: bytearray, *, instead: str) -> None:
 
 
 def decoded(data: bytes, name: str, first_line: int) -> str | Problem:
-    """The text, or where it is not UTF-8."""
+    """The text, or where it is none."""
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
         return Problem.at(
@@ -118,3 +118,5 @@ def decoded(data: bytes, name: str, first_line: int) -> str | Problem:
             "text in UTF-8",
             "convert the file, for example with iconv",
         )
+    before, nul, _ = text.partition("\0")
+    return not_text(f"{name}:{first_line + before.count(chr(10))}") if nul else text

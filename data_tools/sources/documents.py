@@ -158,17 +158,16 @@ class PackedBlock(Block):
             for item in piece.documents():
                 # Whatever the kind of file, no text has this character.
                 if isinstance(item, Document) and "\0" in item.text:
-                    item = _not_text(item)
+                    item = not_text(item.where)
                 yield item
 
 
-def _not_text(document: Document) -> Problem:
-    before = document.text.partition("\0")[0]
-    line = f" in line {1 + before.count(chr(10)):,} of the document" if "\n" in before else ""
+def not_text(where: str) -> Problem:
+    """What to say of a NUL character."""
     return Problem.at(
         "not text",
-        document.where,
-        f"has a NUL character{line}: it is binary data, or text in UTF-16",
+        where,
+        "holds a NUL character: it is binary data, or text in UTF-16",
         "text in UTF-8",
         "convert UTF-16 with iconv -f UTF-16LE -t UTF-8, or leave it out with --on-error skip",
     )

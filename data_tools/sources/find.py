@@ -251,6 +251,13 @@ class _Found:
                 ", ".join(f".{suffix}" for suffix in _FORMATS),
                 "or say what it is with --format",
             )
+        if _CACHE.fullmatch(path.name):
+            raise UserError(
+                shown(path),
+                "is what Dataset.map left in a cache, beside the text that it read",
+                "files of text",
+                "give the directory, which leaves it out, or save it with save_to_disk",
+            )
         self._once(path, source)
         self.readers.append(self._reader(path))
         self.repeatable = self.repeatable and path.is_file()  # not a named pipe

@@ -28,7 +28,7 @@ def with_dataset_there(loaded: LoadedRecipe) -> LoadedRecipe:
     build, path = loaded.recipe.data.build, user_path(loaded.recipe.data.path)
     by_hand = {key for key, origin in loaded.origins.items() if origin.startswith(COMMAND_LINE)}
     is_named = "data.path" in by_hand and not any(key.startswith("data.build") for key in by_hand)
-    if build is None or not is_named or not (path / DATASET_FILE).exists():
+    if build is None or not is_named or not os.path.exists(path / DATASET_FILE):
         return loaded
     from data_tools.accept import changed_settings
 

@@ -30,10 +30,10 @@ def read_corpus(recipe: Recipe) -> CorpusFacts | None:
 def _read_info(recipe: Recipe) -> DatasetInfo | None:
     path, remote = Path(recipe.data.path), recipe.data.remote
     if remote is None:
-        if recipe.data.build is not None and not (path / DATASET_FILE).exists():
+        if recipe.data.build is not None and not os.path.exists(path / DATASET_FILE):
             return None  # what is in the way is for the conversion to say
-        return DatasetInfo.load(path) if path.exists() else None
-    if (path / DATASET_FILE).exists():
+        return None if _is_absent(path) else DatasetInfo.load(path)
+    if os.path.exists(path / DATASET_FILE):
         return DatasetInfo.load(path)
     from dualtrain.data.remote import fetch_info
 
@@ -45,3 +45,14 @@ def _read_info(recipe: Recipe) -> DatasetInfo | None:
             "the URL of a dataset that `dualtrain data convert` made",
         )
     return info
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether there is nothing; what cannot be looked at is for whoever reads it to refuse."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False

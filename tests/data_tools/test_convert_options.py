@@ -255,6 +255,29 @@ def test_empty_path_is_not_the_current_directory(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "convert corpus.jsonl --out LONG",
+        "convert LONG --out out",
+        "tokenizer train corpus.jsonl --vocab-size 300 --out LONG",
+        "merge LONG LONG2 --out out",
+        "verify LONG",
+        "inspect LONG",
+        "convert corpus.jsonl --out loop/x",
+        "convert corpus.jsonl --out corpus.jsonl/x",
+    ],
+)
+def test_place_that_no_file_can_have(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    result = CliRunner().invoke(app, command.replace("LONG", "x" * 300).split())
+    assert isinstance(result.exception, UserError), result.output
+    assert re.search("too long|cannot be written", str(result.exception))
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ("--tokenizer t.json --vocab-size 300", "--vocab-size"),

@@ -99,6 +99,9 @@ def test_binary_content_is_no_text(tmp_path: Path) -> None:
     [problem] = open_sources(str(tmp_path / "a.txt")).documents()
     assert isinstance(problem, Problem) and problem.kind == "not text"
     assert "NUL character" in str(problem.error) and "iconv" in str(problem.error)
+    for name, content in (("d.jsonl", '{"text": "a"}'), ("e.json", "[{}]"), ("f.csv", "text\na")):
+        (tmp_path / name).write_bytes(content.encode("utf-16-le"))
+        assert read(tmp_path / name)[0] == "[not text]"
     assert read(tmp_path / "b.txt", separator="blank-line") == ["one", "[not text]", "three"]
     assert read(tmp_path / "c.jsonl") == ["[not text]", "b"]
 

@@ -86,6 +86,8 @@ def test_what_map_left_in_a_cache_is_no_text(tmp_path: Path) -> None:
     source = open_sources(str(tmp_path))
     assert texts(source) == pages
     assert any("cache-" in name for name in source.ignored)
+    with pytest.raises(UserError, match="is what Dataset.map left in a cache"):
+        open_sources(str(tmp_path / "**" / "*.arrow"))
 
 
 def test_markdown_beside_other_text_describes_it(tmp_path: Path) -> None:

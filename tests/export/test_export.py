@@ -168,8 +168,9 @@ def test_places_where_nothing_can_be_written(paper, tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "full", "mine.txt"}
     with pytest.raises(UserError, match="--dtype: 'fp8' — expected fp32 or bf16"):
         export_checkpoint(paper.run_dir, to=tmp_path / "new", precision="fp8")
-    with pytest.raises(UserError, match="--max-shard-size: 'much' — expected such as 5GB"):
-        export_checkpoint(paper.run_dir, to=tmp_path / "new", max_shard_size="much")
+    for size in ("much", "-5MB", "0GB", "infGB", "5"):
+        with pytest.raises(UserError, match=f"--max-shard-size: '{size}' — expected such as 5GB"):
+            export_checkpoint(paper.run_dir, to=tmp_path / "new", max_shard_size=size)
     with pytest.raises(UserError, match="is an exported model already"):
         export_checkpoint(paper.directory, to=tmp_path / "new")
     assert not (tmp_path / "new").exists()

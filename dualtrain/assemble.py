@@ -36,7 +36,7 @@ from dualtrain.engine import (
 from dualtrain.evaluate.in_training import TaskItems, TaskScoring, read_tasks
 from dualtrain.evaluate.scoring import Scorer
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.gradients import Gradients
 from dualtrain.launch import World, current_world
 from dualtrain.memory import check_memory
@@ -276,7 +276,7 @@ def _task_scoring(
         tasks,
         recipe.eval.modes,
         scorer=scorer,
-        tokenizer=read_tokenizer(dataset.tokenizer_path),
+        tokenizer=parse_tokenizer(dataset.tokenizer_path),
         bos_id=dataset.info.bos_id,
     )
 

@@ -106,7 +106,7 @@ def read_object(file: Path, expected: str) -> dict[str, Any]:
     return value
 
 
-def read_tokenizer(file: Path) -> Tokenizer:
+def parse_tokenizer(file: Path) -> Tokenizer:
     """Read a ``tokenizer.json`` that takes all text literally.
 
     Raises:
@@ -126,6 +126,15 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def check_name(path: Path) -> None:
+    """Raise UserError unless a name is text: safetensors takes no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        expected = "a name in UTF-8: the library for weights takes no other"
+        raise UserError(str(path), "has a name that is not UTF-8", expected, "rename it") from None
+
+
 @contextmanager
 def open_weights(file: Path) -> Iterator[Any]:
     """Open a file of safetensors for reading, tensors included.
@@ -135,6 +144,7 @@ def open_weights(file: Path) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_name(file)
     try:
         with safe_open(file, framework="pt") as weights:
             yield weights

@@ -20,7 +20,7 @@ from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
 from dualtrain.disk import user_path
 from dualtrain.engine import partitioned_build, whole_parameters
 from dualtrain.errors import UserError
-from dualtrain.file_kinds import read_text, read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer, read_text
 from dualtrain.model.arithmetic import ImportedSizes
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
@@ -191,7 +191,7 @@ def find_new_tokens(published: Path, dataset: Path, *, where: str, model: str) -
     texts = {read_text(file, "a tokenizer.json") for file in (published, dataset)}
     if len(texts) == 1:
         return ()
-    old, new = read_tokenizer(published), read_tokenizer(dataset)
+    old, new = parse_tokenizer(published), parse_tokenizer(dataset)
     old_ids, new_ids = (t.get_vocab(with_added_tokens=True) for t in (old, new))
     expected = "the model's, with special tokens added at its end"
     hint = (

@@ -28,7 +28,7 @@ from dualtrain.data.dataset import TokenDataset
 from dualtrain.engine import check_precision, choose_device, prepare_process
 from dualtrain.errors import UserError
 from dualtrain.events import Dispatcher, Event, State, Vocabulary
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.launch import ALONE
 from dualtrain.model import DualOutput, resolve_backend
 from dualtrain.model.norms import cast_weights
@@ -312,7 +312,7 @@ class _Rerun:
         return bad[0] if bad else None
 
     def _documents(self) -> tuple[tuple[int, str], ...]:
-        tokenizer = read_tokenizer(self.dataset.tokenizer_path)
+        tokenizer = parse_tokenizer(self.dataset.tokenizer_path)
         shown = []
         for number in dict.fromkeys(n for row in there(self.state.batch).documents for n in row):
             ids = self.dataset.read(number, 0, PREVIEW_TOKENS).tolist()

@@ -10,7 +10,7 @@ import torch
 from dualtrain import randomness
 from dualtrain.checkpoint import RECIPE
 from dualtrain.errors import UserError
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.generate import (
     Sampling,
     TextModel,
@@ -94,7 +94,7 @@ def sample_rows(run: Run) -> tuple[list[int], list[int]]:
         UserError: a malformed gap, or a text longer than the model's context.
     """
     wanted, info = run.recipe.sample, run.dataset.info
-    tokenizer = read_tokenizer(run.dataset.tokenizer_path)
+    tokenizer = parse_tokenizer(run.dataset.tokenizer_path)
     prompt, gaps = [], []
     if wanted.tokens:
         prompt = encode_prompt(wanted.prompt, tokenizer, bos_id=info.bos_id)
@@ -112,7 +112,7 @@ def sample_rows(run: Run) -> tuple[list[int], list[int]]:
 def make_samples(run: Run) -> list[Sample]:
     """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
     wanted, info = run.recipe.sample, run.dataset.info
-    tokenizer = read_tokenizer(run.dataset.tokenizer_path)
+    tokenizer = parse_tokenizer(run.dataset.tokenizer_path)
     model = TextModel(
         forward=run.engine,
         context=run.recipe.sequence_length,

@@ -25,7 +25,7 @@ from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.disk import user_path
 from dualtrain.errors import UserError
 from dualtrain.evaluate.mode import inference
-from dualtrain.file_kinds import read_object, read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer, read_object
 from dualtrain.model import DualOutput, resolve_backend
 from dualtrain.model.exported import exported_append_eos, exported_target
 from dualtrain.model.imported import ImportedLM
@@ -266,7 +266,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     Raises:
         UserError: It is not there, or another one than the dataset's.
     """
-    return read_tokenizer(tokenizer_file(source))
+    return parse_tokenizer(tokenizer_file(source))
 
 
 def tokenizer_file(source: Source) -> Path:

@@ -30,7 +30,7 @@ from task_support import SPEC, question
 from data_tools.sources import Document, Problem, open_sources
 from data_tools.tokenizer import Tokenizer
 from dualtrain.evaluate.tasks import load_tasks
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.generate.files import read_prompts
 from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
 from dualtrain.hostfile import read_hostfile
@@ -137,7 +137,7 @@ def test_corpora(folder, name, content, field, format, separator):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     Tokenizer.train([TEXT, "One more text, and another one."], 300).save("tokenizer.json")
-    return read_tokenizer(Path("tokenizer.json"))
+    return parse_tokenizer(Path("tokenizer.json"))
 
 
 @examples(15)

@@ -17,7 +17,7 @@ from dualtrain.errors import UserError
 from dualtrain.evaluate.in_training import TaskScoring, read_tasks
 from dualtrain.evaluate.request import MODES
 from dualtrain.evaluate.scoring import Scorer
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.model import DualConfig, DualLM
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import EvalSection
@@ -187,7 +187,7 @@ def test_a_signal_ends_a_task_between_two_batches(tiny_dataset, tasks_dir):
     vocab = DatasetInfo.load(tiny_dataset)
     scorer = Scorer(model, vocab=vocab, context=32, tokens_per_batch=64)
     tasks = read_tasks(EvalSection(tasks=["pairs", "choices"], tasks_dir=str(tasks_dir)))
-    tokenizer = read_tokenizer(tiny_dataset / "tokenizer.json")
+    tokenizer = parse_tokenizer(tiny_dataset / "tokenizer.json")
     scoring = TaskScoring(tasks, ["pll"], scorer=scorer, tokenizer=tokenizer, bos_id=vocab.bos_id)
     assert scoring.warnings == [
         "choices: of 10 items 1 whose prompt is longer than the context, and loses its beginning"

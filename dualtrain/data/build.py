@@ -6,6 +6,7 @@ would delay the ranks by seconds.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 

@@ -5,6 +5,7 @@ Of a dataset in an object store ``dataset.json`` is fetched if need be, and noth
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 
 
 def token_bytes(tokenizer_file: Path, special_ids: Iterable[int]) -> np.ndarray:
@@ -25,7 +25,7 @@ def token_bytes(tokenizer_file: Path, special_ids: Iterable[int]) -> np.ndarray:
     Returns:
         (vocabulary,) int64.
     """
-    tokenizer = read_tokenizer(tokenizer_file)
+    tokenizer = parse_tokenizer(tokenizer_file)
     size = 1 + max(tokenizer.get_vocab().values())  # there may be ids without a token
     if "ByteLevel" in _decoders(tokenizer):
         # One letter of the written token for each byte; added ones are written as they are.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtrain.export.tokenizer import put_space_only_first
-from dualtrain.file_kinds import read_tokenizer
+from dualtrain.file_kinds import parse_tokenizer
 
 _PARTS = {
     "model": "the model",
@@ -25,7 +25,7 @@ def tokenizer_differences(one: Path, other: Path) -> list[str]:
     Raises:
         UserError: One cannot be read.
     """
-    first, second = read_tokenizer(one), read_tokenizer(other)
+    first, second = parse_tokenizer(one), parse_tokenizer(other)
     ids, other_ids = first.get_vocab().items(), second.get_vocab().items()
     found = []
     if different := max(len(ids - other_ids), len(other_ids - ids)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_tools.place import absolute, beside, discard, publish
 from dualtrain.data.locks import locked
 from dualtrain.errors import UserError
+from dualtrain.file_kinds import check_name
 
 OPTION = "--to"
 _EXPECTED = "a new or empty directory"
@@ -32,6 +33,7 @@ def made_whole(directory: Path | str) -> Iterator[Path]:
     place, partial, made = Path(directory), None, []
     try:
         place = absolute(directory)
+        check_name(place)
         _check_free(place)
         partial = beside(place)
         made += [parent for parent in place.parents if not parent.exists()]

@@ -55,10 +55,6 @@ def test_failures_leave_nothing(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="bad.jsonl:61: is not JSON"):
         train_tokenizer(build(str(bad)), file, stdin=io.BytesIO())
-    with pytest.raises(UserError, match="cannot be written: File name too long"):
-        train_tokenizer(build(str(bad)), tmp_path / ("x" * 300), stdin=io.BytesIO())
-    with pytest.raises(UserError, match="~nobody.*is no path"):
-        train_tokenizer(build(str(bad)), "~nobody-of-this-name/t.json", stdin=io.BytesIO())
     with pytest.raises(UserError, match="has no text to learn from"):
         blank = write_jsonl(tmp_path / "blank.jsonl", [" ", ""])
         train_tokenizer(build(str(blank)), file, stdin=io.BytesIO())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_tools.probes import probe_texts
 from data_tools.tokenizer import Tokenizer
-from dualtrain.export.tokenizer import ROLES, write_tokenizer
+from dualtrain.export.tokenizer import ROLES, put_space_only_first, write_tokenizer
 from dualtrain.generate import parse_gaps
 
 TEXTS = ["The cat sat on the mat.", "A dog, two cats and 13 mice?", "they sit  there\n and sat"]
@@ -215,6 +216,16 @@ def test_roles_of_an_export_are_its_own_names(case):
     exported = AutoTokenizer.from_pretrained(directory)
     for key, role in ROLES.items():
         assert getattr(exported, f"{key}_id") == training.special_tokens[role]
+
+
+def test_the_division_of_text_is_changed_once(case):
+    _, _, training, directory = case
+    content = json.loads(training.json)
+    put_space_only_first(content)
+    exported = json.loads((directory / "tokenizer.json").read_text())
+    put_space_only_first(exported)
+    for part in ("normalizer", "pre_tokenizer"):
+        assert exported[part] == content[part]
 
 
 def test_a_tokenizer_in_the_directory_of_an_export_keeps_its_roles(case):

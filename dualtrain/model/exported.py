@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dualtrain.errors import UserError
 from dualtrain.model.config import DualConfig
+from dualtrain.model.imported_config import check_sizes
 
 Target = Literal["next", "in_place"]
 
@@ -41,6 +42,15 @@ _NAMES = {
     "pad_token_id": "pad_token_id",
     "mask_token_id": "mask_token_id",
 }
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 
 def exported_config(
@@ -119,13 +129,17 @@ def read_exported_config(values: Mapping[str, Any], *, where: str) -> DualConfig
         where: The file, for messages.
 
     Raises:
-        UserError: A value is missing.
+        UserError: A value is missing, or no model can have it.
     """
     # transformers 5 keeps the base here only.
     values = {**values, **(values.get("rope_parameters") or {})}
     missing = [name for name in _NAMES if name not in values]
     if missing:
         raise UserError(where, f"lacks {', '.join(missing)}", hint="export the model again")
+    check_sizes({name: values[name] for name in _SIZES}, where)
+    for name in ("rms_norm_eps", "rope_theta"):
+        if not isinstance(values[name], int | float) or values[name] <= 0:
+            raise UserError(where, f"{name}: {values[name]!r}", "a number above 0")
     own = {ours: values[name] for name, ours in _NAMES.items()}
     return DualConfig(**own, head=values[_HEAD])
 

@@ -110,12 +110,19 @@ def remove_dropout(config: PretrainedConfig) -> None:
         setattr(config, name, 0.0)
 
 
-def _check_sizes(config: PretrainedConfig, where: str) -> None:
-    """Refuse sizes of which no model can be made; transformers looks at few of them."""
-    for name in _SIZES:
-        size = getattr(config, name, None)
-        if not isinstance(size, int) or size < 1:
+def check_sizes(sizes: Mapping[str, object], where: str) -> None:
+    """Refuse sizes of which no model can be made; transformers looks at few of them.
+
+    Raises:
+        UserError: One is no integer above 0.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(where, f"{name}: {size!r}", "an integer above 0")
+
+
+def _check_sizes(config: PretrainedConfig, where: str) -> None:
+    check_sizes({name: getattr(config, name, None) for name in _SIZES}, where)
     width, heads = config.hidden_size, config.num_attention_heads
     if getattr(config, "head_dim", None) is None and width % heads:
         raise UserError(where, f"hidden_size {width} with {heads} heads", "a multiple of the heads")

@@ -176,6 +176,23 @@ def test_places_where_nothing_can_be_written(paper, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hidden_size", "x", "hidden_size: 'x' — expected an integer above 0"),
+        ("vocab_size", -1, "vocab_size: -1 — expected an integer above 0"),
+        ("num_hidden_layers", 1.5, "num_hidden_layers: 1.5 — expected an integer"),
+        ("num_attention_heads", 5, "5 heads do not divide width"),
+        ("rms_norm_eps", None, "rms_norm_eps: None — expected a number above 0"),
+    ],
+)
+def test_edited_configurations_are_refused(paper, tmp_path, name, value, message):
+    content = json.loads((paper.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {name: value}))
+    with pytest.raises(UserError, match=message):
+        open_trained(tmp_path, device="cpu")
+
+
 def test_an_empty_directory_and_what_a_killed_export_left(paper, tmp_path):
     place = tmp_path / "export"
     place.mkdir()

@@ -37,6 +37,9 @@ ranks that failed for the same reason to say so.
 
 LOG_TAIL_LINES = 40
 
+LOOPBACK_S = 5.0
+"""Longest wait for a connection within this machine."""
+
 _MAIN = """
 import sys
 if sys.path[:1] == [""]:
@@ -152,10 +155,17 @@ def show_cursor() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on now."""
+    """Return a TCP port that nobody listens on now.
+
+    Raises:
+        UserError: Processes of this machine cannot reach each other.
+    """
     with socket.socket() as listener:
         try:
             listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            # Where the interface is down, this alone fails, and ranks would try for minutes.
+            socket.create_connection(listener.getsockname(), timeout=LOOPBACK_S).close()
         except OSError as error:
             raise _no_loopback(error) from None
         return listener.getsockname()[1]

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import dualtrain.cli as cli
 from dualtrain.data import locks
 from dualtrain.disk import file_problem, user_path
 from dualtrain.errors import UserError
-from dualtrain.launch import current_world, own_command
+from dualtrain.launch import current_world, free_port, own_command
 from dualtrain.recipe.load import load_recipe
 from dualtrain.run_directory import lock_run_directory, own_places, prepare_run_directory
 
@@ -117,6 +118,17 @@ def test_a_current_directory_that_is_gone_is_said(tmp_path):
     )
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: current directory: cannot be found")
+
+
+def test_a_machine_without_loopback_is_named_at_once(monkeypatch):
+    """As where a container was given no network: an address can be had, and reaches nobody."""
+
+    def refuse(address: object, timeout: float) -> None:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(UserError, match="127.0.0.1.* cannot be used: Network is unreachable"):
+        free_port()
 
 
 RANKS = {

@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dualtrain.disk import file_problem, user_path
-from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
+from dualtrain.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from dualtrain.launch import keep_current_directory_out, spare_shared_cores
 from dualtrain.peers import ROLL_CALL_S, LostPeer
 from dualtrain.terminal import forget_output, prepare_streams
@@ -275,24 +275,6 @@ def compare(
     if metric or where or to:
         raise UserError("--metric, --where, --to", "are for a single sweep", "one SWEEP_DIR")
     compare_runs(Options(runs=runs, sequences=sequences, out=out, seed=seed or 0, device=device))
-
-
-@app.command()
-def replay(
-    path: Annotated[
-        Path, typer.Argument(help="RUN_DIR/non-finite/step-N, or RUN_DIR for its newest report.")
-    ],
-    slot: Annotated[
-        int | None,
-        typer.Option(help="Slot of that step; default: the first that was not finite."),
-    ] = None,
-) -> None:
-    """Repeat a slot whose loss was not finite; exit code 1 when its loss comes out another."""
-    from dualtrain.replay import replay as run_again
-
-    found = run_again(path, slot=slot)
-    typer.echo("\n".join(found.lines()))
-    raise typer.Exit(EXIT_DONE if found.is_same else EXIT_FAILED)
 
 
 @app.command()

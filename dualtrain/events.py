@@ -1,6 +1,6 @@
 """The twelve moments of training, and who acts at them.
 
-Algorithms change the :class:`State`, callbacks observe it; ``train`` announces each moment to the
+Algorithms change the :class:`State`, or observe it; ``train`` announces each moment to the
 :class:`Dispatcher`, which asks them in turn. To change the training, write an :class:`Algorithm`
 and name it in the recipe: ``algorithms: [{use: my_module:MyAlgorithm}]``. :class:`Event` shows
 where it may hook in; ``algorithms/input_masking.py`` is a complete one to start from.
@@ -9,12 +9,10 @@ where it may hook in; ``algorithms/input_masking.py`` is a complete one to start
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from dualtrain.errors import UserError
 
@@ -39,7 +37,7 @@ class Event(Enum):
         engine = deepspeed.initialize(model, ...); restore the checkpoint
         # FIT_START           engine and optimizer exist, the state is that of the checkpoint
         while step < steps:
-            # STEP_START      set learning_rate, alpha
+            # STEP_START      learning_rate and alpha are those of the step: change the rate
             for slot, batch in the slots of this rank:
                 # BATCH_START     batch holds clean sequences: make the example
                 # BEFORE_FORWARD  change the example: input_ids, targets, weights, attention
@@ -100,9 +98,9 @@ class Vocabulary:
 class State:
     """The training at one moment, on one rank.
 
-    Algorithms change ``model`` at INIT; ``learning_rate`` and ``alpha`` at STEP_START; ``example``
-    from BATCH_START to BEFORE_FORWARD; ``output`` at AFTER_FORWARD; ``loss`` at AFTER_LOSS. The
-    rest is for reading.
+    Algorithms change ``model`` at INIT; ``learning_rate`` at STEP_START; ``example`` from
+    BATCH_START to BEFORE_FORWARD; ``output`` at AFTER_FORWARD; ``loss`` at AFTER_LOSS. The rest is
+    for reading.
 
     Attributes:
         recipe: The resolved recipe.
@@ -159,10 +157,10 @@ class Logger(Protocol):
 class Algorithm(ABC):
     """Something that changes the training.
 
-    Derive from it, or just provide its four methods. An algorithm that keeps nothing between steps
-    returns ``{}`` from ``state_dict``; whatever else it keeps must be there, as a resumed run
-    continues from it. Randomness belongs to ``randomness.generator`` with keys such as the sequence
-    ids: then there is nothing to keep, and no two ranks share it.
+    Derive from it, or just provide its four methods. One that keeps something between steps returns
+    it from ``state_dict``, as a resumed run continues from that. Randomness belongs to
+    ``randomness.generator`` with keys such as the sequence ids: then there is nothing to keep, and
+    no two ranks share it.
     """
 
     @abstractmethod
@@ -173,93 +171,32 @@ class Algorithm(ABC):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Change the state."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, object]:
         """Return what a resumed run needs, for ``torch.save``."""
+        return {}
 
-    @abstractmethod
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Continue from what ``state_dict`` returned."""
+        if state_dict:
+            raise ValueError(
+                f"{type(self).__name__} keeps {', '.join(state_dict)}, but loads nothing"
+            )
 
 
-class Callback(ABC):
-    """Something that watches the training.
-
-    It has ``match`` like an algorithm, so that the twelve events remain the only names to learn (a
-    method for each would repeat them), but ``observe`` instead of ``apply``: a view of the state
-    that refuses assignments, and nothing to save.
-    """
-
-    @abstractmethod
-    def match(self, event: Event, state: State) -> bool:
-        """Return whether ``observe`` is to be called at this moment."""
-
-    @abstractmethod
-    def observe(self, event: Event, state: State) -> None:
-        """Look at the state, after all algorithms."""
+_FORMER = ("AlphaSchedule", "LearningRate")
+"""Algorithms without state that checkpoints of earlier versions name; the loop does their work."""
 
 
 class AlgorithmError(Exception):
-    """An algorithm or a callback raised an error; names it, the event and the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """That an algorithm, or a callback, was run.
-
-    Attributes:
-        step: State's step.
-        slot: The slot's position in the step, at events of a slot.
-        event: When.
-        name: Who, as in the dispatcher's ``names``.
-    """
-
-    step: int
-    slot: int | None
-    event: Event
-    name: str
-
-    def __str__(self) -> str:
-        slot = "" if self.slot is None else f" slot {self.slot}"
-        return f"step {self.step}{slot}: {self.event.name} {self.name}"
-
-
-SLOT_EVENTS = frozenset(
-    {
-        Event.BATCH_START,
-        Event.BEFORE_FORWARD,
-        Event.AFTER_FORWARD,
-        Event.AFTER_LOSS,
-        Event.AFTER_BACKWARD,
-    }
-)
+    """An algorithm raised an error; names it, the event and the step."""
 
 
 class Dispatcher:
-    """Call algorithms, then callbacks, at each event.
+    """Call algorithms at each event, in the recipe's order, which is reversed at AFTER_ events."""
 
-    Algorithms run in their order, which is the recipe's, reversed at AFTER_ events; callbacks
-    always in theirs.
-
-    Args:
-        algorithms: In order.
-        callbacks: In order.
-        logger: Given to algorithms.
-        traces: Calls remembered for :meth:`traces`; older ones are forgotten.
-    """
-
-    def __init__(
-        self,
-        algorithms: Sequence[Algorithm],
-        callbacks: Sequence[Callback] = (),
-        *,
-        logger: Logger,
-        traces: int = 256,
-    ) -> None:
+    def __init__(self, algorithms: Sequence[Algorithm], *, logger: Logger) -> None:
         self._algorithms = dict(zip(_unique_names(algorithms), algorithms, strict=True))
-        self._callbacks = dict(zip(_unique_names(callbacks), callbacks, strict=True))
         self._logger = logger
-        self._traces: deque[Trace] = deque(maxlen=traces)
 
     @property
     def algorithms(self) -> tuple[Algorithm, ...]:
@@ -267,29 +204,24 @@ class Dispatcher:
         return tuple(self._algorithms.values())
 
     def dispatch(self, event: Event, state: State) -> None:
-        """Announce an event to everybody.
+        """Announce an event to every algorithm.
 
         Raises:
-            UserError: As raised by an algorithm or a callback.
-            AlgorithmError: For any other error of theirs, which is its cause.
+            UserError: As raised by an algorithm.
+            AlgorithmError: For any other error of an algorithm, which is its cause.
         """
         algorithms = list(self._algorithms.items())
         for name, algorithm in reversed(algorithms) if event.is_after else algorithms:
-            with _blaming(name, event, state):
+            try:
                 if algorithm.match(event, state):
-                    self._remember(name, event, state)
                     algorithm.apply(event, state, self._logger)
-        # State is the type that callbacks are written for; the view only refuses assignments.
-        view = cast("State", _View(state))
-        for name, callback in self._callbacks.items():
-            with _blaming(name, event, state):
-                if callback.match(event, view):
-                    self._remember(name, event, state)
-                    callback.observe(event, view)
-
-    def traces(self) -> tuple[Trace, ...]:
-        """The last calls, oldest first; print them one a line."""
-        return tuple(self._traces)
+            except UserError:
+                raise
+            except Exception as error:
+                raise AlgorithmError(
+                    f"{name} failed at {event.name} of step {state.step}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def state_dict(self) -> dict[str, dict[str, object]]:
         """What every algorithm needs to be resumed, by its name."""
@@ -301,48 +233,17 @@ class Dispatcher:
         Raises:
             UserError: The algorithms of the recipe are not those of the checkpoint.
         """
-        if list(states) != list(self._algorithms):
+        saved = [name for name in states if name not in _FORMER]
+        if saved != list(self._algorithms):
             raise UserError(
                 "algorithms",
                 f"{', '.join(self._algorithms)}, but the checkpoint was made with "
-                f"{', '.join(states) or 'none'}",
+                f"{', '.join(saved) or 'none'}",
                 "the same algorithms in the same order",
                 "restore the recipe's list, or start anew from checkpoint.resume=weights:PATH",
             )
         for name, algorithm in self._algorithms.items():
             algorithm.load_state_dict(states[name])
-
-    def _remember(self, name: str, event: Event, state: State) -> None:
-        slot = state.slot.index if event in SLOT_EVENTS and state.slot is not None else None
-        self._traces.append(Trace(state.step, slot, event, name))
-
-
-@contextmanager
-def _blaming(name: str, event: Event, state: State) -> Iterator[None]:
-    """Name the algorithm and the event in whatever goes wrong inside."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise AlgorithmError(
-            f"{name} failed at {event.name} of step {state.step}: {type(error).__name__}: {error}"
-        ) from error
-
-
-class _View:
-    """A state that cannot be assigned to."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self, state: State) -> None:
-        object.__setattr__(self, "_state", state)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._state, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a callback must not change the state ({name}); write an Algorithm")
 
 
 def _unique_names(members: Sequence[object]) -> list[str]:

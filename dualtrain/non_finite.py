@@ -2,34 +2,25 @@
 
 ``train`` gives every slot's loss to a :class:`LossWatch`. Before the update of a step the ranks
 vote on whether one was NaN or infinite (``signals.StepVote``); then the step is either left out
-(:func:`discard_step`) or ends the run with a report (:func:`write_report`), from which ``replay``
-repeats any slot of the step::
-
-    RUN_DIR/non-finite/step-00000123/
-      report.json           the step's slots, their losses, the documents of the bad ones
-      weights.safetensors   fp32 master weights that the step began with
-      recipe.yaml           the resolved recipe
-      rank-00000.pt …       per rank: algorithms and random states that the step began with
+(:func:`discard_step`) or ends the run with a report (:func:`write_report`) of the step's slots,
+their losses, and the documents of the bad ones. Nothing else need be kept: a run is a pure function
+of its step, so the same command meets the step again, bit for bit, from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dualtrain import checkpoint
+from dualtrain.disk import write_json
+from dualtrain.errors import UserError
 from dualtrain.mixing import Slot
 
 if TYPE_CHECKING:
@@ -39,11 +30,7 @@ if TYPE_CHECKING:
     from dualtrain.run import Run
 
 DIRECTORY = "non-finite"
-REPORT = "report.json"
-FORMAT = 2
-
-COPIED_BYTES = 1 << 22
-"""Of algorithms' states, at most, that are copied in every step."""
+FORMAT = 3
 
 Cause = Literal["loss", "gradient"]
 
@@ -86,28 +73,17 @@ class LossWatch:
 
     def __init__(self, slots: int, device: torch.device, *, skipped: int = 0) -> None:
         self.skipped = skipped
-        # float64 holds every float32 exactly, so that a replay can be compared to the bit.
+        # float64 holds every float32 exactly, so that the same step can be compared to the bit.
         self._losses = torch.zeros(slots, dtype=torch.float64, device=device)
         self._host, self._arrived = self._losses, None
         if device.type == "cuda":
             self._host = torch.zeros(slots, dtype=torch.float64, pin_memory=True)
             self._arrived = torch.cuda.Event(blocking=True)
-        self._begun: dict[str, object] = {}
-        self.keeps_states = True
         self._slots: list[tuple[Slot, Batch]] = []
 
-    def start_step(self, algorithms: Mapping[str, object]) -> None:
-        """Forget the last step; keep what a replay of this one would begin with.
-
-        Args:
-            algorithms: Their states, by name.
-        """
+    def start_step(self) -> None:
+        """Forget the last step."""
         self._slots.clear()
-        # Copied in every step, so not where that costs: averaged weights, say, would take as much
-        # time and memory again as the update. A replay then has what the step has made of them.
-        self.keeps_states = _bytes_of(algorithms) <= COPIED_BYTES
-        kept = _copied(algorithms) if self.keeps_states else algorithms
-        self._begun = {"algorithms": kept, "random": checkpoint.get_random_state()}
 
     def add(self, slot: Slot, batch: Batch, loss: Tensor) -> None:
         """Note a slot's loss before its backward pass. Never waits for the device.
@@ -133,13 +109,6 @@ class LossWatch:
             SlotLoss(slot, batch.documents, loss)
             for (slot, batch), loss in zip(self._slots, self._host.tolist(), strict=True)
         ]
-
-    def beginning(self) -> dict[str, object]:
-        """Algorithms and random states that the step began with, for ``torch.save``.
-
-        Unless ``keeps_states``, those of the algorithms are as the step has left them.
-        """
-        return self._begun
 
 
 def skipped_by_deepspeed(engine: DeepSpeedEngine) -> bool:
@@ -217,7 +186,7 @@ def describe(ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
 
 
 def write_report(run: Run, ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
-    """Write down the step that is not finite, with what its replay needs. Every rank calls this.
+    """Write down the step that is not finite.
 
     Args:
         ranks: The slots of each rank.
@@ -226,55 +195,14 @@ def write_report(run: Run, ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
     Returns:
         A sentence for the user: where the report is, or why it could not be written.
     """
-    path = run.run_dir / DIRECTORY / f"step-{run.state.step:08d}"
-    partial = path.with_name(path.name + ".partial")
-    problem = None
+    path = run.run_dir / DIRECTORY / f"step-{run.state.step:08d}.json"
     if run.world.rank == 0:
-        problem = _attempt(lambda: _make_anew(partial))
-    if not any(run.vote.gather(problem)):
-        facts = _facts(run, ranks, cause)
-        # Outside of the attempt: it is the ranks' common work, in which none may go on alone.
-        weights = checkpoint.gather_weights(run.engine, keep=run.world.rank == 0)
-        problem = _attempt(lambda: _write_parts(run, partial, weights, facts))
-    problems = [problem for problem in run.vote.gather(problem) if problem]
-    if not problems and run.world.rank == 0:
-        problems = [_attempt(lambda: _publish(partial, path)) or ""]
-    if any(problems):
-        return f"The report could not be written: {problems[0]}"
-    return f"Look at it again: dualtrain replay {path}"
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """The reason why files could not be written; the run is at its end and has to say so."""
-    from safetensors import SafetensorError
-
-    try:
-        action()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save raises RuntimeError for a full disk.
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _make_anew(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Give a whole report its name, in place of an older one of the same step."""
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-
-
-def _write_parts(
-    run: Run, directory: Path, weights: Mapping[str, Tensor], facts: Mapping[str, object]
-) -> None:
-    torch.save(run.losses.beginning(), directory / f"rank-{run.world.rank:05d}.pt")
-    if run.world.rank == 0:
-        checkpoint.save_weights(weights, directory / checkpoint.WEIGHTS)
-        (directory / checkpoint.RECIPE).write_text(run.text)
-        (directory / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, _facts(run, ranks, cause))
+        except (OSError, UserError) as error:
+            return f"The report could not be written: {error}"
+    return f"The step's slots, losses and documents are in {path}"
 
 
 def _facts(run: Run, ranks: list[list[SlotLoss]], cause: Cause) -> dict[str, object]:
@@ -293,7 +221,6 @@ def _facts(run: Run, ranks: list[list[SlotLoss]], cause: Cause) -> dict[str, obj
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dataset": run.fingerprint,
-        "states_at": "beginning of the step" if run.losses.keeps_states else "end of the step",
         "checkpoint": None if run.last_saved is None else str(run.last_saved),
         "slots": sorted(slots, key=lambda slot: slot["slot"]),
     }
@@ -313,23 +240,3 @@ def _slot_facts(found: SlotLoss, rank: int) -> dict[str, Any]:
     if not found.is_finite:
         facts["documents"] = found.documents
     return facts
-
-
-def _bytes_of(value: object) -> int:
-    """Bytes of the tensors and arrays in an algorithm's state."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(_bytes_of, value.values()))
-    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def _copied(value: object) -> object:
-    """A copy of an algorithm's state that later steps do not change; tensors stay on the device."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return copy.deepcopy(value)

@@ -36,6 +36,7 @@ from dualtrain.non_finite import (
 from dualtrain.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
 from dualtrain.run import Run
+from dualtrain.schedules import learning_rate_factor
 from dualtrain.signals import Verdict, watch_signals
 from dualtrain.summary import report_groups, run_facts, sample_rows, summarise
 
@@ -107,8 +108,9 @@ def train_step(run: Run) -> Verdict:
         NonFiniteLoss: before the update, when a loss is not finite on any rank.
     """
     state = run.state
-    run.losses.start_step(run.dispatcher.state_dict())
+    run.losses.start_step()
     run.meter.mark()
+    begin_step(state)
     run.dispatch(Event.STEP_START)
     set_learning_rate(run.engine, state.learning_rate)
     for slots_left in reversed(range(run.slots_per_rank)):
@@ -131,6 +133,14 @@ def train_step(run: Run) -> Verdict:
     run.dispatch(Event.STEP_END)
     state.step += 1
     return verdict
+
+
+def begin_step(state: State) -> None:
+    """Give the state the alpha and the learning rate of its step."""
+    # The mixture decides: data is prepared ahead, so which slots a step has must be known before.
+    state.alpha = float(state.mixture.alpha_at(state.step))
+    optim = state.recipe.optim
+    state.learning_rate = optim.lr * learning_rate_factor(optim.schedule, state.step, state.steps)
 
 
 def train_slot(run: Run) -> None:
@@ -166,7 +176,7 @@ def slot_loss(
     backend: str,
     dtype: torch.dtype,
 ) -> None:
-    """From the clean sequences of the state's slot to its loss; ``replay`` goes the same way.
+    """From the clean sequences of the state's slot to its loss.
 
     Args:
         state: With slot and batch; is given example, output and loss.
@@ -222,8 +232,10 @@ def leave_out(run: Run, cause: Cause) -> None:
     what = f"in update {run.state.step + 1}, {describe(ranks, cause=cause)}"
     if losses.skipped >= allowed:
         report = write_report(run, ranks, cause=cause)
-        way_on = f"continue without this step: engine.skip_non_finite={allowed + 1}"
-        raise NonFiniteLoss(f"{what}. {report} — or {way_on}")
+        raise NonFiniteLoss(
+            f"{what}. {report}. The same command meets it again, bit for bit, from the newest "
+            f"checkpoint; engine.skip_non_finite={allowed + 1} goes on without this step's update"
+        )
     losses.skipped += 1
     run.meter.rewind()
     message = f"{what}; no update from it (engine.skip_non_finite: {losses.skipped} of {allowed})"

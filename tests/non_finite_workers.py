@@ -22,12 +22,6 @@ class _AtSlot(Algorithm):
             return False
         return state.slot is not None and state.slot.index == self.slot
 
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        return None
-
 
 class SpoilLoss(_AtSlot):
     """Make a loss NaN after the model, and log a NaN beside it."""

@@ -1,8 +1,7 @@
-"""The algorithms of a run: three that always run, then the recipe's own, in its order.
+"""The algorithms of a run: the one that always runs, then the recipe's own, in its order.
 
-``alpha_schedule``, ``learning_rate``  set the step's alpha and learning rate
-``dual_objective``                     THE hook: gives each micro-batch its objective
-``input_masking``                      an extra one, and the model to write your own after
+``dual_objective``  THE hook: gives each micro-batch its objective
+``input_masking``   an extra one, and the model to write your own after
 
 An extra algorithm is named in the recipe by its name in :data:`REGISTRY`, or as ``module:Class``.
 """
@@ -18,10 +17,8 @@ import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dualtrain.algorithms.alpha_schedule import AlphaSchedule
 from dualtrain.algorithms.dual_objective import DualObjective
 from dualtrain.algorithms.input_masking import InputMasking
-from dualtrain.algorithms.learning_rate import LearningRate
 from dualtrain.errors import UserError, UserErrors
 from dualtrain.events import Algorithm
 
@@ -30,10 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REGISTRY",
-    "AlphaSchedule",
     "DualObjective",
     "InputMasking",
-    "LearningRate",
     "build_algorithms",
     "build_extra",
 ]
@@ -46,7 +41,7 @@ ALWAYS = {
     "learning_rate": "optim.schedule",
     "dual_objective": "objective",
 }
-"""Algorithms of every run, and the part of the recipe that sets them."""
+"""What every run does by itself, and the part of the recipe that sets it."""
 
 METHODS = ("match", "apply", "state_dict", "load_state_dict")
 
@@ -66,12 +61,7 @@ def build_algorithms(recipe: Recipe) -> list[Algorithm]:
             errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else UserErrors(errors)
-    return [
-        AlphaSchedule(),
-        LearningRate(peak=recipe.optim.lr, schedule=recipe.optim.schedule),
-        DualObjective(seed=recipe.seed, objective=recipe.objective),
-        *extra,
-    ]
+    return [DualObjective(seed=recipe.seed, objective=recipe.objective), *extra]
 
 
 def build_extra(entry: AlgorithmEntry, *, where: str) -> Algorithm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dualtrain import objectives
@@ -55,13 +54,6 @@ class DualObjective(Algorithm):
             )
         else:
             state.example = self._diffusion(batch, state)
-
-    def state_dict(self) -> dict[str, object]:
-        # Masks are keyed by sequence, rates by step: there is no generator to keep.
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        return None
 
     def _diffusion(self, batch: Batch, state: State) -> objectives.Example:
         corruption, vocabulary = self.objective.corruption, state.vocabulary

@@ -8,7 +8,7 @@ Also the example to start your own algorithm from. It shows all there is to one:
 - randomness comes from ``randomness.generator``, keyed by a purpose of its own and by the sequence:
   the same on any number of ranks and after a resume, with nothing to keep;
 - ``logger.log`` adds a number to the record of the step;
-- ``state_dict`` returns all that it remembers between steps, which is nothing.
+- it remembers nothing between steps; what one does remember, ``state_dict`` returns.
 
 Put yours into a module that Python finds, such as a file beside the recipe, and name it there::
 
@@ -19,7 +19,6 @@ Put yours into a module that Python finds, such as a file beside the recipe, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -75,9 +74,3 @@ class InputMasking(Algorithm):
         inputs = example.input_ids.masked_fill(masked, state.vocabulary.mask_id)
         state.example = replace(example, input_ids=inputs)
         logger.log("input_masking/rate", masked.float().mean())
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        return None

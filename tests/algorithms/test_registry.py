@@ -18,8 +18,6 @@ class Good(Algorithm):
         self.strength, self.warm = strength, warm
     def match(self, event, state): return False
     def apply(self, event, state, logger): pass
-    def state_dict(self): return {}
-    def load_state_dict(self, state_dict): pass
 
 class Duck:
     """Not derived from Algorithm, but all there, without arguments."""
@@ -31,7 +29,8 @@ class Duck:
 class Open(Duck):
     def __init__(self, **options): self.options = options
 
-class Forgetful(Algorithm):
+class Forgetful:
+    """Derived from nothing, it has to say what it keeps."""
     def match(self, event, state): return False
     def apply(self, event, state, logger): pass
 
@@ -74,26 +73,20 @@ def names(algorithms):
 
 def test_built_in_ones_come_first_then_the_recipes_in_its_order(module):
     built = build_algorithms(recipe("my_algorithms:Duck", ("input_masking", {"share": 0.5})))
-    assert names(built) == [
-        "AlphaSchedule",
-        "LearningRate",
-        "DualObjective",
-        "Duck",
-        "InputMasking",
-    ]
-    assert built[4].share == 0.5
+    assert names(built) == ["DualObjective", "Duck", "InputMasking"]
+    assert built[2].share == 0.5
 
 
 def test_arguments_reach_the_users_class(module):
-    good = build_algorithms(recipe(("my_algorithms:Good", {"strength": 2.0, "warm": True})))[3]
+    good = build_algorithms(recipe(("my_algorithms:Good", {"strength": 2.0, "warm": True})))[1]
     assert (good.strength, good.warm) == (2.0, True)
-    free = build_algorithms(recipe(("my_algorithms:Open", {"anything": "goes"})))[3]
+    free = build_algorithms(recipe(("my_algorithms:Open", {"anything": "goes"})))[1]
     assert free.options == {"anything": "goes"}
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_registered_name_builds_with_its_defaults(name):
-    assert names(build_algorithms(recipe(name)))[3:] == [REGISTRY[name].__name__]
+    assert names(build_algorithms(recipe(name)))[1:] == [REGISTRY[name].__name__]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def _zero_settings(given: Plain, stage: int) -> dict[str, object]:
     settings: dict[str, object] = {}
     for key, rule in RULES.items():
         parent, _, name = key.rpartition(".")
-        if parent != "zero_optimization" or rule.owner == "refused" or rule.kind == "section":
+        if parent != "zero_optimization" or rule.kind == "section":
             continue
         value = given.get(name, rule.value)
         if value is not None:
@@ -218,7 +218,7 @@ def _zero_settings(given: Plain, stage: int) -> dict[str, object]:
 
 
 def _check(node: Located, prefix: str) -> Iterator[UserError]:
-    """Unknown, refused and fixed keys, and kinds of values, in a section of a ds_config."""
+    """Unknown and fixed keys, and kinds of values, in a section of a ds_config."""
     assert isinstance(node.value, dict)
     for name, child in node.value.items():
         key = f"{prefix}{name}"
@@ -228,11 +228,8 @@ def _check(node: Located, prefix: str) -> Iterator[UserError]:
             siblings = [
                 k.removeprefix(prefix) for k in RULES if k.rpartition(".")[0] == prefix[:-1]
             ]
-            expected = "a key of DeepSpeed's that dualtrain knows"
+            expected = "a key that dualtrain leaves to the ds_config"
             yield UserError(where, "unknown key", expected, nearest(name, siblings))
-        elif rule.owner == "refused":
-            hint = "remove it"
-            yield UserError(where, f"is not supported: {rule.why}", hint=hint)
         elif rule.owner == "fixed" and not _agrees(child.plain(), rule.value):
             what = f"{shown(child.plain())} is not supported: {rule.why}"
             yield UserError(where, what, shown(rule.value), "remove it")

@@ -2,7 +2,7 @@
 
 ``definition``, ``directory``  the points of a sweep, and what became of each on disk
 ``runner``, ``view``           running them, and what the terminal shows
-``estimate``, ``timing``       how long they will take
+``estimate``                   how long they will take
 ``results``                    settings, metrics and evaluations of any runs
 ``surface``, ``advice``        the Gaussian process over (repetitions, alpha); the best alpha
 ``intervals``                  differences between runs over seeds and over documents

@@ -162,7 +162,7 @@ def print_plan(sweep: Sweep, points: Sequence[Point], *, parallel: int, retry_fa
     """Show the points with their tokens and how long they will take."""
     columns = ("unique tokens", "tokens", "AR passes", "about", "state")
     table = new_table("#", *sweep.keys, *columns)
-    estimate = estimate_seconds(sweep, points, parallel=parallel)
+    estimate = estimate_seconds(sweep)
     total = waiting = 0
     left: float | None = 0.0
     for point in points:

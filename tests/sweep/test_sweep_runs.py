@@ -91,7 +91,7 @@ def test_a_point_that_another_process_has_is_left_to_it(swept, tmp_path):
 def test_the_dry_run_lists_points_tokens_and_time(swept, tmp_path, capsys):
     file, directory, _ = swept
     for place, state, basis in (
-        (tmp_path / "new", "0:1", "timed here"),
+        (tmp_path / "new", "4 points", "when the first point has ended"),
         (directory, "finished", "by the points that have ended"),
     ):
         assert run_sweep(Asked(file=str(file), directory=place, dry_run=True)) == 0

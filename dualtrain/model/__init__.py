@@ -1,4 +1,4 @@
-"""The model: configuration, transformer, attention plans, fused loss, Llama export.
+"""The model: configuration, transformer, attention plans, fused loss.
 
 Names are loaded when they are first used, so that counting parameters costs no import of torch.
 """
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from dualtrain.model.cache import KeyValueCache
     from dualtrain.model.config import DualConfig
     from dualtrain.model.imported import ImportedLM
-    from dualtrain.model.llama import from_llama, from_llama_config, to_llama, to_llama_config
     from dualtrain.model.loss import OutputLayer, select_positions
     from dualtrain.model.output import DualOutput
     from dualtrain.model.transformer import DualLM, muon_parameter_names
@@ -42,7 +41,6 @@ _HOMES = {
     "cache": ("KeyValueCache",),
     "config": ("DualConfig",),
     "imported": ("ImportedLM",),
-    "llama": ("from_llama", "from_llama_config", "to_llama", "to_llama_config"),
     "loss": ("OutputLayer", "select_positions"),
     "output": ("DualOutput",),
     "transformer": ("DualLM", "muon_parameter_names"),
@@ -62,15 +60,11 @@ __all__ = [
     "ParameterCount",
     "count_parameters",
     "flops_per_token",
-    "from_llama",
-    "from_llama_config",
     "muon_parameter_names",
     "plan_attention",
     "resolve_backend",
     "select_positions",
     "to_device",
-    "to_llama",
-    "to_llama_config",
 ]
 
 

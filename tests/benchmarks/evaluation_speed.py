@@ -106,10 +106,11 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def make_model(folder: Path, shape: str, texts: list[str], context: int) -> None:
     """Write a model with random weights as ours and as a Llama, with one tokenizer."""
+    from model_support import to_llama
+
     from data_tools.tokenizer import Tokenizer
     from dualtrain.export.tokenizer import write_tokenizer
     from dualtrain.model import DualConfig, DualLM
-    from dualtrain.model.llama import to_llama
 
     tokenizer = Tokenizer.train(texts, VOCABULARY)
     model = DualLM(DualConfig(**SHAPES[shape], head="linear", sequence_length=context), seed=0)

@@ -21,11 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from model_support import to_llama
 
 from dualtrain import randomness
 from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt, fill_masks
 from dualtrain.model import DualConfig, DualLM, plan_attention
-from dualtrain.model.llama import to_llama
 from dualtrain.trained import open_trained
 
 GREEDY = Sampling(temperature=0)

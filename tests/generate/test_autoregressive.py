@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from generate_support import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
+from model_support import to_llama
 
 from dualtrain.errors import UserError
 from dualtrain.generate import Sampling, continue_prompts
-from dualtrain.model.llama import to_llama
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 7, 12], [1], [1, 20, 21, 22, 9, 8, 7, 6], [1, 7, 12], [1, 29]]

@@ -15,12 +15,26 @@ TOP = {key for key in RULES if "." not in key}
 
 # What DeepSpeed 0.19.8 reads and a ds_config may not have: data, metrics, checkpoints and other
 # things that dualtrain does itself, old names, and what has not been tried with Muon.
-LEFT_OUT = set(
-    ["aio", "amp", "autotuning", "bfloat16", "checkpoint", "comet", "comms_logger", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "dataloader_drop_last", "datastates_ckpt", "eigenvalue", "elasticity", "expert_parallel", "flops_profiler", "graph_harvesting", "hybrid_engine", "log_level", "nebula", "pipeline", "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "tensorboard", "timers", "use_data_before_expert_parallelism", "vocabulary_size", "wandb", "weight_quantization"]
-)
-LEFT_OUT_OF_ZERO = set(
-    ["allgather_sequential", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "gather_16bit_weights_on_model_save", "leaf_module", "max_live_parameters", "max_reuse_distance", "mics_hierarchical_params_gather", "mics_shard_size", "model_persistence_threshold", "module_granularity_threshold", "offload_optimizer.buffer_count", "offload_optimizer.cpuadam_cores_perc", "offload_optimizer.fast_init", "offload_optimizer.nvme_path", "offload_optimizer.pipeline_read", "offload_optimizer.pipeline_write", "offload_optimizer.ratio", "offload_optimizer.super_offload", "offload_param.buffer_count", "offload_param.buffer_size", "offload_param.max_in_cpu", "offload_param.nvme_path", "param_persistence_threshold", "prefetch_bucket_size", "stage3_gather_fp16_weights_on_model_save", "use_all_reduce_for_fetch_params", "zenflow", "zeropp_loco_param"]
-)
+_LEFT_OUT = """
+aio amp autotuning bfloat16 checkpoint comet comms_logger compression_training csv_monitor
+curriculum_learning data_efficiency dataloader_drop_last datastates_ckpt eigenvalue elasticity
+expert_parallel flops_profiler graph_harvesting hybrid_engine log_level nebula pipeline
+progressive_layer_drop quantize_training seq_parallel_communication_data_type
+sequence_parallel_size sparse_attention sparse_gradients tensor_parallel tensorboard timers
+use_data_before_expert_parallelism vocabulary_size wandb weight_quantization
+"""
+_LEFT_OUT_OF_ZERO = """
+allgather_sequential cpu_offload cpu_offload_param cpu_offload_use_pin_memory
+gather_16bit_weights_on_model_save leaf_module max_live_parameters max_reuse_distance
+mics_hierarchical_params_gather mics_shard_size model_persistence_threshold
+module_granularity_threshold offload_optimizer.buffer_count offload_optimizer.cpuadam_cores_perc
+offload_optimizer.fast_init offload_optimizer.nvme_path offload_optimizer.pipeline_read
+offload_optimizer.pipeline_write offload_optimizer.ratio offload_optimizer.super_offload
+offload_param.buffer_count offload_param.buffer_size offload_param.max_in_cpu
+offload_param.nvme_path param_persistence_threshold prefetch_bucket_size
+stage3_gather_fp16_weights_on_model_save use_all_reduce_for_fetch_params zenflow zeropp_loco_param
+"""
+LEFT_OUT, LEFT_OUT_OF_ZERO = set(_LEFT_OUT.split()), set(_LEFT_OUT_OF_ZERO.split())
 
 
 def merge(ds_config="zero1", **changes) -> dict:

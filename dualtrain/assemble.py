@@ -197,11 +197,9 @@ def open_shards(recipe: Recipe, world: World) -> ShardCache | None:
     section = recipe.data
     if section.remote is None:
         return None
-    limit_gib = section.cache_limit_gib
     return ShardCache(
         section.remote,
         section.path,
-        limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
         reader=world.local_rank,
         readers=world.local_world_size,
     )

@@ -44,7 +44,6 @@ MAY_CHANGE = (
     "data.path",
     "data.build",
     "data.remote",
-    "data.cache_limit_gib",
     "data.prefetch_steps",
     "model.attention",
     "model.compile",

@@ -15,7 +15,6 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -201,7 +200,7 @@ class ShardSource(Protocol):
 
     def is_local(self, split: Split, shard: Shard) -> bool: ...
 
-    def reading(self, split: Split, shard: Shard) -> AbstractContextManager[None]: ...
+    def require(self, split: Split, shard: Shard) -> None: ...
 
     def fetch_ahead(self, split: Split, shards: Sequence[Shard]) -> None: ...
 
@@ -307,11 +306,9 @@ class TokenDataset:
         shard, source = self._shard(document), self._source
         try:
             with self._lock:
-                if source is None:
-                    return self._read_tokens(self._file(shard), document, start, max(start, stop))
-                # Not kept open: a cache must be able to remove its shards.
-                with source.reading(self.split, shard), self._open(shard) as file:
-                    return self._read_tokens(file, document, start, max(start, stop))
+                if source is not None:
+                    source.require(self.split, shard)
+                return self._read_tokens(self._file(shard), document, start, max(start, stop))
         except FileNotFoundError:
             where = str(self.shard_of(document))
             raise UserError(where, "shard is missing", hint=_REMAKE) from None

@@ -203,7 +203,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
         str(path),
         f"cannot hold a copy of the dataset: {error.strerror or error}",
         "a writable local directory with room for it",
-        "correct data.path, free some space, or set data.cache_limit_gib",
+        "correct data.path, or free some space",
     )
 
 

@@ -307,14 +307,6 @@ def check_data(recipe: Recipe) -> Iterator[Conflict]:
             "files, or builtin:python-docs",
             "convert it first, with `dualtrain data convert -`",
         )
-    if data.cache_limit_gib is not None and data.remote is None:
-        yield Conflict(
-            ("data", "cache_limit_gib"),
-            (("data", "remote"),),
-            f"{data.cache_limit_gib:g} has no effect on a dataset that is not fetched",
-            "null, or a dataset in data.remote",
-            "leave it out",
-        )
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (

@@ -48,11 +48,6 @@ class CorpusFacts:
     documents: int
     vocab_size: int
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token in a shard."""
-        return 2 if self.vocab_size <= 1 << 16 else 4
-
     def packed_tokens(self, *, append_eos: bool) -> int:
         """Targets of one epoch over the whole split: its tokens, and ``</s>`` if asked for."""
         return self.tokens + (self.documents if append_eos else 0)
@@ -159,7 +154,6 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
             diffusion_tokens=diffusion_slots * slot_tokens,
         )
     passes = Fraction(ar_slots * slot_tokens, length.unique_tokens)
-    _check_cache(recipe, length, corpus)
     return Derived(
         steps=length.steps,
         unique_tokens=length.unique_tokens,
@@ -347,23 +341,6 @@ def _check_unique(
         f"at most {available:,}",
         "use more text, fewer steps or more repetitions",
     )
-
-
-def _check_cache(recipe: Recipe, length: Length, corpus: CorpusFacts | None) -> None:
-    """Refuse a cache that could not keep what every step reads from anywhere."""
-    limit = recipe.data.cache_limit_gib
-    if corpus is None or limit is None:
-        return
-    needed = length.unique_tokens * corpus.token_bytes / 2**30
-    if needed > limit:
-        raise UserError(
-            "data.cache_limit_gib",
-            f"{limit:.3g}, but the {length.unique_tokens:,} unique tokens take {needed:.3g} GiB "
-            "and more, and sequences come from all of them in random order: shards would be "
-            "fetched again in every step",
-            "room for all of them, or null",
-            "or use fewer unique tokens, such as by more repetitions",
-        )
 
 
 def _check_all_three(recipe: Recipe, real: Fraction, asked: Fraction, steps: int) -> None:

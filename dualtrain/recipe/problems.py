@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from dualtrain.errors import UserError
 from dualtrain.recipe import describe
 from dualtrain.recipe.checks import find_conflicts
-from dualtrain.recipe.schema import Recipe
+from dualtrain.recipe.schema import REMOVED, Recipe
 from dualtrain.recipe.yaml_source import Located, Path, Place, Plain, dotted, shown
 
 PLACEHOLDERS: Mapping[str, Plain] = {"name": "x", "alpha": 1, "data": {"path": "x"}}
@@ -57,7 +57,11 @@ def validate(tree: Located) -> tuple[Recipe | None, list[Problem]]:
         what = "is empty" if values is None else f"holds {shown(values)}"
         return None, [Problem(tree.place, (), what, "a recipe: `name: ...`, `alpha: ...`, ...")]
     refused: set[Path] = set()
-    problems: list[Problem] = []
+    problems = [
+        Problem(tree.locate(path), path, f"is no setting any more: {why}", hint="remove it")
+        for path, why in REMOVED.items()
+        if (given := tree.at(path)) is not None and given.value is not None
+    ]
     recipe = _build(values)
     if isinstance(recipe, ValidationError):
         for path, detail in _by_path(recipe, values).items():
@@ -206,6 +210,6 @@ def _overlap(one: Path, other: Path) -> bool:
 def _first_place(tree: Located, paths: Iterable[Path]) -> Place:
     """The place of the first of the values that stands in the recipe; some are defaults."""
     for path in paths:
-        if tree.holds(path):
+        if tree.at(path) is not None:
             return tree.locate(path)
     return tree.place

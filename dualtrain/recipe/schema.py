@@ -26,6 +26,7 @@ from pydantic import (
     PlainValidator,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 
 LARGEST_STEPS = 10**8
@@ -230,8 +231,22 @@ class BuildSection(Section):
         return [self.source] if isinstance(self.source, str) else self.source
 
 
+REMOVED: dict[tuple[str, ...], str] = {
+    ("data", "cache_limit_gib"): "shards of the unique tokens stay in data.path, all of them"
+}
+"""Settings of earlier versions: recipes in checkpoints may have them, those of users may not."""
+
+
 class DataSection(Section):
     """Where the text comes from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, values: object) -> object:
+        removed = {path[-1] for path in REMOVED if path[0] == "data"}
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key not in removed}
 
     path: PathText = Field(
         description="Directory of MDS shards with `train/` and `val/` splits; with `remote`, of "
@@ -254,11 +269,6 @@ class DataSection(Section):
         default=None,
         description="Dataset to read through a copy in `path`: `s3://bucket/directory`, `gs://`, "
         "`hf://` or a directory; shards are fetched when they are needed.",
-    )
-    cache_limit_gib: Annotated[float, Field(gt=0), _FACTOR] | None = Field(
-        default=None,
-        description="Most GiB of shards of `remote` in `path`, on each machine; those of the "
-        "unique tokens have to fit. null: no limit.",
     )
 
 

@@ -79,15 +79,12 @@ class Located:
         for inner, child in pairs:
             yield from child.leaves(inner)
 
-    def holds(self, path: Path) -> bool:
-        """Whether there is a value at a path."""
-        node = self
+    def at(self, path: Path) -> Located | None:
+        """What stands at a path; None where nothing does."""
+        node: Located | None = self
         for key in path:
-            child = node.child(key)
-            if child is None:
-                return False
-            node = child
-        return True
+            node = None if node is None else node.child(key)
+        return node
 
     def child(self, key: str | int) -> Located | None:
         """A section's value by its key, or a list's item by its index; None if it is not there."""

@@ -14,7 +14,6 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from data_support import distinct_documents, write_dataset
@@ -28,8 +27,6 @@ from dualtrain.data.remote import MissingRemoteFile, Remote, fetch_facts, fetch_
 from dualtrain.data.shard_cache import ShardCache
 from dualtrain.errors import UserError
 from dualtrain.mixing import Mixture
-
-LIMIT = 2500
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,9 +89,8 @@ def put(url: str, name: str, content: bytes) -> None:
     s3_client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
 
 
-@pytest.mark.parametrize("limit", [None, LIMIT, 1200])
 def test_batches_are_those_of_the_same_dataset_on_disk(
-    url: str, original: Path, tmp_path: Path, limit: int | None
+    url: str, original: Path, tmp_path: Path
 ) -> None:
     def training(dataset: TokenDataset) -> TrainingData:
         return TrainingData(
@@ -106,7 +102,7 @@ def test_batches_are_those_of_the_same_dataset_on_disk(
             append_eos=True,
         )
 
-    remote = opened(url, tmp_path / "copy", limit_bytes=limit)
+    remote = opened(url, tmp_path / "copy")
     mine, theirs = training(remote), training(TokenDataset.open(original))
     for stream in ("ar", "diffusion"):
         for first in range(0, 60, 4):
@@ -168,11 +164,11 @@ def slowly(*arguments):
     copy_file(*arguments)
     time.sleep(0.01)  # so that downloads overlap
 LocalDownloader._download_file_impl = slowly
-url, path, reader, *limits = sys.argv[1:]
-for limit in limits:
-    copy = f"{path}-{limit}"
+url, copies, reader = sys.argv[1:]
+for number in range(2):
+    copy = f"{copies}-{number}"
     fetch_facts(url, copy)
-    cache = ShardCache(url, copy, limit_bytes=int(limit), reader=int(reader), readers=2)
+    cache = ShardCache(url, copy, reader=int(reader), readers=2)
     dataset = TokenDataset.open(copy, source=cache)
     order = random.Random(reader).sample(range(dataset.documents), dataset.documents)
     total = 0
@@ -184,29 +180,18 @@ for limit in limits:
 """
 
 
-def test_two_processes_never_hold_more_than_the_limit(original: Path, tmp_path: Path) -> None:
-    """Also when there is room for one shard only, and they want different ones."""
-    limits = (LIMIT, 1200)
+def test_two_processes_read_the_same_while_they_fetch_it(original: Path, tmp_path: Path) -> None:
     script = tmp_path / "reader.py"
     script.write_text(READER)
     command = [sys.executable, str(script), str(original), str(tmp_path / "copy")]
     readers = [
-        subprocess.Popen([*command, str(n), *map(str, limits)], stdout=subprocess.PIPE, text=True)
-        for n in range(2)
+        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(2)
     ]
-    largest = dict.fromkeys(limits, 0)
-    while any(reader.poll() is None for reader in readers):
-        for limit in limits:
-            copy = tmp_path / f"copy-{limit}"
-            if (copy / "dataset.json").exists():
-                largest[limit] = max(largest[limit], sum(shards_in(copy).values()))
-        time.sleep(0.001)
     expected = sum(sum(tokens) * (i + 1) for i, tokens in enumerate(distinct_documents(LENGTHS)))
     for reader in readers:
         assert reader.communicate()[0].split() == [str(expected)] * 2
-    for limit in limits:
-        assert limit / 2 < largest[limit] <= limit
-    assert sum(2 * n for n in LENGTHS) > LIMIT, "or there would be nothing to remove"
+    for number in range(2):
+        assert not list((tmp_path / f"copy-{number}" / ".remote" / "incoming").iterdir())
 
 
 def test_each_shard_is_fetched_once(
@@ -239,22 +224,6 @@ def test_each_shard_is_fetched_once(
         thread.join()
     assert len(finished) == 3
     assert sorted(fetched) == [f"train/{shard.name}" for shard in ranks[0].shards]
-
-
-def test_least_recently_read_goes_first(original: Path, tmp_path: Path) -> None:
-    path = tmp_path / "copy"
-    fetch_facts(str(original), path)
-    sizes = [shard.bytes for shard in TokenDataset.open(original).shards]
-    dataset = opened(str(original), path, limit_bytes=sum(sizes[:3]) + max(sizes))
-    first = [0, *np.cumsum([shard.documents for shard in dataset.shards]).tolist()]
-    for shard in (0, 1, 2, 0):
-        dataset.read(first[shard])
-        time.sleep(0.01)
-    assert len(shards_in(path)) == 3
-    for shard in (3, 4):
-        dataset.read(first[shard])
-    assert "train/shard.00001.mds" not in shards_in(path)
-    assert "train/shard.00000.mds" in shards_in(path), "read after shard 1"
 
 
 def test_missing_shard_is_named_where_it_is_read(own_url: str, tmp_path: Path) -> None:
@@ -296,13 +265,12 @@ def test_truncated_local_shard_is_fetched_again(url: str, tmp_path: Path) -> Non
 
 def test_what_a_killed_process_left_is_cleared_up(original: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    dataset = opened(str(original), path, limit_bytes=LIMIT)
-    for shard in dataset.shards[:4]:
-        left = path / ".remote" / "incoming" / f"train~{shard.name}~{shard.bytes}"
-        left.mkdir()
-        (left / "partial").write_bytes(bytes(300))
+    dataset = opened(str(original), path)
+    left = path / ".remote" / "incoming" / f"train~{dataset.shards[0].name}"
+    left.mkdir()
+    (left / dataset.shards[0].name).write_bytes(bytes(300))
     assert dataset.read(0).tolist() == distinct_documents(LENGTHS)[0]
-    assert list(left.parent.iterdir()) == []
+    assert not left.exists()
 
 
 def test_failures_that_pass_are_tried_again(
@@ -377,29 +345,6 @@ def test_interrupted_facts_are_completed(url: str, original: Path, tmp_path: Pat
         assert (path / name).read_bytes() == content
 
 
-def test_limits_that_cannot_be_kept(original: Path, tmp_path: Path) -> None:
-    path, url = tmp_path / "copy", str(original)
-    largest = max(
-        s.bytes for split in ("train", "val") for s in TokenDataset.open(url, split).shards
-    )
-    fetch_facts(url, path)
-    ShardCache(url, path, limit_bytes=largest)
-    with pytest.raises(UserError, match=rf"\({largest - 1:,} bytes\).*of {largest:,} bytes"):
-        ShardCache(url, path, limit_bytes=largest - 1)
-    whole = shutil.copytree(original, tmp_path / "whole")
-    fetch_facts(url, whole)
-    before = shards_in(whole)
-    with pytest.raises(UserError, match="would remove shards of .*whole"):
-        ShardCache(url, whole, limit_bytes=LIMIT)
-    assert shards_in(whole) == before
-    unlimited = opened(url, path)
-    unlimited.prepare_all(unlimited.documents)
-    wait_for(lambda: sum(shards_in(path).values()) > LIMIT)
-    unlimited.close()
-    ShardCache(url, path, limit_bytes=LIMIT)
-    assert sum(shards_in(path).values()) <= LIMIT, "a lower limit than before holds at once"
-
-
 def test_a_disk_too_small_for_the_unique_tokens_is_refused(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,29 +361,6 @@ def test_a_disk_too_small_for_the_unique_tokens_is_refused(
             assert caught.value.where == str(tmp_path / "copy")
         else:
             dataset.prepare_all(dataset.documents)
-    dataset.close()
-
-
-def test_a_limit_has_to_hold_the_shards_of_the_unique_tokens(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole shards with what is beside tokens in them, and held-out text; other shards need not."""
-    held_out = sum(shard.bytes for shard in TokenDataset.open(original, "val").shards)
-    shards = TokenDataset.open(original).shards
-    documents = sum(shard.documents for shard in shards[:2]) + 1
-    needed = sum(shard.bytes for shard in shards[:3]) + held_out
-    small = opened(str(original), tmp_path / "small", limit_bytes=needed - 1)
-    with pytest.raises(UserError, match="the shards of the unique tokens and") as caught:
-        small.prepare_all(documents)
-    assert caught.value.where == "data.cache_limit_gib"
-    small.close()
-    dataset = opened(str(original), tmp_path / "copy", limit_bytes=needed)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="GiB free"):
-        dataset.prepare_all(documents)
-    monkeypatch.undo()
-    dataset.prepare_all(documents)
-    wait_for(lambda: len(shards_in(tmp_path / "copy")) == 3)
     dataset.close()
 
 

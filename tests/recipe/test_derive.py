@@ -193,16 +193,6 @@ def test_passes_of_a_token_are_said(changes, reason):
     assert derived.reasons["ar_passes"].startswith(reason)
 
 
-def test_a_cache_below_the_unique_tokens_is_refused():
-    data = {"path": "x", "remote": "s3://bucket/d", "cache_limit_gib": 1e-4}
-    recipe = make(steps=1000, repetitions=10, data=data)
-    with pytest.raises(UserError, match="100,000 unique tokens take 0.000186 GiB") as caught:
-        derive(recipe, corpus=CORPUS)
-    assert caught.value.where == "data.cache_limit_gib"
-    assert derive(make(steps=400, repetitions=10, data=data), corpus=CORPUS).unique_tokens == 40_000
-    derive(recipe, corpus=None)  # nobody knows how many bytes a token has
-
-
 def test_the_ranks_must_divide_a_step():
     recipe = make(steps=40, repetitions=8, global_batch=60)
     for ranks in (1, 2, 3, 4, 6, 12):

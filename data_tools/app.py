@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from data_tools.reporting import Progress, shown
 from data_tools.view import View, print_facts, print_histogram, say
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.recipe.schema import BuildSection
 
 app = typer.Typer(
@@ -177,7 +177,7 @@ def inspect(
     import numpy as np
 
     from data_tools.inspection import length_histogram, sample
-    from data_tools.tokenizer import Tokenizer
+    from data_tools.tokenizers.tokenizer import Tokenizer
     from dualtrain.data.dataset import DatasetInfo, TokenDataset
 
     info = DatasetInfo.load(path)
@@ -266,7 +266,7 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
     from data_tools.accept import check_made_alike
     from data_tools.place import disk_errors
     from data_tools.remote import check_destination, fetch_info, upload_dataset
-    from dualtrain.data.locks import locked
+    from dualtrain.common.locks import locked
 
     there = fetch_info(url)
     if there is not None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dualtrain.common.errors import UserError
+from dualtrain.common.randomness import generator
 from dualtrain.data.dataset import Split
-from dualtrain.errors import UserError
-from dualtrain.randomness import generator
 from dualtrain.recipe.schema import BuildSection
 
 SPLITS: tuple[Split, ...] = ("train", "val")

@@ -24,7 +24,6 @@ from typing import IO
 import numpy as np
 
 from data_tools.accept import check_made_alike, effective_arguments, recorded
-from data_tools.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
 from data_tools.place import (
@@ -40,9 +39,11 @@ from data_tools.place import (
 from data_tools.reporting import Progress, Report, shown
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
 from data_tools.sources import PYTHON_DOCS, InputFile, Source
+from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.spool import Spool, SpoolState
-from data_tools.tokenizer import Tokenizer, find_tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer, find_tokenizer
 from data_tools.train_tokenizer import learn
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,
@@ -51,7 +52,6 @@ from dualtrain.data.dataset import (
     DatasetInfo,
     SplitInfo,
 )
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 _KEY_FILE = "conversion.json"

@@ -23,8 +23,8 @@ from types import TracebackType
 import numpy as np
 
 from data_tools.sources import Block, Document, Problem
-from data_tools.tokenizer import Backend, Tokenizer
-from dualtrain.errors import UserError
+from data_tools.tokenizers.tokenizer import Backend, Tokenizer
+from dualtrain.common.errors import UserError
 
 EMPTY = "empty"
 TOO_SHORT = "too short"

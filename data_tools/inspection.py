@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.data.dataset import TokenDataset
 
 

@@ -20,7 +20,9 @@ from data_tools.shards import (
     picked_documents,
     write_split,
 )
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
+from dualtrain.common.errors import UserError
+from dualtrain.common.randomness import generator
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,
@@ -30,8 +32,6 @@ from dualtrain.data.dataset import (
     SplitInfo,
     TokenDataset,
 )
-from dualtrain.errors import UserError
-from dualtrain.randomness import generator
 
 _SHOWN_EVERY = 1000
 

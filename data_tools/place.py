@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.reporting import Progress, Report, shown
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import sync, user_path
+from dualtrain.common.locks import locked
 from dualtrain.data.dataset import DATASET_FILE
-from dualtrain.data.locks import locked
-from dualtrain.disk import sync, user_path
-from dualtrain.errors import UserError
 
 
 def absolute(path: str | Path) -> Path:

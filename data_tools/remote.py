@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import (
     DATASET_FILE,
     INDEX_FILE,
@@ -23,7 +24,6 @@ from dualtrain.data.dataset import (
     DatasetInfo,
 )
 from dualtrain.data.remote import fetch_info
-from dualtrain.errors import UserError
 
 if TYPE_CHECKING:
     from dualtrain.data.mds import CloudUploader

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.reporting import Progress, Report
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
@@ -21,7 +22,6 @@ from dualtrain.data.dataset import (
     Split,
     TokenDataset,
 )
-from dualtrain.errors import UserError
 
 SHARD_BYTES = 1 << 26
 _PICKED = 100

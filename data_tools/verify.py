@@ -12,6 +12,8 @@ from pathlib import Path
 
 from data_tools.reporting import Progress, Report
 from data_tools.shards import load_text_bytes
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.files import user_path
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
@@ -21,8 +23,6 @@ from dualtrain.data.dataset import (
     Split,
     TokenDataset,
 )
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError, UserErrors
 
 _BLOCK = 1 << 20
 _SHOWN = 20

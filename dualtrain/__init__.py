@@ -1,6 +1,6 @@
 """dualtrain: one language model, trained both autoregressively and by masked diffusion."""
 
-from dualtrain.compat import prepare_imports
+from dualtrain.common.compat import prepare_imports
 
 __version__ = "0.1.0"
 

@@ -19,11 +19,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dualtrain.disk import file_problem, user_path
-from dualtrain.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
-from dualtrain.launch import keep_current_directory_out, spare_shared_cores
-from dualtrain.peers import ROLL_CALL_S, LostPeer
-from dualtrain.terminal import forget_output, prepare_streams
+from dualtrain.common.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from dualtrain.common.files import file_problem, user_path
+from dualtrain.common.terminal import forget_output, prepare_streams
+from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
+from dualtrain.launch.ranks import keep_current_directory_out, spare_shared_cores
 
 LARGEST_SEED = 2**32 - 1
 PEER_GRACE_S = 3.0
@@ -83,8 +83,8 @@ def run(
     ] = False,
 ) -> None:
     """Train a model; the same command continues a run that was stopped."""
-    from dualtrain.run_directory import own_places
-    from dualtrain.start import show, start
+    from dualtrain.training.prepare import own_places
+    from dualtrain.training.start import show, start
 
     changes = [*own_places(recipe, overrides or []), *(overrides or [])]
     if start_from is None:
@@ -92,7 +92,7 @@ def run(
 
         loaded = load_recipe(recipe, changes)
     else:
-        from dualtrain.branch import load_branch
+        from dualtrain.training.branch import load_branch
 
         loaded = load_branch(recipe, changes, start_from)
     from dualtrain.data.build import with_dataset_there

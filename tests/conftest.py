@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from process_support import HangWatcher, ending_processes, hear_signals, mark_children
+from helpers.processes import HangWatcher, ending_processes, hear_signals, mark_children
 
 hear_signals()
 mark_children()
@@ -63,7 +63,7 @@ def build_tiny_dataset(folder: Path) -> Path:
 @pytest.fixture
 def tiny(tiny_dataset, tmp_path):
     """A function from overrides to a loaded recipe of a very small run."""
-    from run_support import tiny_loader
+    from helpers.runs import tiny_loader
 
     return tiny_loader(tiny_dataset, tmp_path)
 
@@ -71,7 +71,7 @@ def tiny(tiny_dataset, tmp_path):
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """Directory and stock model of a small GPT-2, and the embedded corpus in its own tokens."""
-    from imported_support import convert, documents, publish
+    from helpers.imported import convert, documents, publish
 
     folder = tmp_path_factory.mktemp("published")
     texts = documents()

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fuzz_support import (
+from helpers.fuzz import (
     NUMBERS,
     SCALARS,
     TEXTS,
@@ -22,19 +22,19 @@ from fuzz_support import (
     examples,
     refuses_or_returns,
 )
+from helpers.runs import TINY
+from helpers.tasks import SPEC, question
 from hypothesis import given
 from hypothesis import strategies as st
-from run_support import TINY
-from task_support import SPEC, question
 
 from data_tools.sources import Document, Problem, open_sources
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
+from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.evaluate.tasks import load_tasks
-from dualtrain.file_kinds import parse_tokenizer
 from dualtrain.generate.files import read_prompts
 from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
-from dualtrain.hostfile import read_hostfile
-from dualtrain.launch import current_world, launched_ranks
+from dualtrain.launch.hostfile import read_hostfile
+from dualtrain.launch.ranks import current_world, launched_ranks
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.yaml_source import dump, is_unicode, parse
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dualtrain.events import Event
+from dualtrain.algorithms.events import Event
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.reference import markdown_reference
 

@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_support import command, environment, run
+from helpers.runs import command, environment, run
 
 import dualtrain.cli as cli
-from dualtrain.data import locks
-from dualtrain.disk import file_problem, user_path
-from dualtrain.errors import UserError
-from dualtrain.launch import current_world, free_port, own_command
+from dualtrain.common import locks
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import file_problem, user_path
+from dualtrain.launch.ranks import current_world, free_port, own_command
 from dualtrain.recipe.load import load_recipe
-from dualtrain.run_directory import lock_run_directory, own_places, prepare_run_directory
+from dualtrain.training.prepare import lock_run_directory, own_places, prepare_run_directory
 
 
 def said(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:

@@ -10,9 +10,9 @@ import csv
 import sys
 from collections.abc import Iterable, Iterator
 
-from data_tools.sources.compression import BrokenFile
 from data_tools.sources.documents import Document, Failure, Piece, Problem, Texts, not_text
 from data_tools.sources.fields import no_field
+from dualtrain.common.compression import BrokenFile
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from data_tools.sources.compression import BrokenFile
 from data_tools.sources.documents import Problem, not_text
+from dualtrain.common.compression import BrokenFile
 
 TOO_LARGE = "file too large"
 WHOLE_LIMIT = 1 << 30

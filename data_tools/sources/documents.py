@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from data_tools.reporting import shown
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 """Content of a block: enough to hide the cost of passing it on, little enough to hold many."""

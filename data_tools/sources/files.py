@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO
 
 from data_tools.python_docs import python_docs
-from data_tools.sources.compression import BrokenFile, Content
 from data_tools.sources.csv_files import DELIMITERS, csv_pieces
 from data_tools.sources.documents import (
     Document,
@@ -23,7 +22,8 @@ from data_tools.sources.documents import (
 )
 from data_tools.sources.json_files import json_lines_pieces, json_pieces
 from data_tools.sources.text_files import Sought, text_pieces
-from dualtrain.errors import UserError
+from dualtrain.common.compression import BrokenFile, Content
+from dualtrain.common.errors import UserError
 
 BUILTIN = "builtin:"
 PYTHON_DOCS = BUILTIN + "python-docs"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_tools.reporting import shown
-from data_tools.sources.compression import SUFFIXES
 from data_tools.sources.csv_files import DELIMITERS
 from data_tools.sources.documents import BLOCK_BYTES, Reader, ReaderSource, Source
 from data_tools.sources.files import (
@@ -28,9 +27,10 @@ from data_tools.sources.mds_files import MdsReader, mds_shards
 from data_tools.sources.saved_datasets import METADATA, left_splits, saved_dataset_files
 from data_tools.sources.splits import TRAIN, training_paths
 from data_tools.sources.tables import TableReader
+from dualtrain.common.compression import SUFFIXES
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import user_path
 from dualtrain.data.dataset import DATASET_FILE
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError
 
 _FORMATS = {
     "txt": "txt",

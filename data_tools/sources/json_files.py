@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from data_tools.sources.compression import BrokenFile
 from data_tools.sources.cutting import TOO_LARGE, cut, decoded, gather, line_ends
 from data_tools.sources.documents import Document, Piece, Problem
 from data_tools.sources.fields import documents
+from dualtrain.common.compression import BrokenFile
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _FIRST_BYTE = re.compile(rb"\s*(\S?)")

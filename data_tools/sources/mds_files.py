@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.reporting import shown
-from data_tools.sources.compression import BrokenFile, Content
 from data_tools.sources.cutting import gather
 from data_tools.sources.documents import Failure, InputFile, Piece, Problem, Reader
 from data_tools.sources.fields import no_field
 from data_tools.sources.tables import Rows
+from dualtrain.common.compression import BrokenFile, Content
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import INDEX_FILE
-from dualtrain.errors import UserError
 
 _COMPRESSIONS = {"zstd": "zstandard", "gz": "gzip", "bz2": "bzip2"}
 _TEXT_ENCODINGS = {"str", "bytes"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.reporting import shown
 from data_tools.sources.splits import TRAIN
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 _STATE = "state.json"
 _INFO = "dataset_info.json"

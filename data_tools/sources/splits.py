@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.reporting import shown
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 TRAIN = "train"
 _WORDS = {

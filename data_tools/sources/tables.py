@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.compression import BrokenFile
 from data_tools.sources.documents import Document, Failure, InputFile, Piece, Problem, Reader
 from data_tools.sources.fields import EACH, ITEMS, no_field, steps
+from dualtrain.common.compression import BrokenFile
 
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"ARROW1"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualtrain import objectives
-from dualtrain.events import Algorithm, Event, Logger, State
-from dualtrain.mixing import STREAM_NUMBERS
+from dualtrain.algorithms.events import Algorithm, Event, Logger, State
+from dualtrain.method import objectives
+from dualtrain.method.mixing import STREAM_NUMBERS
 
 if TYPE_CHECKING:
     from dualtrain.data.batches import Batch

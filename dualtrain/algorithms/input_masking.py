@@ -24,9 +24,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dualtrain.events import Algorithm, Event, Logger, State
-from dualtrain.mixing import STREAM_NUMBERS
-from dualtrain.randomness import generator
+from dualtrain.algorithms.events import Algorithm, Event, Logger, State
+from dualtrain.common.randomness import generator
+from dualtrain.method.mixing import STREAM_NUMBERS
 
 
 class InputMasking(Algorithm):

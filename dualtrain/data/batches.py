@@ -29,7 +29,7 @@ from dualtrain.data.plan import (
     pieces_between,
 )
 from dualtrain.data.plan_files import PlanFiles
-from dualtrain.mixing import Mixture, Stream
+from dualtrain.method.mixing import Mixture, Stream
 
 # Below this many documents an epoch's plan is built faster than a file is opened.
 DOCUMENTS_IN_MEMORY = 1 << 18

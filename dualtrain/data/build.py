@@ -10,9 +10,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from dualtrain.common.files import user_path
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
 from dualtrain.data.remote import fetch_facts
-from dualtrain.disk import user_path
 from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe
 from dualtrain.recipe.schema import Recipe
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
-from dualtrain.errors import UserError
-from dualtrain.recipe.derive import CorpusFacts
+from dualtrain.derived.derive import CorpusFacts
 from dualtrain.recipe.schema import Recipe
 
 

@@ -25,10 +25,10 @@ from typing import BinaryIO, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.file_kinds import find_foreign, refuse_foreign
+from dualtrain.common.files import user_path
 from dualtrain.data.token_bytes import token_bytes
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError, UserErrors
-from dualtrain.file_kinds import find_foreign, refuse_foreign
 
 FORMAT = 1
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")

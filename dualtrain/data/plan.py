@@ -23,10 +23,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from dualtrain.common.errors import UserError
+from dualtrain.common.randomness import KeyedPermutation, generator
 from dualtrain.data.plan_files import PlanFiles
-from dualtrain.errors import UserError
-from dualtrain.mixing import STREAM_NUMBERS, Mixture, Stream
-from dualtrain.randomness import KeyedPermutation, generator
+from dualtrain.method.mixing import STREAM_NUMBERS, Mixture, Stream
 
 DATA_ORDER = 2
 """Version of the order: one more whenever a recipe comes to give other sequences than before.

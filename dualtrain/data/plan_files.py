@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from dualtrain.data.locks import claim, locked, remove_unclaimed
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.locks import claim, locked, remove_unclaimed
 
 Build = Callable[[], np.ndarray]
 

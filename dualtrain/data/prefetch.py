@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from dualtrain.data.batches import Batch
-from dualtrain.mixing import Slot, Stream
+from dualtrain.method.mixing import Slot, Stream
 
 _JOIN_S = 10.0
 

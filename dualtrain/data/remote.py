@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import user_path
+from dualtrain.common.locks import locked
 from dualtrain.data.dataset import (
     DATASET_FILE,
     INDEX_FILE,
@@ -23,9 +26,6 @@ from dualtrain.data.dataset import (
     DatasetInfo,
     TokenDataset,
 )
-from dualtrain.data.locks import locked
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError
 
 if TYPE_CHECKING:
     from dualtrain.data.mds import CloudDownloader

@@ -17,11 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import sync, user_path
+from dualtrain.common.locks import flock
 from dualtrain.data.dataset import Shard, Split
-from dualtrain.data.locks import flock
 from dualtrain.data.remote import STATE_DIR, Remote, unwritable
-from dualtrain.disk import sync, user_path
-from dualtrain.errors import UserError
 
 _THREADS = 4
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dualtrain.file_kinds import parse_tokenizer
+from dualtrain.common.file_kinds import parse_tokenizer
 
 
 def token_bytes(tokenizer_file: Path, special_ids: Iterable[int]) -> np.ndarray:

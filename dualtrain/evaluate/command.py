@@ -11,10 +11,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
+from dualtrain.checkpoint.trained import (
+    Precision,
+    Source,
+    TrainedModel,
+    appends_eos,
+    find_source,
+    open_trained,
+    read_vocab,
+    tokenizer_file,
+)
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import user_path
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import HeldOut, held_out_losses
 from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.report import Evaluation, as_json, print_report
@@ -25,16 +35,6 @@ from dualtrain.evaluate.tokenizer_differences import tokenizer_differences
 from dualtrain.evaluate.view import View
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
-from dualtrain.trained import (
-    Precision,
-    Source,
-    TrainedModel,
-    appends_eos,
-    find_source,
-    open_trained,
-    read_vocab,
-    tokenizer_file,
-)
 
 DEFAULT_SEQUENCES = 256
 """Held-out sequences of a model whose recipe is not known."""

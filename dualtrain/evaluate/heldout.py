@@ -34,21 +34,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualtrain.data.batches import Batch
-from dualtrain.evaluate.mode import inference
-from dualtrain.model import (
-    AttentionPlan,
-    DualOutput,
-    plan_attention,
-    select_positions,
-    to_device,
-)
-from dualtrain.objectives import (
+from dualtrain.method.objectives import (
     Example,
     autoregressive,
     diffusion,
     hidden_targets,
     validation_noise,
 )
+from dualtrain.model.inference import inference
+from dualtrain.network.attention import AttentionPlan, plan_attention, to_device
+from dualtrain.network.loss import select_positions
+from dualtrain.network.output import DualOutput
 from dualtrain.progress.metrics import EvalRecord
 from dualtrain.recipe.schema import UniformCorruption
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from dualtrain.errors import UserError
+from dualtrain.algorithms.events import Event
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.heldout import held_out_losses
 from dualtrain.evaluate.request import check_scorable, fit_requests
 from dualtrain.evaluate.scoring import Mode, Request, Score, Scorer, encode_pair
 from dualtrain.evaluate.statistics import average
 from dualtrain.evaluate.tasks import Task, load_tasks, score_task
-from dualtrain.events import Event
-from dualtrain.progress import TaskScore, TasksRecord
+from dualtrain.progress.progress import TaskScore, TasksRecord
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dualtrain.evaluate.task_result import TaskResult
     from dualtrain.evaluate.templates import Item
     from dualtrain.recipe.schema import EvalSection
-    from dualtrain.run import Run
+    from dualtrain.training.run import Run
 
 TaskItems = list[tuple[Task, "list[Item]"]]
 

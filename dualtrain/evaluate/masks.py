@@ -38,9 +38,9 @@ from typing import Literal
 
 import numpy as np
 
+from dualtrain.common.randomness import generator
 from dualtrain.evaluate.packing import PackedRow
 from dualtrain.evaluate.request import Mode, Passage
-from dualtrain.randomness import generator
 
 Target = Literal["next", "in_place"]
 

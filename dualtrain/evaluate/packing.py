@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualtrain.model import AttentionPlan, plan_attention, to_device
-from dualtrain.model.attention import SdpaPlan
+from dualtrain.network.attention import AttentionPlan, SdpaPlan, plan_attention, to_device
 
 
 @dataclass(frozen=True, eq=False)

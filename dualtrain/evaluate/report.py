@@ -20,8 +20,8 @@ from dualtrain.evaluate.task_result import TaskResult
 from dualtrain.evaluate.tasks import Task, TaskItems
 
 if TYPE_CHECKING:
+    from dualtrain.checkpoint.trained import Source
     from dualtrain.evaluate.scoring import Mode
-    from dualtrain.trained import Source
 
 FORMAT = 1
 _WIDTH = 110

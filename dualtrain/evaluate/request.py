@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

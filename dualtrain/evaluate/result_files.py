@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualtrain.disk import sync
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import sync
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.task_result import TaskResult

@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.masks import MaskedDocument, Masking, pack_documents
 from dualtrain.evaluate.memory import choose_tokens, is_out_of_memory
-from dualtrain.evaluate.mode import inference
 from dualtrain.evaluate.packing import Batch, Row, make_batches
 from dualtrain.evaluate.request import (
     MASKING_MODES,
@@ -43,10 +42,11 @@ from dualtrain.evaluate.request import (
     longest_passage,
 )
 from dualtrain.evaluate.tree import make_trees
-from dualtrain.model import DualOutput
+from dualtrain.model.inference import inference
+from dualtrain.network.output import DualOutput
 
 if TYPE_CHECKING:
-    from dualtrain.trained import TrainedModel
+    from dualtrain.checkpoint.trained import TrainedModel
 
 __all__ = [
     "MASKING_MODES",

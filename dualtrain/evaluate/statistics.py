@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dualtrain.randomness import generator
+from dualtrain.common.randomness import generator
 
 Floats = NDArray[np.float64]
 

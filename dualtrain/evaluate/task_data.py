@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.input_files import InputFile, parse_object
 from dualtrain.evaluate.templates import Templates, as_plain
-from dualtrain.input_files import InputFile, parse_object
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.task_file import HubSection

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.files import user_path
 from dualtrain.evaluate.task_data import find_data, read_file, read_hub
 from dualtrain.evaluate.task_file import (
     BrokenTaskFile,

@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dualtrain.errors import UserError
-from dualtrain.input_files import check_unicode
+from dualtrain.common.errors import UserError
+from dualtrain.common.input_files import check_unicode
 from dualtrain.recipe.yaml_source import shown
 
 Record = Mapping[str, Any]

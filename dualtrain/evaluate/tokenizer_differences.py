@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.export.tokenizer import put_space_only_first
-from dualtrain.file_kinds import parse_tokenizer
 
 _PARTS = {
     "model": "the model",

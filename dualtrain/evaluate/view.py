@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from dualtrain.progress import formatting
+from dualtrain.common import formatting
 
 _LINE_S = 30.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dualtrain.progress.formatting import loss
+from dualtrain.common.formatting import loss
 
 _LOSSES = {
     "ar": "autoregressive",

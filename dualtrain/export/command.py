@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from dualtrain import checkpoint
-from dualtrain.build_model import CONFIG, model_config, read_config
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.checkpoint.trained import find_source, tokenizer_file
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import read_object
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.errors import UserError
 from dualtrain.export.model_card import write_model_card
 from dualtrain.export.place import made_whole
 from dualtrain.export.tokenizer import write_tokenizer
 from dualtrain.export.weights import write_weights
-from dualtrain.file_kinds import read_object
-from dualtrain.model.config import DualConfig
+from dualtrain.model.build import CONFIG, model_config, read_config
 from dualtrain.model.exported import CODE, exported_config, exported_import
-from dualtrain.trained import find_source, tokenizer_file
+from dualtrain.network.config import DualConfig
 
 CODE_FILE = f"{CODE}.py"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from dualtrain import checkpoint
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.checkpoint.trained import Source
+from dualtrain.common.formatting import count
 from dualtrain.data.dataset import DatasetInfo
+from dualtrain.derived.derive import CorpusFacts, run_length
 from dualtrain.export.card_results import held_out, task_scores
-from dualtrain.progress.formatting import count
-from dualtrain.recipe.derive import CorpusFacts, run_length
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
-from dualtrain.trained import Source
 
 _SHOWN_FILES = 10
 _FRONT = """\

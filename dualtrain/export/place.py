@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_tools.place import absolute, beside, discard, publish
-from dualtrain.data.locks import locked
-from dualtrain.errors import UserError
-from dualtrain.file_kinds import check_name
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import check_name
+from dualtrain.common.locks import locked
 
 OPTION = "--to"
 _EXPECTED = "a new or empty directory"

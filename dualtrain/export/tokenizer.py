@@ -16,8 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from dualtrain.common.file_kinds import read_text
 from dualtrain.data.dataset import TOKENIZER_FILE
-from dualtrain.file_kinds import read_text
 
 _ADDS_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 _WORD = "\u2581"

@@ -15,8 +15,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dualtrain.errors import UserError
-from dualtrain.file_kinds import open_weights
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import open_weights
 
 INDEX = "model.safetensors.index.json"
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", re.IGNORECASE)

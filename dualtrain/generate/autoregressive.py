@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import Sampling, choose, penalise
 from dualtrain.generate.text_model import TextModel, fill_up
-from dualtrain.model import KeyValueCache
+from dualtrain.network.cache import KeyValueCache
 
 Stop = Literal["end", "asked", "tokens", "context", "filled"]
 """Why a text ended: a token that ends texts, a caller that has enough, as many tokens as were asked

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
 
 GREEDY_BELOW = 1e-6
 """Temperature below which the likeliest token is taken: float32 tells no closer logits apart."""

@@ -13,7 +13,9 @@ from typing import cast
 
 from rich.console import Console
 
-from dualtrain.errors import UserError
+from dualtrain.checkpoint.trained import Precision, TrainedModel, open_trained
+from dualtrain.common.errors import UserError
+from dualtrain.common.input_files import check_unicode
 from dualtrain.generate.autoregressive import Stop
 from dualtrain.generate.files import ResultFile, read_prompts, record, refuse_existing
 from dualtrain.generate.prompts import has_gap
@@ -28,9 +30,7 @@ from dualtrain.generate.view import (
     UnmaskView,
     View,
 )
-from dualtrain.input_files import check_unicode
 from dualtrain.recipe.describe import nearest
-from dualtrain.trained import Precision, TrainedModel, open_trained
 
 _STOPS: dict[Stop, str] = {
     "end": "ended by the model",

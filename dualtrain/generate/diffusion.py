@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import Sampling, choose
 from dualtrain.generate.text_model import TextModel, fill_up
-from dualtrain.model import plan_attention
+from dualtrain.network.attention import plan_attention
 
 Order = Literal["confidence", "random", "left_to_right"]
 ORDERS: tuple[Order, ...] = ("confidence", "random", "left_to_right")

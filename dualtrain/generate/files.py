@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.input_files import InputFile, check_unicode, parse_object
 from dualtrain.generate.prompts import Tokenizer
 from dualtrain.generate.settings import Settings, raise_all
 from dualtrain.generate.texts import Text
-from dualtrain.input_files import InputFile, check_unicode, parse_object
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.yaml_source import shown
 

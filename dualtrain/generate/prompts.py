@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 _GAP = re.compile(r" ?<mask(?::(\d{1,6}))?>")
 _MARKS = ("\n", ".", "0", "|")

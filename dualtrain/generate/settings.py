@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeVar, cast
 
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.generate.choose import Sampling
 from dualtrain.generate.diffusion import ORDERS, Order
 from dualtrain.recipe.describe import nearest

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualtrain.evaluate.mode import inference
 from dualtrain.generate.choose import banned_tokens
-from dualtrain.model import AttentionPlan, DualOutput
+from dualtrain.model.inference import inference
+from dualtrain.network.attention import AttentionPlan
+from dualtrain.network.output import DualOutput
 
 if TYPE_CHECKING:
-    from dualtrain.trained import TrainedModel
+    from dualtrain.checkpoint.trained import TrainedModel
 
 Target = Literal["next", "in_place"]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dualtrain import randomness
-from dualtrain.errors import UserError
+from dualtrain.common import randomness
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.generate.autoregressive import Stop, continue_prompts
 from dualtrain.generate.decode import Piece, label_pieces

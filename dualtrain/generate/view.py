@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Line
 
+from dualtrain.common.formatting import printable
 from dualtrain.generate.decode import TextStream, label_pieces
 from dualtrain.generate.diffusion import Filled
 from dualtrain.generate.prompts import Tokenizer
 from dualtrain.generate.texts import Job, Text, Watcher
-from dualtrain.progress.formatting import printable
 from dualtrain.progress.report import AR_STYLE, DIFFUSION_STYLE
 
 FRAME_S = 0.05

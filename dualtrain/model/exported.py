@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dualtrain.errors import UserError
-from dualtrain.model.config import DualConfig
+from dualtrain.common.errors import UserError
 from dualtrain.model.imported_config import check_sizes
+from dualtrain.network.config import DualConfig
 
 Target = Literal["next", "in_place"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from dualtrain.errors import UserError, UserErrors
-from dualtrain.file_kinds import read_object
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.file_kinds import read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox")
 """Values of ``model_type`` that can be imported; ``gpt_neox`` is Pythia's."""

@@ -14,7 +14,8 @@ from pathlib import PurePath
 
 from rich.text import Text
 
-from dualtrain.progress import curves, formatting
+from dualtrain.common import formatting
+from dualtrain.progress import curves
 from dualtrain.progress.metrics import (
     EvalRecord,
     EventRecord,

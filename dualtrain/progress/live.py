@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResul
 from rich.live import Live
 from rich.text import Text
 
-from dualtrain.progress import formatting
+from dualtrain.common import formatting
 from dualtrain.progress.frame import STARTING, TRAINING, RunState, frame
 from dualtrain.progress.metrics import Record
 from dualtrain.progress.report import RunFacts, Summary, View, summary_lines

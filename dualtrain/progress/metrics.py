@@ -1,9 +1,10 @@
 """``metrics.jsonl``: one JSON object a line, the only source of every number shown about a run.
 
 The live view, the plain lines, TensorBoard, sweeps and figures all take the records defined here;
-:class:`~dualtrain.progress.Progress` hands each one to the file and to them unchanged. The file is
-append-only and written line by line, so a killed run loses at most the line it was writing, and a
-resumed run first drops what it is about to repeat. While the disk is full, lines wait for room.
+:class:`~dualtrain.progress.progress.Progress` hands each one to the file and to them unchanged. The
+file is append-only and written line by line, so a killed run loses at most the line it was writing,
+and a resumed run first drops what it is about to repeat. While the disk is full, lines wait for
+room.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypedDict, cast
 
-from dualtrain.disk import DISK_FULL
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import DISK_FULL
 
 FILE_NAME = "metrics.jsonl"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from dualtrain.progress.formatting import (
+from dualtrain.common.formatting import (
     NOTABLE_WAIT_S,
     count,
     difference,

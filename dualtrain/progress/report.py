@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from dualtrain.progress import formatting
+from dualtrain.common import formatting
 from dualtrain.progress.metrics import EvalRecord, Record, TasksRecord, prefix_difference
 
 AR_STYLE = "cyan"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.progress.metrics import Record, TasksRecord
 from dualtrain.progress.report import RunFacts, View
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe.schema import (
     AlphaSchedule,
     ModelSection,

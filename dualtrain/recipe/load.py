@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.recipe.problems import validate
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.shipped import find_recipe

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe import describe
 from dualtrain.recipe.checks import find_conflicts
 from dualtrain.recipe.schema import REMOVED, Recipe

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from dualtrain.disk import LONGEST_SHOWN, file_problem, user_path
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import LONGEST_SHOWN, file_problem, user_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

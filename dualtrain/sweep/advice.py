@@ -17,7 +17,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 FEW, MANY = 16, 32
 """Repetitions up to which the first rule holds, and from which on the second does."""

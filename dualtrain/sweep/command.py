@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualtrain.common import formatting
+from dualtrain.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
+from dualtrain.common.files import write_text
 from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
-from dualtrain.disk import write_text
-from dualtrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
+from dualtrain.derived.derive import derive
 from dualtrain.evaluate.in_training import read_tasks
-from dualtrain.launch import launched_ranks
-from dualtrain.progress import formatting
+from dualtrain.launch.ranks import launched_ranks
 from dualtrain.recipe.checks import check_world_size
-from dualtrain.recipe.derive import derive
 from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
 from dualtrain.sweep.directory import OUTCOME, check, is_busy, prepare, read_outcome
 from dualtrain.sweep.estimate import estimate_seconds

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dualtrain.checkpoint.trained import Source, choose, find_source, open_trained
+from dualtrain.common import formatting
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import write_json
+from dualtrain.common.formatting import counted
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.disk import write_json
-from dualtrain.errors import UserError
 from dualtrain.evaluate.heldout import DocumentLosses, document_losses
-from dualtrain.progress import formatting
-from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
 from dualtrain.sweep.directory import SWEEP
 from dualtrain.sweep.fit import line_of
@@ -22,7 +23,6 @@ from dualtrain.sweep.intervals import over_documents
 from dualtrain.sweep.reading import read_run
 from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult
 from dualtrain.sweep.tables import new_table, show, with_interval
-from dualtrain.trained import Source, choose, find_source, open_trained
 
 FEWEST_DOCUMENTS = 5
 """Below this many documents a bootstrap over them says nothing."""

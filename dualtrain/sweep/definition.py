@@ -27,11 +27,11 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.files import user_path
 from dualtrain.data.build import with_dataset_there
 from dualtrain.data.corpus import read_corpus
-from dualtrain.disk import user_path
-from dualtrain.errors import UserError, UserErrors
-from dualtrain.recipe.derive import run_length
+from dualtrain.derived.derive import run_length
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe, RecipeTree, read_recipe
 from dualtrain.recipe.schema import Recipe

@@ -18,13 +18,13 @@ from typing import IO, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from dualtrain.data.locks import flock
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import write_json, write_text
+from dualtrain.common.locks import flock
 from dualtrain.data.plan import DATA_ORDER
-from dualtrain.disk import write_json, write_text
-from dualtrain.errors import UserError
 from dualtrain.recipe.yaml_source import load, shown
-from dualtrain.run_directory import RUN_LOCK
 from dualtrain.sweep.definition import Point, Sweep
+from dualtrain.training.prepare import RUN_LOCK
 
 SWEEP = "sweep.json"
 POINT = "point.yaml"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dualtrain.data.corpus import read_corpus
-from dualtrain.recipe.derive import Derived, derive
+from dualtrain.derived.derive import Derived, derive
 from dualtrain.sweep.definition import Sweep
 from dualtrain.sweep.directory import SWEEP, read_outcome
 from dualtrain.sweep.reading import read_run

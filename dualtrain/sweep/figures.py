@@ -21,8 +21,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dualtrain.disk import write_bytes
-from dualtrain.progress.formatting import counted
+from dualtrain.common.files import write_bytes
+from dualtrain.common.formatting import counted
 from dualtrain.sweep.advice import BEST_PASSES, FEW, FEW_ALPHA, LEAST_PASSES, MANY, MOST_PASSES
 from dualtrain.sweep.surface import GRID, Best, Floats, Surface
 

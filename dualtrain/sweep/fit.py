@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dualtrain.disk import write_json
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import write_json
+from dualtrain.common.formatting import counted
 from dualtrain.evaluate.statistics import Estimate
-from dualtrain.progress.formatting import counted
 from dualtrain.sweep import figures
 from dualtrain.sweep.advice import FIT_FORMAT
 from dualtrain.sweep.definition import in_words

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dualtrain.disk import write_json
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
+from dualtrain.common.files import write_json
 from dualtrain.sweep import figures
 from dualtrain.sweep.definition import in_words
 from dualtrain.sweep.figures import Bar

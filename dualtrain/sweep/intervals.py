@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from dualtrain.common.randomness import generator
 from dualtrain.evaluate.statistics import CONFIDENCE, RESAMPLES, Estimate
-from dualtrain.randomness import generator
 
 Floats = NDArray[np.float64]
 

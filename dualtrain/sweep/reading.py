@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from dualtrain.checkpoint import RECIPE
-from dualtrain.errors import UserError
+from dualtrain.checkpoint.store import RECIPE
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.result_files import RESULTS
 from dualtrain.progress.metrics import FILE_NAME, Record, read_metrics
 from dualtrain.recipe.load import load_recipe

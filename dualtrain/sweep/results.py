@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.progress.metrics import Record, prefix_difference
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import Recipe

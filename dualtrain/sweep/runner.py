@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from dualtrain.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
-from dualtrain.launch import die_with_parent, own_command
+from dualtrain.common.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
+from dualtrain.launch.ranks import die_with_parent, own_command
 from dualtrain.sweep.definition import Point
 from dualtrain.sweep.directory import (
     LOG,

@@ -32,7 +32,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 Floats = NDArray[np.float64]
 

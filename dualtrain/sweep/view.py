@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dualtrain.progress import formatting
+from dualtrain.common import formatting
 from dualtrain.progress.metrics import FILE_NAME
 from dualtrain.sweep.definition import cell
 from dualtrain.sweep.runner import Job

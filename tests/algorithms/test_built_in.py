@@ -6,14 +6,19 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dualtrain.algorithms import REGISTRY, build_algorithms
+from dualtrain.algorithms.events import Dispatcher, Event, State, Vocabulary
+from dualtrain.algorithms.registry import REGISTRY, build_algorithms
 from dualtrain.data.batches import Batch
-from dualtrain.events import Dispatcher, Event, State, Vocabulary
-from dualtrain.mixing import STREAM_NUMBERS, Mixture, Slot, alpha_at
-from dualtrain.objectives import autoregressive, diffusion, masking_noise, with_scheduled_rate
+from dualtrain.method.mixing import STREAM_NUMBERS, Mixture, Slot, alpha_at
+from dualtrain.method.objectives import (
+    autoregressive,
+    diffusion,
+    masking_noise,
+    with_scheduled_rate,
+)
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import RateSchedule, Recipe
-from dualtrain.train import begin_step
+from dualtrain.training.train import begin_step
 
 SPECIAL, MASK, SIZE, LENGTH = (0, 1, 2, 3, 4), 4, 60, 24
 

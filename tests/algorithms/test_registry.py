@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from dualtrain.algorithms import ALWAYS, REGISTRY, build_algorithms
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.algorithms.registry import ALWAYS, REGISTRY, build_algorithms
+from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.recipe.schema import Recipe
 
 MODULE = '''
-from dualtrain.events import Algorithm
+from dualtrain.algorithms.events import Algorithm
 
 class Good(Algorithm):
     def __init__(self, *, strength: float, warm: bool = False):

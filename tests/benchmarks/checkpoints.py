@@ -22,11 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from dualtrain import checkpoint, train
-from dualtrain.assemble import assemble
-from dualtrain.checkpoint_files import find_defects
-from dualtrain.launch import single_world
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.checkpoint.files import find_defects
+from dualtrain.launch.ranks import single_world
 from dualtrain.recipe.load import load_recipe
+from dualtrain.training import train
+from dualtrain.training.assemble import assemble
 
 
 def timed(action: Callable[[], object]) -> float:

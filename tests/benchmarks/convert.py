@@ -74,7 +74,7 @@ def write_corpus(source: str, megabytes: float, file: Path) -> int:
 
 
 def write_tokenizer(source: str, file: Path) -> None:
-    from data_tools.tokenizer import Tokenizer
+    from data_tools.tokenizers.tokenizer import Tokenizer
 
     Tokenizer.train(texts(source, TOKENIZER_BYTES / 1e6), VOCAB_SIZE).save(file)
 
@@ -83,7 +83,7 @@ def plain_pipeline(corpus: str, tokenizer: str, out: str) -> None:
     import numpy as np
     import tokenizers
 
-    from dualtrain.compat import prepare_imports
+    from dualtrain.common.compat import prepare_imports
 
     prepare_imports()  # streaming cannot be imported everywhere without it
     from streaming import MDSWriter

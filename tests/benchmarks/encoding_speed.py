@@ -40,7 +40,7 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"  # before the library starts its threads
     import tokenizers
 
-    from data_tools.tokenizer import Tokenizer
+    from data_tools.tokenizers.tokenizer import Tokenizer
 
     texts = documents(options.corpus, options.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

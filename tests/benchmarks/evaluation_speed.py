@@ -106,11 +106,12 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def make_model(folder: Path, shape: str, texts: list[str], context: int) -> None:
     """Write a model with random weights as ours and as a Llama, with one tokenizer."""
-    from model_support import to_llama
+    from helpers.models import to_llama
 
-    from data_tools.tokenizer import Tokenizer
+    from data_tools.tokenizers.tokenizer import Tokenizer
     from dualtrain.export.tokenizer import write_tokenizer
-    from dualtrain.model import DualConfig, DualLM
+    from dualtrain.network.config import DualConfig
+    from dualtrain.network.transformer import DualLM
 
     tokenizer = Tokenizer.train(texts, VOCABULARY)
     model = DualLM(DualConfig(**SHAPES[shape], head="linear", sequence_length=context), seed=0)
@@ -136,7 +137,7 @@ def compare(options: argparse.Namespace, place: Path, shape: str) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from dualtrain.evaluate.lm_eval import DualtrainLM
+    from dualtrain.harness.model import DualtrainLM
 
     tasks = options.tasks.split(",")
     sizes = [int(size) for size in options.batch_sizes.split(",")]

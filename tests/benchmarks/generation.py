@@ -21,12 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from model_support import to_llama
+from helpers.models import to_llama
 
-from dualtrain import randomness
+from dualtrain.checkpoint.trained import open_trained
+from dualtrain.common import randomness
 from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt, fill_masks
-from dualtrain.model import DualConfig, DualLM, plan_attention
-from dualtrain.trained import open_trained
+from dualtrain.network.attention import plan_attention
+from dualtrain.network.config import DualConfig
+from dualtrain.network.transformer import DualLM
 
 GREEDY = Sampling(temperature=0)
 PROMPT = "It was a dark night, and the rain fell in torrents; she looked out of the window"

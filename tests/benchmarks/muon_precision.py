@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  before torch: its settings
 import torch
 from deepspeed.runtime.zero.muon import original_muon as kernels
-from support import newton_schulz
+from helpers.ranks import newton_schulz
 
-from dualtrain.recipe import load_recipe
-from dualtrain.recipe.estimates import model_sizes, optimizer_groups
-from dualtrain.start import start
+from dualtrain.derived.cost import model_sizes, optimizer_groups
+from dualtrain.recipe.load import load_recipe
+from dualtrain.training.start import start
 
 standard, gram = kernels.zeropower_via_newtonschulz5, kernels.zeropower_via_gram_newtonschulz
 

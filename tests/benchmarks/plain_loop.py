@@ -54,14 +54,15 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
     sys.path.insert(0, str(HERE.parent))
     import torch
     import torch.nn.functional as F
-    from support import PaperOptimizer
+    from helpers.ranks import PaperOptimizer
 
-    from dualtrain.assemble import build_mixture
-    from dualtrain.build_model import build_model
     from dualtrain.data.batches import TrainingData
     from dualtrain.data.dataset import TokenDataset
-    from dualtrain.model import muon_parameter_names, plan_attention
-    from dualtrain.recipe import load_recipe
+    from dualtrain.model.build import build_model
+    from dualtrain.network.attention import plan_attention
+    from dualtrain.network.transformer import muon_parameter_names
+    from dualtrain.recipe.load import load_recipe
+    from dualtrain.training.assemble import build_mixture
 
     recipe = load_recipe("quickstart", overrides).recipe
     dataset = TokenDataset.open(recipe.data.path)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.data import plan
 from dualtrain.data.batches import TrainingData
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
-from dualtrain.mixing import Mixture, Slot
+from dualtrain.method.mixing import Mixture, Slot
 
 CORPORA = (
     # Documents, tokens of each on average, T, and the tokens a second that a run would ask for.

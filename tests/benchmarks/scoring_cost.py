@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dualtrain.evaluate.mode import inference
+from dualtrain.checkpoint.trained import TrainedModel, open_trained
 from dualtrain.evaluate.scoring import MODES, Mode, Request, Scorer, encode_pair
 from dualtrain.evaluate.tasks import load_tasks
-from dualtrain.model import DualOutput, plan_attention
-from dualtrain.trained import TrainedModel, open_trained
+from dualtrain.model.inference import inference
+from dualtrain.network.attention import plan_attention
+from dualtrain.network.output import DualOutput
 
 
 class Counter:

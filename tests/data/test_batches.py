@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_support import InMemory, distinct_documents, write_dataset
+from helpers.datasets import InMemory, distinct_documents, write_dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dualtrain.common.errors import UserError
 from dualtrain.data import batches
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.errors import UserError
-from dualtrain.mixing import Mixture
+from dualtrain.method.mixing import Mixture
 
 ALPHAS = [Fraction(a) for a in ("1/2", "0.0805", "3/4", "1/3", "0.3333", "255/256", "1/64")]
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=14)
@@ -421,7 +421,7 @@ import hashlib, sys
 from fractions import Fraction
 from dualtrain.data.batches import TrainingData
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.mixing import Mixture
+from dualtrain.method.mixing import Mixture
 mixture = Mixture(alpha=Fraction(1, 4), steps=100, slots=4, micro_batch=3, rotation=True)
 data = TrainingData(TokenDataset.open(sys.argv[1]), mixture=mixture, sequence_length=16, seed=1,
                     unique_tokens=700, append_eos=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_support import run
+from helpers.runs import run
 from typer.testing import CliRunner
 
 from dualtrain.cli import app
+from dualtrain.common.errors import UserError
 from dualtrain.data.build import with_dataset_there
-from dualtrain.errors import UserError
 from dualtrain.recipe.load import load_recipe
 
 SMALL = [

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import distinct_documents, write_dataset
+from helpers.datasets import distinct_documents, write_dataset
 from streaming import LocalDataset
 
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
 
 LENGTHS = [5, 1, 300, 40, 7, 120, 80]
 

@@ -10,16 +10,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from data_support import distinct_documents, write_dataset
-from run_workers import train_all
-from support import on_ranks
+from helpers.datasets import distinct_documents, write_dataset
+from helpers.ranks import on_ranks
+from helpers.run_workers import train_all
 from torch.utils.data import DataLoader, Dataset
 
+from dualtrain.common.errors import UserError
 from dualtrain.data.batches import TrainingData
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
-from dualtrain.errors import UserError
-from dualtrain.mixing import Mixture, Slot
+from dualtrain.method.mixing import Mixture, Slot
 from dualtrain.recipe.load import load_recipe
 
 RECIPE = """
@@ -36,7 +36,7 @@ data: {{path: {data}, prefetch_steps: 1}}
 model: {{layers: 1, width: 16, heads: 2, mlp_width: 16}}
 engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 sample: {{tokens: 0, infill: ''}}
-algorithms: [{{use: "run_workers:ShardRemover", args: {{shard: {shard}}}}}]
+algorithms: [{{use: "helpers.run_workers:ShardRemover", args: {{shard: {shard}}}}}]
 """
 
 

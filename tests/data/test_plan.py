@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtrain.data.locks import locked
+from dualtrain.common.errors import UserError
+from dualtrain.common.locks import locked
 from dualtrain.data.plan import Rotation, StreamPlan, Subset, Units, pieces_between
 from dualtrain.data.plan_files import Build, PlanFiles
-from dualtrain.errors import UserError
-from dualtrain.mixing import Mixture, Stream
+from dualtrain.method.mixing import Mixture, Stream
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,7 +212,7 @@ def test_files_of_a_living_process_stay_and_of_an_ended_one_go(tmp_path: Path) -
 HOLD = """
 import sys, time
 from pathlib import Path
-from dualtrain.data.locks import locked
+from dualtrain.common.locks import locked
 with locked(Path(sys.argv[1]), remove=True):
     print("held", flush=True)
     time.sleep(10**6)

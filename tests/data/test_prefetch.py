@@ -12,7 +12,7 @@ import torch
 
 from dualtrain.data.batches import Batch
 from dualtrain.data.prefetch import Prefetcher
-from dualtrain.mixing import Slot, Stream
+from dualtrain.method.mixing import Slot, Stream
 
 
 def slot(index: int) -> Slot:

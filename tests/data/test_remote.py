@@ -16,17 +16,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from data_support import distinct_documents, write_dataset
-from s3_support import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
+from helpers.datasets import distinct_documents, write_dataset
+from helpers.object_store import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
 
 from data_tools.remote import upload_dataset
+from dualtrain.common.errors import UserError
+from dualtrain.common.locks import locked
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.data.locks import locked
 from dualtrain.data.remote import MissingRemoteFile, Remote, fetch_facts, fetch_info
 from dualtrain.data.shard_cache import ShardCache
-from dualtrain.errors import UserError
-from dualtrain.mixing import Mixture
+from dualtrain.method.mixing import Mixture
 
 
 @pytest.fixture(scope="module", autouse=True)

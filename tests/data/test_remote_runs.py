@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_workers import train_all
-from s3_support import LENGTHS, hashed_dataset, new_bucket, s3_server
-from support import on_ranks
+from helpers.object_store import LENGTHS, hashed_dataset, new_bucket, s3_server
+from helpers.ranks import on_ranks
+from helpers.run_workers import train_all
 
 from data_tools.remote import upload_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import read_corpus
-from dualtrain.errors import UserError
 from dualtrain.recipe.load import load_recipe
 
 RECIPE = """

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.data.token_bytes import token_bytes
 
 TEXTS = [

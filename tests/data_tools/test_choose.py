@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.choose import Choice, choose_documents, may_be_held_out
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 RANDOM = np.random.default_rng(0)

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from convert_support import Said, StopAt, files_of
+from helpers.conversions import Said, StopAt, files_of
 from typer.testing import CliRunner
 
 from data_tools import convert, train_tokenizer
 from data_tools.app import app
 from data_tools.convert import build_dataset
 from data_tools.reporting import Progress, Report
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.verify import verify_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 TEXTS = [f"Document {i} says " + "the quick brown fox " * (i % 7 + 1) for i in range(60)]

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_support import Said, StopAt, files_of, write_jsonl
+from helpers.conversions import Said, StopAt, files_of, write_jsonl
 from typer.testing import CliRunner
 
 from data_tools.app import app
 from data_tools.convert import build_dataset
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import verify_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs"]

@@ -13,25 +13,25 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from convert_support import write_jsonl
+from helpers.conversions import write_jsonl
 
 from data_tools import shards
 from data_tools.convert import _KEY_FILE, build_dataset
 from data_tools.place import beside
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.verify import verify_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
-TESTS = Path(__file__).parent.parent
+KILLS = Path(__file__).parents[1] / "experiments" / "kill_conversions.py"
 TEXTS = [f"Text {i} of some that are all different: {i * i}" for i in range(200)]
 
 
 def test_kills_at_random_moments() -> None:
-    """`python tests/kill_conversions.py` does the same with more trials, and says so in full."""
+    """`tests/experiments/kill_conversions.py` does the same with more trials."""
     done = subprocess.run(
-        [sys.executable, str(TESTS / "kill_conversions.py"), "--trials", "6", "--seed", "1"],
+        [sys.executable, str(KILLS), "--trials", "6", "--seed", "1"],
         capture_output=True,
         text=True,
     )

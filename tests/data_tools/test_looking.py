@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import write_dataset
+from helpers.datasets import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from data_tools.app import app
 from data_tools.inspection import length_histogram
 from data_tools.verify import verify_dataset
-from dualtrain.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1))
@@ -35,7 +35,7 @@ def test_inspect_shows_lengths_and_marked_documents(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "train: documents of 2 to 10 tokens, median 9, mean 7.0" in shown.output
     assert "8-15" in shown.output and "90.5%" in shown.output
-    from data_support import TOKENIZER
+    from helpers.datasets import TOKENIZER
 
     one, nine = TOKENIZER.decode([17, 18]), TOKENIZER.decode([17] * 5)
     assert f"<s>{one}</s>" in shown.output and f"<s>{nine}…" in shown.output

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from convert_support import files_of, write_jsonl
+from helpers.conversions import files_of, write_jsonl
 from typer.testing import CliRunner
 
 from data_tools.app import app
 from data_tools.convert import build_dataset
 from data_tools.merge import merge_datasets
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.verify import verify_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 TEXTS = [f"Text {i} of some that are all different: {i * i}" for i in range(120)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_tools.sources import PYTHON_DOCS, Document, Problem, Source, open_sources
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 
 def delivered(source: Any, **options: Any) -> list[Document | Problem]:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import pytest
 
 from data_tools.sources import Document, Problem, open_sources
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 
 def texts(*sources: Path | str, **options: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from streaming import MDSWriter
 
 from data_tools.sources import Document, Problem, open_sources
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 COLUMNS = {"body": "bytes", "n": "int", "text": "str", "tokens": "ndarray:uint16"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.sources import Document, Source, open_sources
 from data_tools.sources.splits import split_of
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 
 def opened(directory: Path, *names: str, **options: Any) -> Source:

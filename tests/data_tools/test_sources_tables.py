@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from data_tools.sources import Document, Problem, open_sources
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 
 TEXTS = [f"text {number} " + "é" * (number % 50) for number in range(1000)]
 COLUMN_TYPES = [

@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
-from dualtrain.errors import UserError
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
+from dualtrain.common.errors import UserError
 
 TEXTS = [f"The cat number {i} sat on the mat, the dog on the log." for i in range(50)]
 

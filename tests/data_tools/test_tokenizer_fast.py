@@ -14,11 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
-from data_tools import tokenizer as tokenizer_module
-from data_tools.probes import probe_texts
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
-from data_tools.tokenizer_patterns import CL100K, O200K, segments
-from dualtrain.errors import UserError
+from data_tools.tokenizers import tokenizer as tokenizer_module
+from data_tools.tokenizers.patterns import CL100K, O200K, segments
+from data_tools.tokenizers.probes import probe_texts
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
+from dualtrain.common.errors import UserError
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -110,7 +110,7 @@ def test_documents_longer_than_a_segment(
 ) -> None:
     text = "\n".join(text for text in probe_texts() if len(text) < 2000) * 3
     expected = of_kind(kind).encode(text)
-    monkeypatch.setattr("data_tools.tokenizer_patterns.SEGMENT_CHARS", 500)
+    monkeypatch.setattr("data_tools.tokenizers.patterns.SEGMENT_CHARS", 500)
     tokenizer = Tokenizer(of_kind(kind).json, where=kind, backend=backend)
     assert tokenizer.backend == backend
     assert tokenizer.encode_array(text).tolist() == expected
@@ -198,7 +198,7 @@ def test_a_difference_on_a_probe_decides(monkeypatch: pytest.MonkeyPatch) -> Non
         return np.array([7] * len(text), dtype=np.uint32)
 
     content = of_kind("gpt2").json
-    monkeypatch.setattr("data_tools.tokenizer_fast.FastEncoder.encode", wrong)
+    monkeypatch.setattr("data_tools.tokenizers.fast.FastEncoder.encode", wrong)
     assert Tokenizer(content, where="gpt2").backend == "tokenizers"
 
 
@@ -215,5 +215,5 @@ def test_too_long_for_an_unknown_division(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(tokenizer.encode_array("a" * 10))
     with pytest.raises(UserError, match="a text of 11 characters"):
         tokenizer.encode_array("a" * 11)
-    monkeypatch.setattr("data_tools.tokenizer_patterns.SEGMENT_CHARS", 2)
+    monkeypatch.setattr("data_tools.tokenizers.patterns.SEGMENT_CHARS", 2)
     assert len(of_kind("gpt2").encode_array("a b c d e f g")), "known divisions have no limit"

@@ -14,10 +14,10 @@ import tiktoken
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
-from data_tools.probes import probe_texts
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
-from data_tools.tokenizer_fast import token_bytes
-from dualtrain.errors import UserError
+from data_tools.tokenizers.fast import token_bytes
+from data_tools.tokenizers.probes import probe_texts
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
+from dualtrain.common.errors import UserError
 
 TEXTS = [f"The cat number {i} sat on  the mat,\n\n the dog's log." for i in range(50)]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from convert_support import Said, write_jsonl
+from helpers.conversions import Said, write_jsonl
 from tokenizers import models, pre_tokenizers
 
 from data_tools.convert import build_dataset
 from data_tools.merge import merge_datasets
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
 from data_tools.verify import verify_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 WORDS = ["red", "green", "blue", "one", "two"]

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from convert_support import write_jsonl
+from helpers.conversions import write_jsonl
 from typer.testing import CliRunner
 
 from data_tools.app import app
-from data_tools.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.train_tokenizer import train_tokenizer
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
 TEXTS = [f"Text {i} of some that are all different: {i * i}" for i in range(60)]

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from convert_support import write_jsonl
-from data_support import distinct_documents, write_dataset
-from s3_support import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
+from helpers.conversions import write_jsonl
+from helpers.datasets import distinct_documents, write_dataset
+from helpers.object_store import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
 from typer.testing import CliRunner
 
 from data_tools.app import app
 from data_tools.remote import fetch_info, is_remote, upload_dataset
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,18 +12,18 @@ from fractions import Fraction
 
 import pytest
 import torch
-from run_support import records, tiny_loader, train_on
-from task_support import question, write_lines, write_task
+from helpers.runs import records, tiny_loader, train_on
+from helpers.tasks import question, write_lines, write_task
 from typer.testing import CliRunner
 
 import dualtrain.evaluate.command as command
+from dualtrain.checkpoint.trained import find_source
 from dualtrain.cli import app
+from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.errors import UserError
 from dualtrain.evaluate import result_files
 from dualtrain.evaluate.command import Options, choose_modes, evaluate
 from dualtrain.export import export_checkpoint
-from dualtrain.trained import find_source
 
 
 @pytest.fixture(scope="module")

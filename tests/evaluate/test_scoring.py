@@ -6,7 +6,7 @@ from math import comb, exp, fsum, sqrt
 import numpy as np
 import pytest
 import torch
-from scoring_workers import (
+from helpers.scoring_workers import (
     MASK,
     OPEN_VOCAB,
     VOCAB,
@@ -20,7 +20,8 @@ from scoring_workers import (
 from dualtrain.evaluate.masks import Masking
 from dualtrain.evaluate.request import Passage
 from dualtrain.evaluate.scoring import MODES, Request
-from dualtrain.model import KeyValueCache, plan_attention
+from dualtrain.network.attention import plan_attention
+from dualtrain.network.cache import KeyValueCache
 
 EXACT = 1e-10
 """Of float64 sums in different orders."""

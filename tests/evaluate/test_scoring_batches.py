@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scoring_workers import (
+from helpers.ranks import on_ranks
+from helpers.scoring_workers import (
     CONTEXT,
     OPEN_VOCAB,
     VOCAB,
@@ -15,16 +16,15 @@ from scoring_workers import (
     score_on_ranks,
     some_requests,
 )
-from support import on_ranks
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.masks import Masking
 from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.packing import Row, make_batches
 from dualtrain.evaluate.request import Passage
 from dualtrain.evaluate.scoring import MODES, Request, Scorer, encode_pair
-from dualtrain.model import DualOutput
+from dualtrain.network.output import DualOutput
 
 
 @pytest.fixture(scope="module")

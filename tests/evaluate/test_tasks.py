@@ -10,9 +10,9 @@ import sys
 import pytest
 import yaml
 import zstandard
-from task_support import SPEC, load_one, question, write_lines, write_task
+from helpers.tasks import SPEC, load_one, question, write_lines, write_task
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.task_data import read_hub
 from dualtrain.evaluate.tasks import load_tasks
 from dualtrain.evaluate.templates import (

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from task_support import binomial_error, load_one, question, score_with, write_task
+from helpers.tasks import binomial_error, load_one, question, score_with, write_task
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.evaluate.statistics import average, chances, credit, normalised, resample
 
 PAIRS = [("They run.", "They runs."), ("She runs.", "She run."), ("We all go.", "We all do.")]

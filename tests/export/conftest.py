@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from imported_support import loader
-from run_support import tiny_loader, train_on
+from helpers.imported import loader
+from helpers.runs import tiny_loader, train_on
 
+from dualtrain.checkpoint.trained import TrainedModel, open_trained
 from dualtrain.export import Exported, export_checkpoint
-from dualtrain.model import plan_attention
-from dualtrain.trained import TrainedModel, open_trained
+from dualtrain.network.attention import plan_attention
 
 SHORT = ("steps=3", "optim.lr=0.02", "eval.sequences=4", "sample.tokens=0", "sample.infill=''")
 

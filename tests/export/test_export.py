@@ -12,14 +12,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dualtrain.checkpoint import WEIGHTS
-from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.checkpoint.store import WEIGHTS
+from dualtrain.checkpoint.trained import open_trained
 from dualtrain.cli import app
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.export import export_checkpoint
 from dualtrain.export.card_results import held_out, task_scores
-from dualtrain.model import DualConfig, DualLM
-from dualtrain.trained import open_trained
+from dualtrain.network.config import DualConfig
+from dualtrain.network.transformer import DualLM
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 FILES = {

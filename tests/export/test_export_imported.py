@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 import torch
-from imported_support import imported_model, loader, stock_model
+from helpers.imported import imported_model, loader, stock_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dualtrain.build_model import build_model
-from dualtrain.checkpoint import WEIGHTS
-from dualtrain.checkpoint_files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_marker
+from dualtrain.checkpoint.store import WEIGHTS
+from dualtrain.checkpoint.trained import open_trained
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.export import export_checkpoint
-from dualtrain.model import ImportedLM
+from dualtrain.model.build import build_model
 from dualtrain.model.exported import exported_import
+from dualtrain.model.imported import ImportedLM
 from dualtrain.model.imported_config import FAMILIES
-from dualtrain.trained import open_trained
 
 IDS = torch.randint(16, 290, (2, 24), generator=torch.Generator().manual_seed(1))
 

@@ -6,9 +6,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from data_tools.probes import probe_texts
-from data_tools.tokenizer import Tokenizer
-from data_tools.tokenizer_ranks import from_rank_file
+from data_tools.tokenizers.probes import probe_texts
+from data_tools.tokenizers.ranks import from_rank_file
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.export.tokenizer import write_tokenizer
 
 NAMES = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")

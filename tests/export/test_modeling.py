@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from dualtrain.checkpoint.trained import open_trained
 from dualtrain.export.modeling_dualtrain import DualTrainForCausalLM
 from dualtrain.generate import Sampling, TextModel, continue_prompts, fill_masks
-from dualtrain.trained import open_trained
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 MASK = 4

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from run_support import TESTS
+from helpers.runs import TESTS
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -105,7 +105,7 @@ def test_all_modes_in_trusted_code(case, found, again):
 
 
 def test_dualtrain_opens_what_transformers_saved_again(cases, found):
-    from dualtrain.trained import open_trained
+    from dualtrain.checkpoint.trained import open_trained
 
     for name, head in {"paper": "paper", "linear": "linear", "llama": "linear"}.items():
         folder = found["folder"] / name

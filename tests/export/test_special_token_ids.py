@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_tools.probes import probe_texts
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizers.probes import probe_texts
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.export.tokenizer import ROLES, put_space_only_first, write_tokenizer
 from dualtrain.generate import parse_gaps
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generate_support import CONTEXT, SPECIAL, WORDS, random_model
+from helpers.texts import CONTEXT, SPECIAL, WORDS, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dualtrain.generate import TextModel

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from generate_support import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
-from model_support import to_llama
+from helpers.models import to_llama
+from helpers.texts import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate import Sampling, continue_prompts
 
 GREEDY = Sampling(temperature=0)

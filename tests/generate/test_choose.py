@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import (
     Sampling,
     banned_tokens,

@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from generate_support import random_model
+from helpers.texts import random_model
 from typer.testing import CliRunner
 
+from dualtrain.checkpoint.trained import open_trained
 from dualtrain.cli import app
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate.files import read_prompts
-from dualtrain.trained import open_trained
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generate_support import CONTEXT, MASK, SPECIAL, WORDS, allowed, generators, logits_of
+from helpers.texts import CONTEXT, MASK, SPECIAL, WORDS, allowed, generators, logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate import Sampling, fill_masks
 from dualtrain.generate.diffusion import plan_passes
 

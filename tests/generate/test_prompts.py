@@ -1,12 +1,12 @@
 """Gaps in texts, and text from ids piece by piece."""
 
 import pytest
-from generate_support import MASK
+from helpers.texts import MASK
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.generate import TextStream, encode_prompt, has_gap, label_pieces, parse_gaps
 
 

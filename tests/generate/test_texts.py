@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from generate_support import CONTEXT
+from helpers.texts import CONTEXT
 
-from dualtrain.errors import UserError
+from dualtrain.checkpoint.trained import open_trained
+from dualtrain.common.errors import UserError
 from dualtrain.generate import Sampling, Settings, TextModel, Watcher, generate_texts, prepare
 from dualtrain.generate.settings import Wishes, read_settings
-from dualtrain.trained import open_trained
 
 TEXTS = ["The cat", "", "The mat sat on the mat", "on"]
 GAPS = ["The <mask:3> sat", "<mask>", "The mat", "on <mask:2> the <mask:4>."]

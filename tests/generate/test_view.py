@@ -6,11 +6,11 @@ import re
 import pytest
 from rich.console import Console
 
+from dualtrain.checkpoint.trained import open_trained
 from dualtrain.generate import Filled, Prompt, Settings, TextModel, generate_texts, prepare
 from dualtrain.generate import view as views
 from dualtrain.generate.texts import Job
 from dualtrain.generate.view import StreamView, UnmaskView, frame
-from dualtrain.trained import open_trained
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from meter_workers import measure
-from support import on_ranks
+from helpers.meter_workers import measure
+from helpers.ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualtrain.progress.meter import Meter, train_record

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.progress.metrics import MetricsFile, Record, finite, read_metrics
 
 

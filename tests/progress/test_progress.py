@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dualtrain.errors import UserError
-from dualtrain.progress import (
+from dualtrain.common.errors import UserError
+from dualtrain.progress.live import LiveView
+from dualtrain.progress.plain import PlainView
+from dualtrain.progress.progress import (
     EvalRecord,
     MetricsFile,
     Progress,
@@ -21,8 +23,6 @@ from dualtrain.progress import (
     View,
     read_metrics,
 )
-from dualtrain.progress.live import LiveView
-from dualtrain.progress.plain import PlainView
 
 
 def facts(run_dir: Path, first_step: int = 0) -> RunFacts:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dualtrain.progress import curves, formatting
+from dualtrain.common import formatting
+from dualtrain.progress import curves
 from dualtrain.progress.frame import RunState, frame
 from dualtrain.progress.live import LiveView
 from dualtrain.progress.metrics import (

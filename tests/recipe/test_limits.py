@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from dualtrain.errors import UserError
-from dualtrain.memory import check_memory
-from dualtrain.recipe.derive import CorpusFacts, derive
+from dualtrain.common.errors import UserError
+from dualtrain.derived.derive import CorpusFacts, derive
+from dualtrain.derived.dry_run import print_dry_run
+from dualtrain.derived.memory import check_memory
+from dualtrain.engine.config import deepspeed_config
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.load import load_recipe
-from dualtrain.recipe.merge import deepspeed_config
-from dualtrain.recipe.render import print_dry_run
 
 RECIPE = """
 name: absurd

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtrain.errors import UserError, UserErrors
-from dualtrain.recipe import dump_recipe, load_recipe
+from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.recipe.load import dump_recipe, load_recipe
 from dualtrain.recipe.schema import AlphaSchedule, RateSchedule, Recipe, SpanCorruption
 
 MINIMAL = """\

@@ -9,9 +9,11 @@ import re
 import pytest
 from rich.console import Console
 
-from dualtrain.recipe import derive, json_schema, load_recipe, markdown_reference
+from dualtrain.derived import derive
+from dualtrain.derived.dry_run import print_dry_run
 from dualtrain.recipe.describe import fields
-from dualtrain.recipe.render import print_dry_run
+from dualtrain.recipe.load import load_recipe
+from dualtrain.recipe.reference import json_schema, markdown_reference
 from dualtrain.recipe.schema import Recipe
 
 RECIPE = load_recipe("paper/470m-r128")

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dualtrain.recipe import derive, load_recipe, shipped, shipped_recipes
+from dualtrain.derived import derive
+from dualtrain.recipe import shipped
+from dualtrain.recipe.load import load_recipe
+from dualtrain.recipe.shipped import shipped_recipes
 from dualtrain.sweep.definition import load_sweep
 
 SWEEPS = {

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe.yaml_source import dump, parse
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.recipe.schema import parse_share
 from dualtrain.sweep.advice import by_fit, by_rules, short_share
 

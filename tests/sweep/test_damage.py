@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sweep_support import FILE, make_sweep
+from helpers.sweeps import FILE, make_sweep
 from typer.testing import CliRunner
 
 from dualtrain.cli import app
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.command import print_results
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import check, is_busy, prepare, read_outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.definition import load_sweep
 
 BASE = """

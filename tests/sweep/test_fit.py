@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from sweep_support import FILE, loss, make_sweep
+from helpers.sweeps import FILE, loss, make_sweep
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.advice import by_fit
 from dualtrain.sweep.directory import Outcome, write_outcome
 from dualtrain.sweep.fit import Options, _best_json, fit_sweep

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from sweep_support import FILE, loss, make_sweep
+from helpers.sweeps import FILE, loss, make_sweep
 from typer.testing import CliRunner
 
 from dualtrain.cli import app
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.groups import Options, compare_groups
 
 MORE = """  list:

@@ -15,9 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sweep_support import FILE
+from helpers.sweeps import FILE
 
-from dualtrain.errors import EXIT_DONE, EXIT_SAVED_AFTER_SIGNAL, UserError
+from dualtrain.common.errors import EXIT_DONE, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.sweep.command import Options, _summary, run_sweep
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import (

@@ -7,7 +7,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.gaussian_process.kernels import Matern
 
-from dualtrain.errors import UserError
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.surface import QUANTILES, RelativeNoise, Surface
 
 REPETITIONS = np.array([1.0, 4.0, 16.0, 64.0])

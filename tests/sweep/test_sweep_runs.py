@@ -6,17 +6,17 @@ import json
 import subprocess
 
 import pytest
-from kill_sweeps import disturb, sweep, sweep_file
-from run_support import environment
+from experiments.kill_sweeps import disturb, sweep, sweep_file
+from helpers.runs import environment
 
-from dualtrain.errors import UserError
-from dualtrain.run_directory import lock_run_directory
+from dualtrain.common.errors import UserError
 from dualtrain.sweep.command import Options as Asked
 from dualtrain.sweep.command import choose_points, run_sweep
 from dualtrain.sweep.compare import Options, compare_runs
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import Outcome, prepare, write_outcome, write_recipe
 from dualtrain.sweep.runner import Runner, share_devices
+from dualtrain.training.prepare import lock_run_directory
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
+from helpers.sweeps import FILE, make_sweep
 from rich.console import Console
-from sweep_support import FILE, make_sweep
 
 from dualtrain.sweep import view as view_module
 from dualtrain.sweep.definition import load_sweep

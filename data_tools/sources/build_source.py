@@ -1,0 +1,78 @@
+"""The source that a conversion's settings name, opened once or again and again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from data_tools.reporting import Report
+from data_tools.sources import Source, open_sources
+from data_tools.sources.find import standard_input
+from dualtrain.common.errors import UserError
+from dualtrain.recipe.schema import BuildSection
+
+STANDARD_INPUT = "-"
+_COPY_BYTES = 1 << 20
+
+
+def source_name(build: BuildSection) -> str:
+    """All of them, for messages."""
+    return ", ".join(build.sources)
+
+
+def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
+    """Open the source of a conversion.
+
+    Args:
+        build: Its settings.
+        stdin: What the source ``-`` reads; None is this process's standard input.
+
+    Raises:
+        UserError: Nothing is there, or not of a kind that can be read.
+    """
+    return open_sources(
+        build.sources,
+        text_field=build.text_field,
+        format=build.format,
+        separator=build.separator,
+        stdin=stdin,
+    )
+
+
+def say_what_is_left(source: Source, report: Report) -> None:
+    """Say what stands in the searched directories and is not read."""
+    for note in source.notes:
+        report.say(note)
+    if source.ignored:
+        report.say(
+            f"{len(source.ignored):,} files of other kinds are not read, first {source.ignored[0]}"
+        )
+
+
+def repeatable(build: BuildSection, stdin: IO[bytes] | None, kept: Path) -> Callable[[], Source]:
+    """A way to open a source again and again; standard input is first copied to the file `kept`.
+
+    Args:
+        build: As for :func:`open_source`.
+        stdin: What the source ``-`` reads; None is this process's standard input.
+        kept: A file to make.
+
+    Raises:
+        UserError: As :func:`open_source`, or the source is a pipe with a name.
+        OSError: `kept` cannot be written.
+    """
+    if STANDARD_INPUT not in build.sources:
+        if not open_source(build, None).repeatable:
+            raise UserError(
+                source_name(build),
+                "has a pipe, which can be read once only",
+                "files, to train a tokenizer before they are encoded",
+                "write it to a file, read it from standard input, or give a tokenizer",
+            )
+        return lambda: open_source(build, None)
+    if not kept.exists():
+        with kept.open("wb") as stream:
+            shutil.copyfileobj(stdin or standard_input(), stream, _COPY_BYTES)
+    return lambda: open_source(build, kept.open("rb"))

@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, found, checked, continued from, and opened as a model."""

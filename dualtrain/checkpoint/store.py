@@ -1,0 +1,392 @@
+"""Checkpoints: save, find, load, retain. What a run starts from is chosen in ``resume``.
+
+A checkpoint is a directory of a run::
+
+    step-00001000/
+      complete.json         the marker: size and hash of every other file; written last
+      state.json            step, ranks, ZeRO stage, precision, last held-out losses
+      recipe.yaml           the resolved recipe
+      weights.safetensors   fp32 master weights by parameter name
+      config.json           the model's configuration,
+      tokenizer.json        and its tokenizer,
+      dataset.json          and what it was trained on: for using it without the dataset
+      rank-00000.pt …       per rank: algorithms, unfinished averages, random states, and which
+                            pieces of the optimizer's state are where in DeepSpeed's files
+      deepspeed/            DeepSpeed's own files: optimizer state, partitions
+
+It is written as ``step-00001000.partial`` and renamed when all of it is on the disk; only a
+directory whose files are as its marker says counts. A run directory on a file system that all ranks
+see is required, as for DeepSpeed itself.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dualtrain.checkpoint.files import (
+    FORMAT,
+    FileFacts,
+    Files,
+    deepspeed_writes,
+    find_defects,
+    write_marker,
+)
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import open_weights
+from dualtrain.common.files import sync
+from dualtrain.engine.build import parameter_shapes, whole_parameters
+from dualtrain.engine.optimizer_state import (
+    MissingState,
+    SavedPieces,
+    count_updates,
+    load_state,
+    saved_pieces,
+)
+from dualtrain.launch.ranks import World
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+STATE = "state.json"
+RECIPE = "recipe.yaml"
+WEIGHTS = "weights.safetensors"
+ENGINE = "deepspeed"
+REQUIRED = (STATE, RECIPE, WEIGHTS)
+
+_PARTIAL = ".partial"
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; nothing of it is left, and older ones are as they were."""
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Directory of the checkpoint after ``step`` optimizer updates."""
+    return run_dir / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Everything that bears the name of a checkpoint, damaged or not, oldest first."""
+    found = [p for p in run_dir.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    return sorted(found, key=step_of)
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return [path for path in list_checkpoints(run_dir) if is_whole(path)]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the marker is there and every file has the size that it records."""
+    return not find_defects(path, required=REQUIRED)
+
+
+def read_state(path: Path) -> dict:
+    """The checkpoint's ``state.json``.
+
+    Raises:
+        UserError: when it is damaged.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+    except ValueError as error:
+        raise _damaged(path / STATE, error) from None
+    if not isinstance(state, dict) or "step" not in state:
+        raise _damaged(path / STATE, ValueError("no step in it"))
+    return state
+
+
+def save(
+    run_dir: Path,
+    *,
+    engine: DeepSpeedEngine,
+    world: World,
+    step: int,
+    texts: Mapping[str, str],
+    facts: Mapping[str, object],
+    rank_state: Mapping[str, object],
+) -> Path:
+    """Write a checkpoint; every rank calls this.
+
+    Args:
+        texts: Small files by name, the recipe among them; only rank 0's are written.
+        facts: What ``state.json`` holds besides step and format; the same on every rank.
+        rank_state: What this rank needs to continue exactly; torch-serialisable.
+
+    Returns:
+        The checkpoint's directory, whole.
+
+    Raises:
+        SaveFailed: on every rank, when one could not write, as on a full disk.
+    """
+    path = checkpoint_path(run_dir, step)
+    partial = path.with_name(path.name + _PARTIAL)
+    files = Files(partial)
+    if world.rank == 0:
+        files.attempt(lambda: _make_empty(partial))
+    _agree(files, partial, world)
+    with deepspeed_writes(engine, files):
+        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
+    pieces = _saved_pieces(engine, files)
+    state = {**rank_state, "random": get_random_state(), "pieces": tuple(pieces)}
+    buffers = _persistent_buffers(engine)
+    state["buffers"] = {name: buffer.detach().cpu() for name, buffer in buffers.items()}
+    files.torch_save(state, partial / f"rank-{world.rank:05d}.pt")
+    weights = gather_weights(engine, keep=world.rank == 0)
+    if world.rank == 0:
+        files.attempt(lambda: save_weights(weights, partial / WEIGHTS))
+        files.add(partial / WEIGHTS)
+        facts = {"format": FORMAT, "step": step, "world_size": world.world_size, **facts}
+        for name, text in texts.items():
+            files.text(text, partial / name)
+        files.text(json.dumps(facts, indent=1) + "\n", partial / STATE)
+    files.sync()
+    every_file = _agree(files, partial, world)
+    if world.rank == 0:
+        files.attempt(lambda: _publish(partial, path, every_file))
+    _agree(files, partial, world)
+    return path
+
+
+def load(
+    path: Path, engine: DeepSpeedEngine, world: World, states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Restore weights, buffers and optimizer from a whole checkpoint; every rank calls this.
+
+    Args:
+        path: The checkpoint; it may come from another number of ranks or another ZeRO stage.
+        engine: Just initialised.
+        states: From :func:`load_rank_states`.
+
+    Raises:
+        UserError: when a part of the state is missing, although no file is.
+    """
+    try:
+        load_state(engine, path, [SavedPieces(*state["pieces"]) for state in states])
+    except MissingState as error:
+        raise _damaged(path / ENGINE, error) from None
+    mine = states[world.rank % len(states)]["buffers"]
+    for name, buffer in _persistent_buffers(engine).items():
+        buffer.copy_(mine[name])
+
+
+def load_rank_states(path: Path) -> list[dict]:
+    """What each rank gave to :func:`save` as ``rank_state``, in order; with three keys more.
+
+    ``random`` is for :func:`set_random_state`, ``pieces`` and ``buffers`` for :func:`load`.
+
+    Raises:
+        UserError: when a file is damaged.
+    """
+    states = []
+    for rank in range(read_state(path)["world_size"]):
+        file = path / f"rank-{rank:05d}.pt"
+        try:
+            # A user's algorithm may keep any object.
+            states.append(torch.load(file, map_location="cpu", weights_only=False))
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise _damaged(file, error) from None
+    return states
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's fp32 weights into a model that no engine holds yet.
+
+    Raises:
+        UserError: when names or shapes differ, naming the first few.
+    """
+    own = dict(model.named_parameters())
+    shapes = parameter_shapes(model)
+    with open_weights(path / WEIGHTS) as weights:
+        saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        wrong = sorted(saved.keys() ^ own.keys())
+        wrong += [
+            f"{name}: {saved[name]} in the checkpoint, {shape} here"
+            for name, shape in shapes.items()
+            if name in saved and saved[name] != shape
+        ]
+        if not wrong:
+            for name, parameter in own.items():
+                # One by one: no rank holds a second model, nor the whole of a partitioned one.
+                with torch.no_grad(), whole_parameters([parameter]):
+                    parameter.copy_(weights.get_tensor(name))
+    if wrong:
+        raise UserError(
+            str(path / WEIGHTS),
+            f"weights do not fit the model: {'; '.join(wrong[:5])}",
+            "the `model` section of the checkpoint's recipe.yaml",
+        )
+
+
+def retain(run_dir: Path, keep: int | None) -> list[Path]:
+    """Remove whole checkpoints beyond the newest ``keep``; None keeps all.
+
+    Returns:
+        Those that could not be removed; a run does not end for them.
+    """
+    if keep is None:
+        return []
+    left = []
+    for path in find_checkpoints(run_dir)[: -max(keep, 2)]:
+        try:
+            remove(path)
+        except OSError:
+            left.append(path)
+    return left
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; what a kill leaves of it has the name of an unfinished one."""
+    if path.exists():
+        partial = path.with_name(path.name + _PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        path.rename(partial)
+        sync(path.parent)
+        # What a network file system holds on to goes when the run starts the next time.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what saves that did not come to their end have left; only who holds the lock may."""
+    for path in run_dir.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def gather_weights(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The fp32 master weights by name, on the CPU; all ranks call, those that ``keep`` get them.
+
+    Gathered one by one, so that only the keeping rank holds the whole model.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights: dict[str, torch.Tensor] = {}
+    model = engine.module
+    assert isinstance(model, nn.Module)
+    for name, parameter in model.named_parameters():
+        full = None
+        if hasattr(parameter, "ds_id") or parameter.dtype != torch.float32:
+            # A collective, so every rank asks. None for what is frozen; elsewhere the parameter has
+            # the values of its master.
+            full = safe_get_full_fp32_param(parameter)
+        with whole_parameters([parameter] if full is None else ()):
+            if keep:
+                source = parameter if full is None else full
+                held = source.detach().float().cpu().contiguous()
+                # A parameter that was gathered for this block alone goes with it.
+                weights[name] = held.clone() if hasattr(parameter, "ds_id") else held
+    return weights
+
+
+def save_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write weights as safetensors.
+
+    Raises:
+        OSError: They cannot be written, whatever the library makes of it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(weights), file)
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(file)) from None
+
+
+def _persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state; dualtrain's own model has none."""
+    model = engine.module
+    assert isinstance(model, nn.Module)
+    kept = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _publish(partial: Path, path: Path, files: dict[str, FileFacts]) -> None:
+    write_marker(partial, files)
+    if path.exists():  # damaged, and saved anew by a run that went back further
+        shutil.rmtree(path)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def _agree(files: Files, partial: Path, world: World) -> dict[str, FileFacts]:
+    """Wait for all ranks, and find out together whether all have written.
+
+    Returns:
+        What they have written so far.
+
+    Raises:
+        SaveFailed: One could not.
+    """
+    import torch.distributed as dist
+
+    mine = (files.error, files.facts)
+    ranks: list[tuple[str | None, dict[str, FileFacts]]] = [mine] * world.world_size
+    dist.all_gather_object(ranks, mine)
+    errors = [error for error, _ in ranks if error is not None]
+    if errors:
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveFailed(errors[0])
+    return {name: facts for _, written in ranks for name, facts in written.items()}
+
+
+def _saved_pieces(engine: DeepSpeedEngine, files: Files) -> SavedPieces:
+    """What DeepSpeed has just written of this rank's optimizer state, and where."""
+    # Stages 1 to 3 write an *_optim_states.pt each; at stage 0 rank 0's file has everything.
+    written = [name for name in files.facts if name.startswith(f"{ENGINE}/")]
+    states = [name for name in written if name.endswith("_optim_states.pt")]
+    file = next(iter(states or written), None)
+    return SavedPieces(file, saved_pieces(engine) if file else (), count_updates(engine))
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        str(file),
+        f"is damaged: {error}",
+        "the file as it was saved",
+        "move the checkpoint's directory away to continue from an older one",
+    )
+
+
+def get_random_state() -> dict[str, object]:
+    """State of the global generators, which only algorithms of the user's own may use."""
+    state: dict[str, object] = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any] | None) -> None:
+    """Continue the global generators; None leaves them as they are."""
+    if state is None:
+        return
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

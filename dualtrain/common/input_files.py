@@ -1,0 +1,175 @@
+"""Text and JSON from files that users write: prompts, and the data of tasks.
+
+Compressed or not, in UTF-8, and strict: what is wrong is named with its file and line, and nothing
+is read as something else without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualtrain.common.errors import UserError
+
+STDIN = "-"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_OBJECTS = "one JSON object a line, or an array of objects"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file, read and decompressed.
+
+    Attributes:
+        name: What to call it.
+        suffix: The end of its name in small letters, without that of a compression.
+        content: Without a byte order mark.
+    """
+
+    name: str
+    suffix: str
+    content: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> InputFile:
+        """Read a file, or for ``-`` standard input.
+
+        Raises:
+            UserError: It cannot be read or decompressed.
+        """
+        from dualtrain.common.compression import SUFFIXES, BrokenFile, Content
+
+        is_stdin = str(path) == STDIN
+        name = "standard input" if is_stdin else str(path)
+        inner = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+        compression = "detect" if is_stdin else SUFFIXES.get(path.suffix.lower())
+        if is_stdin and sys.stdin is None:
+            raise UserError(name, "is closed", "a file, or something that writes to it")
+        try:
+            with nullcontext(sys.stdin.buffer) if is_stdin else path.open("rb") as raw:
+                content = b"".join(Content(raw, compression))
+        except BrokenFile as error:
+            raise UserError(name, f"{error.kind}: {error.what}", hint=error.hint) from None
+        except OSError as error:
+            raise UserError(name, f"cannot be read: {error.strerror or error}") from None
+        return cls(name, inner.suffix.lower(), content)
+
+    def text(self) -> str:
+        """The content as text.
+
+        Raises:
+            UserError: It is not UTF-8; with the line.
+        """
+        place, what = -1, ""
+        try:
+            text = self.content.decode()
+            # UTF-16 without a mark can be read as UTF-8: every other character would be a zero.
+            place, what = self.content.find(b"\0"), "has a zero byte"
+        except UnicodeDecodeError as error:
+            place, what = error.start, f"byte 0x{self.content[error.start]:02x} is not UTF-8"
+        if place >= 0:
+            line = 1 + self.content.count(b"\n", 0, place)
+            hint = "convert the file, for example with iconv"
+            raise UserError(f"{self.name}:{line}", what, "text in UTF-8", hint)
+        return text
+
+    def json_parts(self) -> list[tuple[int, str]]:
+        """Divide JSON lines, or an array, into the source of each value.
+
+        Returns:
+            The line where each begins, and its source, as :func:`parse_object` takes it.
+
+        Raises:
+            UserError: It is not UTF-8, or an array that is not JSON; with the line.
+        """
+        text = self.text()
+        if not text.startswith("[", _behind_space(text, 0)):
+            return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        try:
+            return _array_parts(text)
+        except json.JSONDecodeError as error:
+            raise _not_json(f"{self.name}:{error.lineno}", error) from None
+        except (ValueError, RecursionError) as error:
+            raise _not_json(self.name, error) from None
+
+
+def parse_object(source: str, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        source: Of the object.
+        where: ``FILE:LINE`` of it, for messages.
+
+    Raises:
+        UserError: It is something else, or a key is there twice.
+    """
+    try:
+        value = json.loads(source, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(where, error) from None
+    if not isinstance(value, dict):
+        raise UserError(where, f"is a JSON {type(value).__name__}", "a JSON object")
+    return value
+
+
+def check_unicode(text: str, where: str) -> None:
+    """See that UTF-8 can express a text, as tokenizers and files need it.
+
+    Raises:
+        UserError: It holds half of a character, or a byte of an argument that was not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # How Python passes on the bytes of arguments that it cannot decode.
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        found = f"byte 0x{code - 0xDC00:02x}" if is_byte else f"half of a character, \\u{code:04x},"
+        what = f"has the {found} at position {error.start + 1}"
+        raise UserError(where, what, "text that UTF-8 can express") from None
+
+
+def _array_parts(text: str) -> list[tuple[int, str]]:
+    parts: list[tuple[int, str]] = []
+    decode = json.JSONDecoder().raw_decode
+    line, counted = 1, 0
+    begin = _behind_space(text, _behind_space(text, 0) + 1)
+    while not text.startswith("]", begin):
+        _, end = decode(text, begin)
+        line, counted = line + text.count("\n", counted, begin), begin
+        parts.append((line, text[begin:end]))
+        begin = _behind_space(text, end)
+        if text.startswith(",", begin):
+            begin = _behind_space(text, begin + 1)
+        elif not text.startswith("]", begin):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
+    end = _behind_space(text, begin + 1)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return parts
+
+
+def _behind_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _not_json(where: str, error: Exception) -> UserError:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    return UserError(where, f"is not JSON: {reason}", _OBJECTS)

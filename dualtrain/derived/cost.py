@@ -1,0 +1,209 @@
+"""What a recipe's model takes: parameters, checkpoint size, memory of a rank, operations.
+
+Called by ``derive``. Parameters and operations are exact; bytes are estimates, made from how
+DeepSpeed keeps weights, gradients and states at each ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from dualtrain.engine.config import BFloat16, DsConfig, bfloat16_mode
+from dualtrain.engine.groups import ParameterGroup, group_parameters
+from dualtrain.method.mixing import Objective
+from dualtrain.network.arithmetic import (
+    ImportedSizes,
+    count_parameters,
+    flops_per_token,
+    matrix_names,
+    parameter_shapes,
+)
+from dualtrain.recipe.schema import ModelSection, Recipe
+
+FP32, BF16 = 4, 2
+
+VOCABULARY_MULTIPLE = 64
+"""The dataset's vocabulary is rounded up to a multiple of this."""
+
+LOGIT_ROWS = 2048
+"""Positions whose logits exist at the same time, roughly: the loss works in chunks."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model whose vocabulary is known."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    mlp_width: int
+    head: Literal["paper", "linear"]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model takes.
+
+    Attributes:
+        parameters: All of them.
+        without_vocabulary: Without embedding and output matrix.
+        muon_parameters: Those that Muon updates, if it is used.
+        groups: How the optimizer divides them, unless an algorithm changes the model.
+        flops_per_token: Operations of training on an input token, by objective.
+        training_flops: Operations of the whole run, forward and backward.
+        checkpoint_bytes: Estimate, of one checkpoint.
+        memory: Estimate, of one rank.
+    """
+
+    parameters: int
+    without_vocabulary: int
+    muon_parameters: int
+    groups: tuple[ParameterGroup, ...]
+    flops_per_token: Mapping[Objective, float]
+    training_flops: float
+    checkpoint_bytes: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the device of one rank.
+
+    Attributes:
+        weights: What the forward pass uses; 0 where they are in host memory, from which it takes
+            a few at a time.
+        gradients: Accumulated and, where they differ, those of the backward pass.
+        optimizer: fp32 master weights and states; 0 where they are in host memory.
+        activations: Saved for the backward pass, and the logits of a chunk; rough.
+        host: Of all these, what is in host memory instead.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
+    """The model's sizes.
+
+    Args:
+        model: The recipe's.
+        vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
+    """
+    rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return Sizes(rows, model.width, model.layers, model.mlp_width, model.head)
+
+
+def model_cost(
+    recipe: Recipe,
+    sizes: Sizes | ImportedSizes,
+    ds_config: DsConfig,
+    *,
+    world_size: int,
+    ar_tokens: int,
+    diffusion_tokens: int,
+) -> ModelCost:
+    """Compute what the recipe's model takes.
+
+    Args:
+        recipe: The recipe.
+        sizes: Its model, with its vocabulary.
+        ds_config: Its ds_config.
+        world_size: Ranks.
+        ar_tokens: Input tokens of the run's AR slots.
+        diffusion_tokens: Input tokens of its diffusion slots.
+    """
+    count = count_parameters(sizes)
+    groups = optimizer_groups(recipe, sizes)
+    muon = sum(group.elements for group in groups if group.uses_muon)
+    length = recipe.sequence_length
+    flops: dict[Objective, float] = {
+        "ar": flops_per_token(sizes, length, "causal"),
+        "diffusion": flops_per_token(sizes, length, "full"),
+    }
+    mode = bfloat16_mode(recipe.engine.precision, ds_config.stage)
+    # AdamW keeps two moments, Muon one momentum.
+    states = FP32 * (2 * count.total - muon)
+    return ModelCost(
+        parameters=count.total,
+        without_vocabulary=count.without_vocabulary,
+        muon_parameters=muon,
+        groups=groups,
+        flops_per_token=flops,
+        training_flops=ar_tokens * flops["ar"] + diffusion_tokens * flops["diffusion"],
+        checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
+        memory=_memory(recipe, sizes, count.total, states, ds_config, mode, world_size),
+    )
+
+
+def optimizer_groups(recipe: Recipe, sizes: Sizes | ImportedSizes) -> tuple[ParameterGroup, ...]:
+    """The groups that the engine will have."""
+    muon = matrix_names(sizes) if recipe.optim.name == "muon" else ()
+    return tuple(group_parameters(parameter_shapes(sizes), muon))
+
+
+def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) -> int:
+    """fp32 weights for use elsewhere, and DeepSpeed's files: module, master weights, states."""
+    module = parameters * (BF16 if mode == "weights" else FP32)
+    # At stage 3 the module has no weights of its own; at stage 0 it is its own master.
+    own = (0 if stage == 3 else module) + (0 if stage == 0 else FP32 * parameters)
+    return FP32 * parameters + own + states
+
+
+def _memory(
+    recipe: Recipe,
+    sizes: Sizes | ImportedSizes,
+    parameters: int,
+    states: int,
+    ds_config: DsConfig,
+    mode: BFloat16,
+    ranks: int,
+) -> Memory:
+    stage = ds_config.stage
+    weights = parameters * (BF16 if mode == "weights" else FP32)
+    gradients = FP32 * parameters
+    if mode == "weights" and stage == 1:
+        # BF16_Optimizer accumulates bf16 gradients into whole fp32 ones.
+        gradients += BF16 * parameters
+    if stage >= 2:
+        gradients //= ranks
+    master = FP32 * parameters if stage >= 1 else 0
+    optimizer = (master + states) // (ranks if stage >= 1 else 1)
+    if stage == 3:
+        weights //= ranks
+    moved_optimizer = optimizer if ds_config.offloads_optimizer else 0
+    moved_weights = weights if ds_config.offloads_parameters else 0
+    return Memory(
+        weights=weights - moved_weights,
+        gradients=gradients,
+        optimizer=optimizer - moved_optimizer,
+        activations=_activations(recipe, sizes),
+        host=moved_optimizer + moved_weights,
+    )
+
+
+def _activations(recipe: Recipe, sizes: Sizes | ImportedSizes) -> int:
+    """Bytes that a micro-batch leaves for its backward pass.
+
+    A block saves about ten vectors of the width (two residuals, two normalised inputs, queries,
+    keys and values before and after rotation, the attention's output) and four of the MLP's.
+    """
+    tokens = recipe.micro_batch * recipe.sequence_length
+    size = BF16 if recipe.engine.precision == "bf16" else FP32
+    block = tokens * (10 * sizes.width + 4 * sizes.mlp_width) * size
+    if recipe.model.activation_checkpointing:
+        body = sizes.layers * tokens * sizes.width * size + block
+    else:
+        body = sizes.layers * block
+    logits = 2 * min(tokens, LOGIT_ROWS) * sizes.vocab_size * FP32
+    return body + logits

@@ -1,0 +1,1 @@
+"""DeepSpeed, and the only place that knows its insides."""

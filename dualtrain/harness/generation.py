@@ -1,0 +1,172 @@
+"""Texts that the harness's tasks ask a model to write (``generate_until``).
+
+Called by ``lm_eval``, the model type; written with the samplers of ``dualtrain generate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
+from dualtrain.checkpoint.trained import TrainedModel
+from dualtrain.common.errors import UserError
+from dualtrain.common.randomness import generator
+from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt
+from dualtrain.recipe.describe import nearest
+
+CACHED_TOKENS = 8192
+"""Tokens in the cache at once, unless a number is given."""
+NEUTRAL = {"num_beams": 1}
+"""Settings of other backends that tasks give with a value that means nothing."""
+SETTINGS = (
+    "until",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A text to be written.
+
+    Attributes:
+        prompt: Token ids, the first of them ``<s>``.
+        tokens: To write at most.
+        until: Strings that end the text.
+        sampling: How tokens are chosen.
+        key: Of its random numbers: what the text is, not where it stands.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: int
+    until: tuple[str, ...]
+    sampling: Sampling
+    key: tuple[int, int]
+
+
+def write_texts(
+    trained: TrainedModel,
+    requests: Sequence[tuple[str, dict[str, object]]],
+    *,
+    kind: Literal["causal", "full"],
+    max_tokens: int,
+    seed: int,
+    tokens_per_batch: int | None = None,
+    on_text: Callable[[int, str], None],
+    on_note: Callable[[str], None],
+) -> list[str]:
+    """Continue prompts until a string or token that ends the text.
+
+    Args:
+        trained: The model.
+        requests: Prompts, each with a task's ``generation_kwargs``.
+        kind: How a prompt sees itself; ``full`` is prefix mode.
+        max_tokens: To write at most where ``generation_kwargs`` do not say.
+        seed: Of the random numbers, where there is sampling.
+        tokens_per_batch: Tokens in the cache at once; None is :data:`CACHED_TOKENS`.
+        on_text: Told the number of each request and its text as soon as it is there.
+        on_note: Told what the user should know.
+
+    Returns:
+        One text for each request, without the string that ended it.
+
+    Raises:
+        UserError: A setting that does not exist here.
+    """
+    orders = _take_orders(trained, requests, max_tokens, on_note)
+    texts = [""] * len(orders)
+    for batch in _batches(orders, tokens_per_batch or CACHED_TOKENS):
+        chosen = [orders[number] for number in batch]
+
+        def is_enough(row: int, ids: Sequence[int], chosen: list[Order] = chosen) -> bool:
+            until = chosen[row].until
+            text = trained.decode(list(ids)) if until else ""
+            return any(stop in text for stop in until)
+
+        written = continue_prompts(
+            TextModel.of(trained),
+            [order.prompt for order in chosen],
+            tokens=chosen[0].tokens,
+            generators=[generator(seed, "lm_eval", *order.key) for order in chosen],
+            sampling=chosen[0].sampling,
+            kind=kind,
+            is_enough=is_enough,
+        )
+        for number, order, continuation in zip(batch, chosen, written, strict=True):
+            text = trained.decode(list(continuation.ids))
+            texts[number] = postprocess_generated_text(text, list(order.until), None)
+            on_text(number, texts[number])
+    return texts
+
+
+def _take_orders(
+    trained: TrainedModel,
+    requests: Sequence[tuple[str, dict[str, object]]],
+    max_tokens: int,
+    on_note: Callable[[str], None],
+) -> list[Order]:
+    orders, repeats, shortened, capped = [], Counter(), 0, 0
+    # Half of the context is the prompt's at least: it holds the question.
+    most = max(1, trained.context // 2)
+    for prompt, settings in requests:
+        tokens, until, sampling = _read_settings(settings, max_tokens)
+        capped += tokens > most
+        tokens = min(tokens, most)
+        begin, *ids = encode_prompt(prompt, trained.tokenizer, bos_id=trained.vocab.bos_id)
+        room = trained.context - tokens - 1
+        shortened += len(ids) > room
+        digest = hashlib.sha256(prompt.encode()).digest()[:8]
+        key = (int.from_bytes(digest, "little"), repeats[prompt])
+        repeats[prompt] += 1
+        kept = ids[max(0, len(ids) - room) :]
+        orders.append(Order((begin, *kept), tokens, until, sampling, key))
+    if capped:
+        on_note(f"{capped} of {len(orders)} texts end after {most} tokens, half of the context")
+    if shortened:
+        on_note(
+            f"{shortened} of {len(orders)} prompts lost their beginning: with what is to be written"
+            f" they exceed the context of {trained.context} tokens"
+        )
+    return orders
+
+
+def _read_settings(
+    settings: dict[str, object], max_tokens: int
+) -> tuple[int, tuple[str, ...], Sampling]:
+    """Translate a task's ``generation_kwargs``, with the harness's own defaults."""
+    values: dict[str, Any] = {**normalize_gen_kwargs(settings, max_tokens)}
+    for key, value in values.items():
+        if key in SETTINGS or (key in NEUTRAL and value == NEUTRAL[key]):
+            continue
+        raise UserError(
+            f"generation_kwargs.{key}",
+            f"{value!r} is not available",
+            f"one of {', '.join(SETTINGS)}",
+            nearest(key, SETTINGS),
+        )
+    temperature = float(values.get("temperature", 1.0)) if values["do_sample"] else 0.0
+    top_k, penalty = values.get("top_k"), values.get("repetition_penalty", 1.0)
+    sampling = Sampling(temperature, top_k or None, values.get("top_p"), penalty)
+    return values["max_gen_toks"], tuple(stop for stop in values["until"] if stop), sampling
+
+
+def _batches(orders: Sequence[Order], cached_tokens: int) -> Iterator[list[int]]:
+    """Put texts together that are written alike and are about equally long; longest first."""
+    groups: dict[tuple[int, Sampling], list[int]] = {}
+    for number, order in enumerate(orders):
+        groups.setdefault((order.tokens, order.sampling), []).append(number)
+    for (tokens, _), numbers in groups.items():
+        numbers.sort(key=lambda number: -len(orders[number].prompt))
+        while numbers:
+            count = max(1, cached_tokens // (len(orders[numbers[0]].prompt) + tokens))
+            yield numbers[:count]
+            del numbers[:count]

@@ -1,0 +1,1 @@
+"""Ranks: starting them, on one machine or many; signals; peers that are lost."""

@@ -1,0 +1,165 @@
+"""Models: from a recipe, from a checkpoint's ``config.json``, from the directory of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import open_weights, read_object
+from dualtrain.data.dataset import DatasetInfo
+from dualtrain.derived.cost import model_sizes
+from dualtrain.engine.build import partitioned_build, whole_parameters
+from dualtrain.engine.norm_gains import set_type
+from dualtrain.model.exported import is_exported, read_exported_config
+from dualtrain.model.hugging_face import build_imported
+from dualtrain.model.imported import ImportedLM
+from dualtrain.model.imported_config import parse_config
+from dualtrain.model.pretrained import load_pretrained
+from dualtrain.network.config import DualConfig
+from dualtrain.network.initialize import initialize_parameter
+from dualtrain.network.norms import norm_parameters
+from dualtrain.network.transformer import DualLM
+from dualtrain.recipe.schema import Recipe
+
+CONFIG = "config.json"
+"""The model's configuration, in a checkpoint as in an export."""
+
+
+def build_model(
+    recipe: Recipe,
+    info: DatasetInfo,
+    ds_config: Mapping[str, object] | None = None,
+    *,
+    pretrained: bool = True,
+) -> DualLM | ImportedLM:
+    """The recipe's model for a dataset's vocabulary, with its initial values.
+
+    Args:
+        recipe: The resolved recipe.
+        info: Of the dataset.
+        ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
+            the same values, and every rank must call. None makes it whole.
+        pretrained: Whether an imported model gets its initial values, which may have to be fetched;
+            False where those of a checkpoint follow.
+    """
+    section = recipe.model
+    if section.hf is not None:
+        model = build_imported(recipe, info, ds_config, pretrained=pretrained)
+    else:
+        model = _build_own(recipe, info, ds_config)
+    model.activation_checkpointing = section.activation_checkpointing
+    if section.compile:
+        model.compile_blocks()
+    return model
+
+
+def _build_own(recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object] | None) -> DualLM:
+    """``DualLM``, initialised from the recipe's seed."""
+    config = model_config(recipe, info)
+    with nullcontext() if ds_config is None else partitioned_build(ds_config):
+        model = DualLM(config, seed=recipe.seed)
+    set_type(norm_parameters(model), torch.float32)  # which partitioned_build may have made bf16
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            continue
+        # DualLM could not fill it. One at a time, so that never more than one is whole.
+        with whole_parameters([parameter]):
+            initialize_parameter(name, parameter, config, recipe.seed)
+    return model
+
+
+def model_config(recipe: Recipe, info: DatasetInfo) -> DualConfig:
+    """The configuration of the recipe's model for a dataset's vocabulary."""
+    section = recipe.model
+    return DualConfig(
+        vocab_size=model_sizes(section, info.vocab_size).vocab_size,
+        width=section.width,
+        layers=section.layers,
+        heads=section.heads,
+        mlp_width=section.mlp_width,
+        rope_theta=section.rope_theta,
+        norm_eps=section.norm_eps,
+        head=section.head,
+        sequence_length=recipe.sequence_length,
+        bos_token_id=info.bos_id,
+        eos_token_id=info.eos_id,
+        pad_token_id=info.pad_id,
+        mask_token_id=info.mask_id,
+    )
+
+
+def empty_model(directory: Path, recipe: Recipe, info: DatasetInfo) -> nn.Module:
+    """The model of a checkpoint, whose weights are yet to be loaded.
+
+    Args:
+        directory: Of the checkpoint; one of an older version has no configuration of its own.
+        recipe: The checkpoint's.
+        info: Of its dataset.
+    """
+    file = directory / CONFIG
+    config = read_config(file) if file.is_file() else model_config(recipe, info)
+    return _on_meta(config).to_empty(device="cpu")
+
+
+def read_exported(directory: Path) -> nn.Module:
+    """Load an exported model.
+
+    Raises:
+        UserError: Its files are missing, or do not fit one another.
+    """
+    model = _on_meta(read_config(directory / CONFIG)).to_empty(device="cpu")
+    if isinstance(model, ImportedLM):
+        load_pretrained(directory, model)
+    else:
+        load_safetensors(directory, model)
+    return model
+
+
+def read_config(file: Path) -> DualConfig | PretrainedConfig:
+    """Read a model's configuration: ours, or that of a family that can be imported.
+
+    Raises:
+        UserError: It cannot be read, or is of another kind of model.
+    """
+    values = read_object(file, "a model's configuration")
+    if is_exported(values):
+        return read_exported_config(values, where=str(file))
+    if values.get("model_type") == DualConfig.model_type:
+        return DualConfig.from_dict(values)
+    return parse_config(values, where=str(file))
+
+
+def _on_meta(config: PretrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return DualLM(config) if isinstance(config, DualConfig) else ImportedLM(config)
+
+
+def load_safetensors(directory: Path, model: nn.Module) -> None:
+    """Fill a model from the ``*.safetensors`` of a directory, one tensor at a time.
+
+    Raises:
+        UserError: There are none, or their names or shapes are not the model's.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(str(directory), "has no weights", "*.safetensors")
+    missing = dict(model.named_parameters())
+    for file in files:
+        with open_weights(file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if name not in missing:
+                    raise UserError(str(file), f"has an unknown weight {name}", "the model's own")
+                parameter, found = missing.pop(name), weights.get_tensor(name)
+                if parameter.shape != found.shape:
+                    shapes = f"{tuple(found.shape)}", f"{tuple(parameter.shape)}, as in {CONFIG}"
+                    raise UserError(str(file), f"{name} is of shape {shapes[0]}", shapes[1])
+                with torch.no_grad():
+                    parameter.copy_(found)
+    if missing:
+        raise UserError(str(directory), f"lacks the weights {', '.join(sorted(missing)[:3])}")

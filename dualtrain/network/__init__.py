@@ -1,0 +1,1 @@
+"""The transformer in plain PyTorch: configuration, attention, loss, initialisation."""

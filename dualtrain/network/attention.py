@@ -1,0 +1,387 @@
+"""Attention inside documents, of three kinds, on three backends, behind one interface.
+
+:func:`plan_attention` is called once per micro-batch, on the host, with the batch's document ids
+still on the CPU. Whatever has to be decided or built from them happens there, outside any compiled
+region and without waiting for the device; all layers share the resulting :class:`AttentionPlan`.
+Shapes inside a plan depend on the shape of the batch, hardly ever on its contents, so that a
+compiled block keeps one graph per kind.
+
+Query q sees key k of the same document if
+    causal   k <= q
+    full     always
+    prefix   k <= q, or k is in the prefix of the document
+
+Shapes: B rows, T positions, H heads of size D.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dualtrain.common.errors import UserError
+from dualtrain.network.arithmetic import AttentionKind
+
+# From torch 2.10 on. Looked up by name, because its signature is another in each version.
+varlen_attn: Callable[..., Tensor] | None = None
+with suppress(ImportError):
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+
+# Found out here, because a compiled block cannot look at a signature.
+_VARLEN_TAKES_WINDOW = (
+    varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
+)
+
+Backend = Literal["sdpa", "varlen", "flex"]
+
+# Documents per row that the graph of the varlen backend is made for; doubled where there are more.
+_VARLEN_DOCUMENTS = 8
+# Edge of FlexAttention's square blocks.
+_FLEX_BLOCK = 128
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """How the positions of one micro-batch attend to each other.
+
+    Attributes:
+        kind: causal, full or prefix.
+        backend: The one in use, which may differ from the one asked for (prefix attention).
+    """
+
+    kind: AttentionKind
+    backend: Backend
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Apply softmax attention.
+
+        Args:
+            query: (B, T, H, D), rotated.
+            key: (B, T, H, D), rotated.
+            value: (B, T, H, D), of the same type.
+
+        Returns:
+            (B, T, H, D), of the same type.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class SdpaPlan(AttentionPlan):
+    """torch's scaled_dot_product_attention.
+
+    Attributes:
+        mask: (B, 1, T, T), 0 where the key is seen and -inf elsewhere; None where every row is one
+            document and the kind needs no mask of its own.
+    """
+
+    mask: Tensor | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=None if self.mask is None else self.mask.to(query.dtype),
+            is_causal=self.mask is None and self.kind == "causal",
+        )
+        return output.transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenPlan(AttentionPlan):
+    """Flash attention over the documents of all rows laid end to end (CUDA, half precision).
+
+    Attributes:
+        offsets: (N + 1,) int32, where documents begin; after the last document B*T repeated, which
+            makes empty documents, so that N is the same from batch to batch.
+    """
+
+    offsets: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[1]
+        assert varlen_attn is not None  # resolve_backend has seen to it
+        output = varlen_attn(
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            self.offsets,
+            self.offsets,
+            # The longest document there could be, rather than the longest there is: a constant.
+            length,
+            length,
+            **_varlen_options(self.kind),
+        )
+        return output.view(query.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class FlexPlan(AttentionPlan):
+    """FlexAttention, compiled on CUDA; on a CPU it runs forward only, for tests.
+
+    Attributes:
+        blocks: Which blocks of the attention matrix are empty, full, or decided by the mask.
+    """
+
+    blocks: BlockMask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        compiled_here = query.is_cuda and not torch.compiler.is_compiling()
+        output = (_compiled_flex() if compiled_here else flex_attention)(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            block_mask=self.blocks,
+        )
+        return output.transpose(1, 2)
+
+
+def resolve_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Backend:
+    """Turn the recipe's ``model.attention`` into a backend that works here.
+
+    Args:
+        name: ``auto``, ``sdpa``, ``varlen`` or ``flex``. auto is sdpa on a CPU; on CUDA varlen
+            where there is one, else flex where there is a compiler, else sdpa.
+        device: Where the model runs.
+        dtype: Compute type, if known: varlen is for half precision only.
+
+    Raises:
+        UserError: The backend asked for cannot train on this device, torch or precision.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        best_first: tuple[Backend, ...] = ("varlen", "flex", "sdpa")
+        return next(backend for backend in best_first if not _obstacle(backend, device, dtype))
+    if name not in ("sdpa", "varlen", "flex"):
+        raise UserError("model.attention", f"{name!r}", "auto, sdpa, varlen or flex")
+    obstacle = _obstacle(name, device, dtype)
+    if obstacle:
+        raise UserError(
+            "model.attention",
+            f"{name} does not work here: {obstacle}",
+            hint="auto takes the best backend that does",
+        )
+    return cast(Backend, name)
+
+
+def plan_attention(
+    kind: AttentionKind,
+    document_ids: Tensor,
+    *,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    in_prefix: Tensor | None = None,
+) -> AttentionPlan:
+    """Prepare attention for one micro-batch.
+
+    Args:
+        kind: causal, full or prefix.
+        document_ids: (B, T) integers on the CPU, never decreasing within a row: positions with
+            equal ids are one document.
+        backend: From :func:`resolve_backend`. varlen cannot express prefix attention, nor compute
+            in float32; such a plan uses sdpa instead.
+        device: Where the model runs.
+        dtype: Compute type of the attention (bfloat16 also under autocast).
+        in_prefix: (B, T) bool on the CPU, tokens that all of their document see; for the prefix
+            kind only.
+
+    Returns:
+        The plan, its tensors on the device.
+
+    Raises:
+        ValueError: Document ids that decrease or are not on the CPU; ``in_prefix`` missing, or
+            given for another kind; an unknown kind or backend.
+    """
+    if kind not in ("causal", "full", "prefix"):
+        raise ValueError(f"unknown kind of attention {kind!r}")
+    if document_ids.device.type != "cpu":
+        raise ValueError("document_ids must be on the CPU: the plan is made without the device")
+    if (in_prefix is None) == (kind == "prefix"):
+        raise ValueError("in_prefix belongs to prefix attention, and to no other kind")
+    documents = document_ids.numpy()
+    if (documents[:, 1:] < documents[:, :-1]).any():
+        raise ValueError("document_ids decrease within a row")
+    device = torch.device(device)
+    prefixes = None if in_prefix is None else in_prefix.numpy()
+    if backend == "varlen" and kind != "prefix" and dtype in _HALF_TYPES:
+        offsets = torch.from_numpy(_document_offsets(documents))
+        return VarlenPlan(kind, "varlen", to_device(offsets, device))
+    if backend == "flex":
+        return FlexPlan(kind, "flex", _block_mask(kind, documents, prefixes, device))
+    if backend in ("sdpa", "varlen"):
+        return SdpaPlan(kind, "sdpa", _dense_mask(kind, documents, prefixes, device, dtype))
+    raise ValueError(f"unknown attention backend {backend!r}")
+
+
+def plan_rows(input_ids: Tensor) -> AttentionPlan:
+    """Plan causal attention for (B, T) input ids of which each row is one document."""
+    one_document = torch.zeros(input_ids.shape, dtype=torch.int32, device="cpu")
+    return plan_attention("causal", one_document, backend="sdpa", device=input_ids.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor to the device without waiting for the device."""
+    if device.type == "cuda":
+        # From pageable memory the copy may wait for everything queued before it.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Say why a backend cannot train here; empty if it can."""
+    if name == "sdpa":
+        return ""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type} (sdpa works everywhere)"
+    if name == "flex":
+        found = importlib.util.find_spec("triton") is not None
+        return "" if found else "it is compiled by triton, which is not installed"
+    if varlen_attn is None:
+        return f"torch {torch.__version__} lacks it, torch 2.10 and newer have it"
+    if dtype is not None and dtype not in _HALF_TYPES:
+        return f"it computes in bf16 only, not in {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return ""
+
+
+def _dense_mask(
+    kind: AttentionKind,
+    documents: np.ndarray,
+    prefixes: np.ndarray | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Build the (B, 1, T, T) additive mask, unless the kernel's own causal flag does."""
+    if prefixes is None and (documents[:, 0] == documents[:, -1]).all():
+        return None
+    ids = to_device(torch.from_numpy(documents), device)
+    seen = ids[:, :, None] == ids[:, None, :]
+    if kind != "full":
+        position = torch.arange(documents.shape[1], device=device)
+        allowed = position[None, None, :] <= position[None, :, None]
+        if prefixes is not None:
+            allowed = allowed | to_device(torch.from_numpy(prefixes), device)[:, None, :]
+        seen = seen & allowed
+    # Additive and in the compute type, so that no layer has to convert it again.
+    mask = torch.full(seen.shape, -torch.inf, device=device, dtype=dtype)
+    return mask.masked_fill_(seen, 0.0)[:, None]
+
+
+def _document_offsets(documents: np.ndarray) -> np.ndarray:
+    """Return where documents begin in the flattened batch, padded with B*T: (N + 1,) int32."""
+    rows, length = documents.shape
+    begins = np.ones_like(documents, dtype=bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = np.flatnonzero(begins)
+    capacity = rows * _VARLEN_DOCUMENTS
+    while capacity < len(starts):
+        capacity *= 2
+    offsets = np.full(min(capacity, rows * length) + 1, rows * length, dtype=np.int32)
+    offsets[: len(starts)] = starts
+    return offsets
+
+
+def _varlen_options(kind: AttentionKind) -> dict[str, tuple[int, int] | bool]:
+    """Say causal or full to ``varlen_attn``: torch 2.10 has a flag, later ones a window."""
+    if _VARLEN_TAKES_WINDOW:
+        return {"window_size": (-1, 0) if kind == "causal" else (-1, -1)}
+    return {"is_causal": kind == "causal"}
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _block_mask(
+    kind: AttentionKind,
+    documents: np.ndarray,
+    prefixes: np.ndarray | None,
+    device: torch.device,
+) -> BlockMask:
+    """Build FlexAttention's mask from the block level up.
+
+    ``create_block_mask`` would evaluate all (B, T, T) pairs on the device; as documents are
+    contiguous, the ids at the ends of each block decide, on the host.
+    """
+    visible, full = _visible_blocks(kind, documents, prefixes)
+    lists = [*_ordered(visible & ~full), *_ordered(full)]
+    partial_count, partial, full_count, full_index = (
+        to_device(torch.from_numpy(array), device) for array in lists
+    )
+    ids = to_device(torch.from_numpy(np.ascontiguousarray(documents)), device)
+    prefix = None if prefixes is None else to_device(torch.from_numpy(prefixes), device)
+
+    # Closures, because create_mask and the kernels reject bound methods.
+    def full_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ids[b, q] == ids[b, k]
+
+    def causal_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (ids[b, q] == ids[b, k]) & (k <= q)
+
+    def prefix_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert prefix is not None
+        return (ids[b, q] == ids[b, k]) & ((k <= q) | prefix[b, k])
+
+    masks = {"full": full_mask, "causal": causal_mask, "prefix": prefix_mask}
+    length = documents.shape[1]
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial,
+        full_count,
+        full_index,
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=masks[kind],
+        seq_lengths=(length, length),
+    )
+
+
+def _visible_blocks(
+    kind: AttentionKind, documents: np.ndarray, prefixes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say which blocks have a visible pair, and which have no other: two (B, n, n) bool arrays."""
+    length = documents.shape[1]
+    begin = np.arange(0, length, _FLEX_BLOCK)
+    end = np.minimum(begin + _FLEX_BLOCK, length)
+    first, last = documents[:, begin], documents[:, end - 1]
+    # Ids never decrease, so two blocks share a document exactly if their ranges of ids meet.
+    visible = (first[:, None, :] <= last[:, :, None]) & (last[:, None, :] >= first[:, :, None])
+    # A block cut short by the end of the row is never full: its kernel must look at the bounds.
+    single = (first == last) & (end - begin == _FLEX_BLOCK)
+    full = visible & single[:, None, :] & single[:, :, None]
+    if kind == "full":
+        return visible, full
+    index = np.arange(len(begin))
+    some = np.broadcast_to(index[None, None, :] <= index[None, :, None], visible.shape)
+    all_ = np.broadcast_to(index[None, None, :] < index[None, :, None], visible.shape)
+    if prefixes is not None:
+        # With an earlier block, a block can have only its first document in common.
+        of_first = prefixes & (documents == np.repeat(first, end - begin, axis=1))
+        some = some | np.logical_or.reduceat(of_first, begin, axis=1)[:, None, :]
+        all_ = all_ | np.logical_and.reduceat(prefixes, begin, axis=1)[:, None, :]
+    return visible & some, full & all_
+
+
+def _ordered(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the chosen blocks of each row of blocks: counts (B, 1, n), indices (B, 1, n, n)."""
+    count = blocks.sum(-1, dtype=np.int32)
+    index = np.argsort(~blocks, axis=-1, kind="stable").astype(np.int32)
+    return count[:, None], index[:, None]

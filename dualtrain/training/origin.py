@@ -1,0 +1,112 @@
+"""Where a run starts: its directory, its checkpoint if any, and what the ranks left in it.
+
+``assemble`` makes one :class:`Origin` as soon as the ranks have met, before memory is spent: what
+cannot be continued is refused here. ``resume`` chooses and compares, ``branch`` looks at the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.checkpoint.resume import (
+    Resume,
+    agree_on_start,
+    check_compatible,
+    describe_change,
+    share_rank_states,
+    with_notes,
+)
+from dualtrain.data.dataset import TokenDataset
+from dualtrain.derived.derive import CorpusFacts
+from dualtrain.engine.config import deepspeed_config, zero_stage
+from dualtrain.launch.ranks import World
+from dualtrain.recipe.load import dump_recipe
+from dualtrain.recipe.schema import Recipe
+from dualtrain.training.branch import check_branch, inherit_metrics
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run starts.
+
+    Attributes:
+        run_dir: The run's directory.
+        text: The resolved recipe as YAML.
+        fingerprint: Of the dataset.
+        config: For ``deepspeed.initialize``.
+        resume: The checkpoint to start from, if any.
+        facts: Its ``state.json``; empty unless the run continues one.
+        rank_states: What each rank saved in it.
+        mine: What this rank continues with.
+    """
+
+    run_dir: Path
+    text: str
+    fingerprint: str
+    config: dict[str, object]
+    resume: Resume
+    facts: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+    mine: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        *,
+        world: World,
+        dataset: TokenDataset,
+        corpus: CorpusFacts,
+        slots_per_rank: int,
+    ) -> Origin:
+        """Choose and check it; every rank calls this.
+
+        Args:
+            recipe: The resolved recipe.
+            world: This rank among all.
+            dataset: The training split.
+            corpus: What is known of it.
+            slots_per_rank: Micro-batches of a rank in a step.
+
+        Raises:
+            UserError: as in ``choose_resume``, ``check_compatible``, ``check_branch``.
+        """
+        run_dir, text = recipe.directory, dump_recipe(recipe)
+        config = deepspeed_config(
+            recipe, world_size=world.world_size, slots_per_step_per_rank=slots_per_rank
+        )
+        resume = agree_on_start(recipe.checkpoint.resume, run_dir, world)
+        if world.rank == 0:
+            checkpoint.remove_unfinished(run_dir)
+        facts: dict[str, Any] = {}
+        states: list[dict[str, Any]] = []
+        mine: dict[str, Any] = {}
+        if resume.path is not None and resume.continues:
+            path = resume.path
+            check_compatible(resume, recipe_text=text, fingerprint=dataset.info.fingerprint)
+            facts = checkpoint.read_state(path)
+            if resume.kind == "branch":
+                resume = with_notes(resume, *check_branch(recipe, path, corpus))
+                if world.rank == 0:
+                    inherit_metrics(path.parent, run_dir, facts["step"])
+            stage = zero_stage(config)
+            change = describe_change(path, world_size=world.world_size, zero_stage=stage)
+            resume = with_notes(resume, change or f"from {path}, ranks and stage as before")
+            states = checkpoint.load_rank_states(path)
+            mine = share_rank_states(states, world.rank, world.world_size)
+        fingerprint = dataset.info.fingerprint
+        return cls(run_dir, text, fingerprint, config, resume, facts, states, mine)
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's, 0 to 3."""
+        return zero_stage(self.config)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory, where there is one."""
+        assert self.resume.path is not None
+        return self.resume.path

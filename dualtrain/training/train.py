@@ -1,0 +1,388 @@
+"""The loop, top to bottom.
+
+``train`` assembles a run from its recipe (``assemble``), then ``fit`` goes through its steps; at
+each of the twelve moments of :class:`~dualtrain.algorithms.events.Event` the algorithms are asked
+what to do.
+Nothing here waits for the device to finish a step: when the host learns whether the losses were
+finite, which decides whether there is an update, the device is still at the last backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dualtrain.algorithms.events import Dispatcher, Event, State
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.common.errors import (
+    EXIT_DONE,
+    EXIT_NON_FINITE_LOSS,
+    EXIT_SAVED_AFTER_SIGNAL,
+    UserError,
+)
+from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
+from dualtrain.data.plan import DATA_ORDER
+from dualtrain.engine.build import leave_distributed, set_learning_rate
+from dualtrain.evaluate.in_training import evaluate
+from dualtrain.launch.signals import Verdict, watch_signals
+from dualtrain.method.schedules import learning_rate_factor
+from dualtrain.model.build import CONFIG
+from dualtrain.network.attention import plan_attention, to_device
+from dualtrain.network.loss import select_positions
+from dualtrain.network.output import DualOutput
+from dualtrain.progress.progress import ViewChoice, train_record
+from dualtrain.recipe.schema import Recipe
+from dualtrain.training.assemble import assemble
+from dualtrain.training.non_finite import (
+    Cause,
+    NonFiniteLoss,
+    describe,
+    discard_step,
+    skipped_by_deepspeed,
+    write_report,
+)
+from dualtrain.training.run import Run
+from dualtrain.training.summary import report_groups, run_facts, sample_rows, summarise
+
+Thing = TypeVar("Thing")
+
+
+def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
+    """Run a recipe as one rank, from its newest checkpoint if there is one.
+
+    Args:
+        recipe: The resolved recipe; the same on every rank.
+        view: What the terminal shows.
+
+    Returns:
+        The exit code: done, saved after a signal, or stopped by a non-finite loss.
+
+    Raises:
+        UserError: for what the user can mend, before the first step.
+    """
+    # A caller that trains several recipes keeps its process group from one to the next.
+    joins_group = not dist.is_initialized()
+    run = assemble(recipe, view=view)
+    try:
+        sample_rows(run)
+        with watch_signals(run.vote):
+            code = fit(run)
+    finally:
+        run.close()
+    run.engine.destroy()
+    del run
+    if joins_group:
+        leave_distributed()
+    return code
+
+
+def fit(run: Run) -> int:
+    """Train from the run's first step to its last, or to a signal; returns the exit code."""
+    state = run.state
+    run.progress.start(run_facts(run))
+    report_groups(run)
+    for warning in [*run.derived.warnings, *(run.tasks.warnings if run.tasks else ())]:
+        run.progress.message(f"warning: {warning}")
+    for note in run.notes:
+        run.progress.event("resume", note, step=state.step)
+    run.dispatch(Event.FIT_START)
+    run.meter.start()
+    stop = False
+    try:
+        while state.step < state.steps and not stop:
+            verdict = train_step(run)
+            stop = verdict.stop
+            finish_step(run, stop=stop)
+    except NonFiniteLoss as error:
+        run.progress.event("non_finite_loss", str(error), step=state.step)
+        return EXIT_NON_FINITE_LOSS
+    run.dispatch(Event.FIT_END)
+    stopped = state.step < state.steps
+    run.progress.finish(summarise(run, stopped=stopped))
+    return EXIT_SAVED_AFTER_SIGNAL if stopped else EXIT_DONE
+
+
+def train_step(run: Run) -> Verdict:
+    """One optimizer update: every slot of this rank, one after another.
+
+    Returns:
+        What the ranks agreed on before the update.
+
+    Raises:
+        NonFiniteLoss: before the update, when a loss is not finite on any rank.
+    """
+    state = run.state
+    run.losses.start_step()
+    run.meter.mark()
+    begin_step(state)
+    run.dispatch(Event.STEP_START)
+    set_learning_rate(run.engine, state.learning_rate)
+    for slots_left in reversed(range(run.slots_per_rank)):
+        train_slot(run)
+        acknowledge_signal(run)
+        if slots_left:
+            # Only counts; the update comes with the last slot of the step.
+            run.engine.step()
+    verdict = run.vote.take(non_finite=run.losses.non_finite())
+    if verdict.non_finite:
+        leave_out(run, "loss")
+        run.gradients.discard()
+        discard_step(run.engine)
+    else:
+        run.gradients.prepare()
+        run.engine.step()
+        run.meter.add_update(run.gradients.norm)
+        if skipped_by_deepspeed(run.engine):
+            leave_out(run, "gradient")
+    run.dispatch(Event.STEP_END)
+    state.step += 1
+    return verdict
+
+
+def begin_step(state: State) -> None:
+    """Give the state the alpha and the learning rate of its step."""
+    # The mixture decides: data is prepared ahead, so which slots a step has must be known before.
+    state.alpha = float(state.mixture.alpha_at(state.step))
+    optim = state.recipe.optim
+    state.learning_rate = optim.lr * learning_rate_factor(optim.schedule, state.step, state.steps)
+
+
+def train_slot(run: Run) -> None:
+    """One micro-batch: forward with its objective's input and attention, then backward."""
+    state = run.state
+    state.slot, state.batch = slot, batch = next(run.batches)
+    slot_loss(state, run.dispatcher, run.engine, backend=run.backend, dtype=run.compute_dtype)
+    loss, output = there(state.loss), there(state.output)
+    run.losses.add(slot, batch, loss)
+    run.engine.backward(loss)
+    run.dispatch(Event.AFTER_BACKWARD)
+    run.meter.add(
+        slot.objective,
+        there(output.cross_entropy),
+        output.z_loss,
+        tokens=batch.document_ids.numel(),
+        loss=loss,
+    )
+
+
+def acknowledge_signal(run: Run) -> None:
+    """Tell the user once that a stop signal has arrived, which takes effect after the step."""
+    if run.vote.signal_received is not None and not run.vote.is_acknowledged:
+        run.vote.is_acknowledged = True
+        run.progress.message("stopping after this step, to save; a second signal stops at once")
+
+
+def slot_loss(
+    state: State,
+    dispatcher: Dispatcher,
+    model: Callable[..., DualOutput],
+    *,
+    backend: str,
+    dtype: torch.dtype,
+) -> None:
+    """From the clean sequences of the state's slot to its loss.
+
+    Args:
+        state: With slot and batch; is given example, output and loss.
+        dispatcher: The algorithms, which make the example.
+        model: The engine, or the bare model.
+        backend: Attention backend.
+        dtype: Compute type of the attention.
+    """
+    dispatcher.dispatch(Event.BATCH_START, state)
+    dispatcher.dispatch(Event.BEFORE_FORWARD, state)
+    state.output = forward(state, model, backend=backend, dtype=dtype)
+    dispatcher.dispatch(Event.AFTER_FORWARD, state)
+    state.loss = there(there(state.output).loss) * there(state.slot).loss_scale
+    dispatcher.dispatch(Event.AFTER_LOSS, state)
+
+
+def forward(
+    state: State, model: Callable[..., DualOutput], *, backend: str, dtype: torch.dtype
+) -> DualOutput:
+    """Give the state's example to the model, under the attention of its objective."""
+    example = there(state.example)
+    attention = plan_attention(
+        example.attention,
+        example.document_ids,
+        backend=backend,
+        device=state.device,
+        dtype=dtype,
+    )
+    # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
+    selection = select_positions(example.weights)
+    moved = example.to(state.device)
+    return model(
+        moved.input_ids,
+        attention=attention,
+        targets=moved.targets,
+        weights=moved.weights,
+        z_loss=state.recipe.objective.z_loss,
+        selection=None if selection is None else to_device(selection, state.device),
+    )
+
+
+def leave_out(run: Run, cause: Cause) -> None:
+    """Go on without this step's update, if ``engine.skip_non_finite`` allows one more such step.
+
+    Args:
+        cause: What is not finite. After a bad gradient DeepSpeed has made no update already.
+
+    Raises:
+        NonFiniteLoss: when it does not; the report is written by then.
+    """
+    allowed, losses = run.recipe.engine.skip_non_finite, run.losses
+    ranks = run.vote.gather(losses.slots())
+    what = f"in update {run.state.step + 1}, {describe(ranks, cause=cause)}"
+    if losses.skipped >= allowed:
+        report = write_report(run, ranks, cause=cause)
+        raise NonFiniteLoss(
+            f"{what}. {report}. The same command meets it again, bit for bit, from the newest "
+            f"checkpoint; engine.skip_non_finite={allowed + 1} goes on without this step's update"
+        )
+    losses.skipped += 1
+    run.meter.rewind()
+    message = f"{what}; no update from it (engine.skip_non_finite: {losses.skipped} of {allowed})"
+    run.progress.event("step_left_out", message, step=run.state.step)
+
+
+def there(value: Thing | None) -> Thing:
+    """A part of the state that exists at this moment, unless an algorithm has taken it away."""
+    if value is None:
+        raise ValueError("an algorithm set a part of the state to None that the loop needs")
+    return value
+
+
+def finish_step(run: Run, *, stop: bool) -> None:
+    """Record, evaluate and save what is due; save in any case when the run is to ``stop``."""
+    recipe, step = run.recipe, run.state.step
+    is_last = step == run.state.steps
+    run.progress.tick(step)
+    if is_last or is_due(step, recipe.progress.interval_steps):
+        record(run)
+    with_tasks = run.tasks is not None and (
+        is_last or is_due(step, recipe.eval.task_interval_steps)
+    )
+    if with_tasks or is_last or is_due(step, recipe.eval.interval_steps):
+        evaluate(run, with_tasks=with_tasks)
+    if is_last or stop or is_due(step, recipe.checkpoint.interval_steps):
+        save(run, is_final=is_last or stop)
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something done every ``interval`` steps (0: never) is due after ``step`` of them."""
+    return interval > 0 and step % interval == 0
+
+
+def record(run: Run) -> None:
+    """Close the interval: one synchronisation, one line of metrics.
+
+    Raises:
+        NonFiniteLoss: when a number of the record is not finite although every loss was.
+    """
+    state, mixture = run.state, run.state.mixture
+    interval = run.meter.interval(data_wait_s=run.data_wait_s())
+    step = state.step
+    derived = run.derived
+    tokens = step * derived.tokens_per_step
+    slot_tokens = run.recipe.micro_batch * run.recipe.sequence_length
+    ar_slots = mixture.ar_slots_before(step)
+    run.progress.record(
+        train_record(
+            interval,
+            step=step,
+            steps=state.steps,
+            tokens=tokens,
+            epoch=tokens / derived.unique_tokens,
+            lr=state.learning_rate,
+            alpha=state.alpha,
+            ar_slots=ar_slots,
+            diffusion_slots=mixture.diffusion_slots_before(step),
+            ar_passes=ar_slots * slot_tokens / derived.unique_tokens,
+            elapsed_s=run.elapsed_s(),
+        )
+    )
+    if interval.non_finite:
+        raise NonFiniteLoss(unseen(run, f"numbers of {' and '.join(interval.non_finite)}"))
+
+
+def unseen(run: Run, what: str) -> str:
+    """Say that something became bad beside losses and gradients that were finite."""
+    saved = "nothing was saved" if run.last_saved is None else f"the newest is {run.last_saved}"
+    return (
+        f"{what} were not finite by step {run.state.step}, though every loss was. No checkpoint is "
+        f"made of these weights: {saved}"
+    )
+
+
+def save(run: Run, *, is_final: bool) -> None:
+    """Write a checkpoint and remove those that are not kept.
+
+    Args:
+        is_final: Whether the run ends here; otherwise it survives a full disk without the
+            checkpoint.
+
+    Raises:
+        UserError: when the last checkpoint of the run cannot be written.
+        NonFiniteLoss: as in :func:`record`, of what no record has shown yet.
+    """
+    finite = run.meter.finite().float()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite.item():
+        raise NonFiniteLoss(unseen(run, "numbers of the record"))
+    try:
+        with run.progress.busy("saving"), run.meter.paused():
+            path = write_checkpoint(run)
+    except checkpoint.SaveFailed as error:
+        if is_final:
+            raise UserError(
+                str(run.run_dir),
+                f"the checkpoint of step {run.state.step} could not be written: {error}",
+                "room for it",
+                "make room and give the same command; it goes on from the newest checkpoint",
+            ) from None
+        # The run is worth more than this one checkpoint; the next interval tries again.
+        message = f"not saved, the run goes on: {error}"
+        run.progress.event("checkpoint_failed", message, step=run.state.step)
+        return
+    run.last_saved = path
+    run.progress.event("checkpoint", str(path), step=run.state.step)
+    run.dispatch(Event.CHECKPOINT_SAVED)
+
+
+def write_checkpoint(run: Run) -> Path:
+    """Save everything that the run needs to go on, on all ranks; returns the checkpoint."""
+    path = checkpoint.save(
+        run.run_dir,
+        engine=run.engine,
+        world=run.world,
+        step=run.state.step,
+        texts={
+            checkpoint.RECIPE: run.text,
+            CONFIG: run.state.model.config.to_json_string(),
+            DATASET_FILE: run.dataset.info.model_dump_json(),
+            TOKENIZER_FILE: run.dataset.tokenizer_path.read_text(),
+        },
+        facts={
+            "zero_stage": run.zero_stage,
+            "precision": run.recipe.engine.precision,
+            "fingerprint": run.fingerprint,
+            "data_order": DATA_ORDER,
+            "elapsed_s": run.elapsed_s(),
+            "last_eval": run.last_eval,
+            "last_scores": run.last_scores,
+            "skipped_steps": run.losses.skipped,
+        },
+        rank_state={
+            "algorithms": run.dispatcher.state_dict(),
+            "meter": run.meter.state_dict(),
+        },
+    )
+    if run.world.rank == 0:
+        for left in checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep):
+            run.progress.message(f"warning: {left} could not be removed")
+    return path

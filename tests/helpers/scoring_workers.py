@@ -1,0 +1,120 @@
+"""A tiny model for tests of scoring, and functions that they run on real ranks."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from dualtrain.checkpoint.trained import Vocab
+from dualtrain.engine.build import init_distributed, prepare_process
+from dualtrain.evaluate.scoring import Request, Score, Scorer
+from dualtrain.network.config import DualConfig
+from dualtrain.network.transformer import DualLM
+
+WORDS = 24
+MASK = 4
+VOCAB = Vocab(size=WORDS, bos_id=1, eos_id=2, mask_id=MASK, special_ids=(0, 1, 2, 3, MASK))
+OPEN_VOCAB = Vocab(size=WORDS, bos_id=1, eos_id=2, mask_id=MASK, special_ids=())
+"""Every token may be scored, so that all probabilities can be summed."""
+CONTEXT = 32
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> DualLM:
+    """Every weight matters: those of a new model's attention and MLP outputs are zero."""
+    config = DualConfig(vocab_size=WORDS, width=32, layers=2, heads=2, mlp_width=44)
+    model = DualLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model.to(dtype)
+
+
+def make_scorer(forward=None, dtype: torch.dtype = torch.float64, **options) -> Scorer:
+    settings = {"vocab": VOCAB, "context": CONTEXT, "dtype": dtype}
+    return Scorer(forward or make_model(dtype), **(settings | options))
+
+
+class Recorder:
+    """A forward that keeps what it is called with and what it returns."""
+
+    def __init__(self, model, *, fixed_target: int | None = None, fail=None) -> None:
+        self.model, self.fixed_target, self.fail = model, fixed_target, fail
+        self.inputs, self.outputs = [], []
+
+    def __call__(self, input_ids, *, selection, targets, **options):
+        if self.fail:
+            self.fail(input_ids)
+        if self.fixed_target is not None:
+            targets = torch.full_like(targets, self.fixed_target)
+        self.inputs.append(input_ids)
+        self.outputs.append(self.model(input_ids, selection=selection, targets=targets, **options))
+        return self.outputs[-1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(ids.numel() for ids in self.inputs)
+
+
+def some_requests() -> list[Request]:
+    """Nested, equal, with common beginnings, with special tokens, of many lengths."""
+    generator = torch.Generator().manual_seed(1)
+    contexts = [(1, *torch.randint(5, WORDS, (n,), generator=generator).tolist()) for n in range(8)]
+    requests = []
+    for context in contexts:
+        for length in (1, 2, 2, 3, 7):
+            tokens = torch.randint(5, WORDS, (length,), generator=generator).tolist()
+            requests.append(Request(context, tuple(tokens)))
+            requests.append(Request(context, (*tokens[:-1], 9)))
+        requests.append(Request(context, (8, 2, 9)))
+    requests.append(Request(contexts[3][:2], contexts[3][2:] + (6, 7)))
+    return requests + requests[:3]
+
+
+def score_on_ranks(modes: list[str], limit: int) -> tuple[list[list[Score]], list[str]]:
+    """Score on all ranks, with memory on rank 1 for ``limit`` tokens only, then with ZeRO-3."""
+    import torch.distributed as dist
+
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ranks = {"rank": rank, "world_size": world_size}
+    notes: list[str] = []
+
+    def fail(input_ids):
+        if rank == 1 and input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small = Recorder(make_model(), fail=fail)
+    scorer = make_scorer(small, tokens_per_batch=4 * limit, on_note=notes.append, **ranks)
+    results = [scorer.score(some_requests(), mode) for mode in modes]
+    engine = sharded_engine()
+    scorer = make_scorer(engine, dtype=torch.float32, tokens_per_batch=limit, **ranks)
+    results += [scorer.score(some_requests()[:15], mode) for mode in modes]
+    engine.destroy()
+    del engine, scorer
+    # In this order, or the interpreter may abort when it exits.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    return results, notes
+
+
+def sharded_engine():
+    """A ZeRO-3 engine around the model, in which nothing is small enough to stay whole."""
+    import deepspeed
+
+    model = make_model(torch.float32)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        config=config,
+        dist_init_required=False,
+    )
+    return engine

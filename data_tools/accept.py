@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools.choose import VAL_FRACTION
 from data_tools.sources import BUILTIN, InputFile
 from data_tools.sources.build_source import STANDARD_INPUT, open_source
-from data_tools.tokenizers.tokenizer import find_tokenizer
+from data_tools.tokenizers.ranks import find_tokenizer
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, SourceFile
 from dualtrain.recipe.schema import BuildSection

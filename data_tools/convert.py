@@ -26,24 +26,17 @@ import numpy as np
 from data_tools.accept import check_made_alike, effective_arguments, recorded
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
-from data_tools.place import (
-    absolute,
-    beside,
-    check_place,
-    discard,
-    disk_error,
-    disk_errors,
-    locked_place,
-    publish,
-)
+from data_tools.place import check_place, disk_error, disk_errors, locked_place
 from data_tools.reporting import Progress, Report, shown
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
 from data_tools.sources import PYTHON_DOCS, InputFile, Source
 from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.spool import Spool, SpoolState
-from data_tools.tokenizers.tokenizer import Tokenizer, find_tokenizer
+from data_tools.tokenizers.ranks import find_tokenizer
+from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.train_tokenizer import learn
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import absolute, beside, discard, publish
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.choose import SPLITS
-from data_tools.place import absolute, beside, discard, disk_errors, locked_place, publish
+from data_tools.place import disk_errors, locked_place
 from data_tools.reporting import Progress, Report, shown
 from data_tools.shards import (
     SHARD_BYTES,
@@ -22,6 +22,7 @@ from data_tools.shards import (
 )
 from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import absolute, beside, discard, publish
 from dualtrain.common.randomness import generator
 from dualtrain.data.dataset import (
     DATASET_FILE,

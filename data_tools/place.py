@@ -7,26 +7,14 @@ or none; what a killed one left beside it is for its maker to use again or to re
 from __future__ import annotations
 
 import errno
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.reporting import Progress, Report, shown
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import sync, user_path
 from dualtrain.common.locks import locked
 from dualtrain.data.dataset import DATASET_FILE
-
-
-def absolute(path: str | Path) -> Path:
-    """The path itself: with ``~`` and the current directory filled in, and links followed.
-
-    A dataset is moved to its place in the end, and nothing can be moved over a link.
-    """
-    # Path.resolve raises RuntimeError for links in a circle.
-    return Path(os.path.realpath(user_path(path)))
 
 
 @contextmanager
@@ -86,24 +74,3 @@ def check_place(path: Path) -> None:
             "a new or empty directory",
             "remove it or choose another path",
         )
-
-
-def beside(path: Path) -> Path:
-    """The directory in which the dataset of a place is made."""
-    return path.parent / f".{path.name}.partial"
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Move a whole dataset to its place, when everything is on the disk.
-
-    The rename is what declares it whole, so nothing may reach the disk after it.
-    """
-    for place in [*partial.rglob("*"), partial]:
-        sync(place)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def discard(partial: Path) -> None:
-    """Remove what is beside a place; errors do not matter, the next maker meets them."""
-    shutil.rmtree(partial, ignore_errors=True)

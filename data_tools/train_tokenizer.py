@@ -14,12 +14,13 @@ import numpy as np
 
 from data_tools.choose import may_be_held_out
 from data_tools.encode import text_hash, wanted
-from data_tools.place import absolute, disk_errors
+from data_tools.place import disk_errors
 from data_tools.reporting import Progress, Report, shown
 from data_tools.sources import Problem, Source
 from data_tools.sources.build_source import repeatable, say_what_is_left, source_name
 from data_tools.tokenizers.tokenizer import Backend, Tokenizer
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import absolute
 from dualtrain.recipe.schema import BuildSection
 
 TRAINING_BYTES = 256 * 2**20

@@ -95,7 +95,7 @@ def run(
         from dualtrain.training.branch import load_branch
 
         loaded = load_branch(recipe, changes, start_from)
-    from dualtrain.data.build import with_dataset_there
+    from dualtrain.training.dataset import with_dataset_there
 
     settled = with_dataset_there(loaded)
     if settled is not loaded:
@@ -562,7 +562,7 @@ def _mistake(error: Exception) -> UserError | None:
     if isinstance(error, OSError):
         return file_problem(error)
     if "torch" in sys.modules or isinstance(error, MemoryError):
-        from dualtrain.evaluate.memory import is_out_of_memory
+        from dualtrain.model.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             what = f"ran out: {str(error).splitlines()[0] if str(error) else 'no more'}"

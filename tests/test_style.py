@@ -1,5 +1,6 @@
-"""Lint, format and types, with the settings of pyproject.toml."""
+"""Lint, format, types and who imports whom, with the settings of pyproject.toml."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,15 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHON = [sys.executable, "-m"]
 COMMANDS = {
-    "lint": ["ruff", "check", "--no-cache", "."],
-    "format": ["ruff", "format", "--no-cache", "--check", "."],
-    "types": ["pyright", "--pythonpath", sys.executable],
+    "lint": [*PYTHON, "ruff", "check", "--no-cache", "."],
+    "format": [*PYTHON, "ruff", "format", "--no-cache", "--check", "."],
+    "types": [*PYTHON, "pyright", "--pythonpath", sys.executable],
+    "rooms": [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_complaints(name):
-    command = [sys.executable, "-m", *COMMANDS[name]]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(COMMANDS[name], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

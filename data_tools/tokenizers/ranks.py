@@ -38,8 +38,17 @@ _OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "
 _KINDS = "a tokenizer.json, a directory with one, a rank file, or a tiktoken encoding"
 
 
-def find(spec: str, *, pattern: str | None, own_names: bool = False) -> Tokenizer:
-    """The tokenizer that a path or a name stands for; see ``tokenizer.find_tokenizer``."""
+def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = False) -> Tokenizer:
+    """The tokenizer that ``--tokenizer`` names; nothing is downloaded.
+
+    Args:
+        spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
+        pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
+        own_names: As for :class:`Tokenizer`.
+
+    Raises:
+        UserError: There is no such tokenizer here, or it cannot be used.
+    """
     path = user_path(spec)
     try:
         if path.is_dir():

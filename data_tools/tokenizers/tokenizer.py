@@ -3,8 +3,8 @@
 Conversion trains and applies it; generation loads it from the dataset or the checkpoint. Text is
 always text: ``<mask>`` written in a document becomes ordinary tokens, never the special id.
 
-Whole documents are encoded through tiktoken where that gives the same ids (``tokenizer_fast``),
-several times faster; what ``--tokenizer`` may name besides a file is read by ``tokenizer_ranks``.
+Whole documents are encoded through tiktoken where that gives the same ids (``fast``),
+several times faster; what ``--tokenizer`` may name besides a file is read by ``ranks``.
 """
 
 from __future__ import annotations
@@ -231,22 +231,6 @@ class Tokenizer:
     def _token_texts(self) -> list[str]:
         ids = sorted(set(self._tokenizer.get_vocab(with_added_tokens=True).values()))
         return [self.decode([i]) for i in ids]  # decode_batch has threads, bad before a fork
-
-
-def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = False) -> Tokenizer:
-    """The tokenizer that ``--tokenizer`` names; nothing is downloaded.
-
-    Args:
-        spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
-        pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
-        own_names: As for :class:`Tokenizer`.
-
-    Raises:
-        UserError: There is no such tokenizer here, or it cannot be used.
-    """
-    from data_tools.tokenizers.ranks import find
-
-    return find(spec, pattern=pattern, own_names=own_names)
 
 
 def _parse(json: str, where: str) -> tokenizers.Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def user_path(path: str | Path) -> Path:
         hint = "write ./~... for a name that begins so"
         raise UserError(str(path), "is no path: there is no such home", hint=hint)
     return Path(expanded)
+
+
+def absolute(path: str | Path) -> Path:
+    """The path itself: with ``~`` and the current directory filled in, and links followed.
+
+    What is made beside its place is moved there in the end, and nothing can be moved over a link.
+    """
+    # Path.resolve raises RuntimeError for links in a circle.
+    return Path(os.path.realpath(user_path(path)))
 
 
 def file_problem(error: OSError, where: str = "") -> UserError | None:
@@ -87,3 +97,24 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(str(path), f"cannot be written: {error.strerror}") from None
+
+
+def beside(path: Path) -> Path:
+    """The directory in which what belongs at a place is made."""
+    return path.parent / f".{path.name}.partial"
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Move a whole directory to its place, when everything is on the disk.
+
+    The rename is what declares it whole, so nothing may reach the disk after it.
+    """
+    for place in [*partial.rglob("*"), partial]:
+        sync(place)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def discard(partial: Path) -> None:
+    """Remove what is beside a place; errors do not matter, the next maker meets them."""
+    shutil.rmtree(partial, ignore_errors=True)

@@ -6,12 +6,31 @@ Of a dataset in an object store ``dataset.json`` is fetched if need be, and noth
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
-from dualtrain.derived.derive import CorpusFacts
 from dualtrain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What has to be known of the train split.
+
+    Attributes:
+        tokens: Tokens of all documents, without ``<s>`` and ``</s>``.
+        documents: Their number.
+        vocab_size: Tokens of the vocabulary.
+    """
+
+    tokens: int
+    documents: int
+    vocab_size: int
+
+    def packed_tokens(self, *, append_eos: bool) -> int:
+        """Targets of one epoch over the whole split: its tokens, and ``</s>`` if asked for."""
+        return self.tokens + (self.documents if append_eos else 0)
 
 
 def read_corpus(recipe: Recipe) -> CorpusFacts | None:

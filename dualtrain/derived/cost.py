@@ -8,39 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
-from typing import Literal
 
 from dualtrain.engine.config import BFloat16, DsConfig, bfloat16_mode
 from dualtrain.engine.groups import ParameterGroup, group_parameters
 from dualtrain.method.mixing import Objective
 from dualtrain.network.arithmetic import (
     ImportedSizes,
+    Sizes,
     count_parameters,
     flops_per_token,
     matrix_names,
     parameter_shapes,
 )
-from dualtrain.recipe.schema import ModelSection, Recipe
+from dualtrain.recipe.schema import Recipe
 
 FP32, BF16 = 4, 2
 
-VOCABULARY_MULTIPLE = 64
-"""The dataset's vocabulary is rounded up to a multiple of this."""
-
 LOGIT_ROWS = 2048
 """Positions whose logits exist at the same time, roughly: the loss works in chunks."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model whose vocabulary is known."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    mlp_width: int
-    head: Literal["paper", "linear"]
 
 
 @dataclass(frozen=True)
@@ -91,17 +76,6 @@ class Memory:
     def total(self) -> int:
         """On the device."""
         return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
-    """The model's sizes.
-
-    Args:
-        model: The recipe's.
-        vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
-    """
-    rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Sizes(rows, model.width, model.layers, model.mlp_width, model.head)
 
 
 def model_cost(

@@ -12,7 +12,8 @@ from math import floor
 from typing import TYPE_CHECKING
 
 from dualtrain.common.errors import UserError
-from dualtrain.derived.cost import ModelCost, model_cost, model_sizes
+from dualtrain.data.corpus import CorpusFacts
+from dualtrain.derived.cost import ModelCost, model_cost
 from dualtrain.derived.reasons import (
     Length,
     LengthField,
@@ -22,35 +23,16 @@ from dualtrain.derived.reasons import (
 from dualtrain.engine.config import read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.schema import LARGEST_STEPS, AlphaSchedule, Recipe
 
 if TYPE_CHECKING:
-    from dualtrain.derived.cost import Sizes
-    from dualtrain.network.arithmetic import ImportedSizes
+    from dualtrain.network.arithmetic import ImportedSizes, Sizes
 
 
 LONGEST_SCHEDULE = 10**6
 """Steps of a run whose alpha changes: they are counted one by one, which takes half a minute."""
-
-
-@dataclass(frozen=True)
-class CorpusFacts:
-    """What has to be known of the train split.
-
-    Attributes:
-        tokens: Tokens of all documents, without ``<s>`` and ``</s>``.
-        documents: Their number.
-        vocab_size: Tokens of the vocabulary.
-    """
-
-    tokens: int
-    documents: int
-    vocab_size: int
-
-    def packed_tokens(self, *, append_eos: bool) -> int:
-        """Targets of one epoch over the whole split: its tokens, and ``</s>`` if asked for."""
-        return self.tokens + (self.documents if append_eos else 0)
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from dualtrain.common.files import user_path
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
 from dualtrain.evaluate.heldout import HeldOut, held_out_losses
-from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.report import Evaluation, as_json, print_report
 from dualtrain.evaluate.result_files import ResultDirectory
 from dualtrain.evaluate.scoring import MASKING_MODES, MODES, Mode, Scorer, encode_pair
 from dualtrain.evaluate.tasks import SHIPPED, Task, load_tasks, score_task
 from dualtrain.evaluate.tokenizer_differences import tokenizer_differences
 from dualtrain.evaluate.view import View
+from dualtrain.model.memory import is_out_of_memory
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 

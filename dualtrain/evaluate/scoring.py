@@ -26,7 +26,6 @@ from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.evaluate.masks import MaskedDocument, Masking, pack_documents
-from dualtrain.evaluate.memory import choose_tokens, is_out_of_memory
 from dualtrain.evaluate.packing import Batch, Row, make_batches
 from dualtrain.evaluate.request import (
     MASKING_MODES,
@@ -43,6 +42,7 @@ from dualtrain.evaluate.request import (
 )
 from dualtrain.evaluate.tree import make_trees
 from dualtrain.model.inference import inference
+from dualtrain.model.memory import choose_tokens, is_out_of_memory
 from dualtrain.network.output import DualOutput
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtrain.common.file_kinds import parse_tokenizer
-from dualtrain.export.tokenizer import put_space_only_first
+from dualtrain.model.exported_tokenizer import put_space_only_first
 
 _PARTS = {
     "model": "the model",

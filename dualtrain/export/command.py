@@ -29,10 +29,10 @@ from dualtrain.common.file_kinds import read_object
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.export.model_card import write_model_card
 from dualtrain.export.place import made_whole
-from dualtrain.export.tokenizer import write_tokenizer
 from dualtrain.export.weights import write_weights
 from dualtrain.model.build import CONFIG, model_config, read_config
 from dualtrain.model.exported import CODE, exported_config, exported_import
+from dualtrain.model.exported_tokenizer import write_tokenizer
 from dualtrain.network.config import DualConfig
 
 CODE_FILE = f"{CODE}.py"

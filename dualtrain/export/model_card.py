@@ -14,8 +14,9 @@ from transformers import PretrainedConfig
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.checkpoint.trained import Source
 from dualtrain.common.formatting import count
+from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.derived.derive import CorpusFacts, run_length
+from dualtrain.derived.derive import run_length
 from dualtrain.export.card_results import held_out, task_scores
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 

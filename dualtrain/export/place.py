@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_tools.place import absolute, beside, discard, publish
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import check_name
+from dualtrain.common.files import absolute, beside, discard, publish
 from dualtrain.common.locks import locked
 
 OPTION = "--to"

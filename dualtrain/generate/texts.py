@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from dualtrain.common import randomness
 from dualtrain.common.errors import UserError
-from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.generate.autoregressive import Stop, continue_prompts
 from dualtrain.generate.decode import Piece, label_pieces
 from dualtrain.generate.diffusion import Filled, fill_masks, plan_passes
 from dualtrain.generate.prompts import Tokenizer, encode_prompt, has_gap, parse_gaps
 from dualtrain.generate.settings import Settings, raise_all
 from dualtrain.generate.text_model import TextModel
+from dualtrain.model.memory import is_out_of_memory
 
 ROWS_AT_ONCE = 16
 # 256 MiB of float32 logits, of which a few copies are made, some in float64.

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
 
@@ -84,11 +83,13 @@ def announce() -> None:
 
 
 @contextmanager
-def explaining_lost_peers(run_dir: Path, *, timeout_s: float) -> Iterator[None]:
+def explaining_lost_peers(
+    newest_step: Callable[[], int | None], *, timeout_s: float
+) -> Iterator[None]:
     """Turn the failure of a collective into :class:`LostPeer`, which says what happened.
 
     Args:
-        run_dir: Where checkpoints are, for the step that the run will continue from.
+        newest_step: Tells the step that the run will continue from; None if there is none yet.
         timeout_s: The recipe's ``engine.timeout_s``.
 
     Raises:
@@ -100,7 +101,7 @@ def explaining_lost_peers(run_dir: Path, *, timeout_s: float) -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not is_lost_peer(error):
             raise
         call = roll_call()
-        message = describe(call, error, run_dir=run_dir, timeout_s=timeout_s)
+        message = describe(call, error, newest_step=newest_step(), timeout_s=timeout_s)
         raise LostPeer(message if call.speaks else "") from error
 
 
@@ -127,10 +128,10 @@ def roll_call() -> RollCall:
     return RollCall(lost=absent, speaks=not any(r in answers for r in range(first_here, rank)))
 
 
-def describe(call: RollCall, error: BaseException, *, run_dir: Path, timeout_s: float) -> str:
+def describe(
+    call: RollCall, error: BaseException, *, newest_step: int | None, timeout_s: float
+) -> str:
     """Say what happened, what bounded it, and what to do."""
-    from dualtrain.checkpoint.store import find_checkpoints
-
     reason = _reason(error)
     if "clients joined" in reason or "client socket has timed out" in reason:
         what = f"not all ranks arrived within {timeout_s:g} s (engine.timeout_s)"
@@ -146,12 +147,9 @@ def describe(call: RollCall, error: BaseException, *, run_dir: Path, timeout_s: 
         what = "lost contact with another rank for a while; all of them still live"
     if "timed out" in reason.lower():
         what += f"; waited {timeout_s:g} s for it (engine.timeout_s)"
-    checkpoints = find_checkpoints(run_dir)
-    start = (
-        f"continues after step {int(checkpoints[-1].name[5:])}"
-        if checkpoints
-        else ("starts at step 0, as there is no checkpoint yet")
-    )
+    start = "starts at step 0, as there is no checkpoint yet"
+    if newest_step is not None:
+        start = f"continues after step {newest_step}"
     return (
         f"{what}\n  the run has ended on this machine, too; nothing is saved for this moment\n"
         f"  to go on, start all ranks with the same command: it {start}\n  cause: {reason}"

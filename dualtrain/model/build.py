@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, read_object
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.derived.cost import model_sizes
 from dualtrain.engine.build import partitioned_build, whole_parameters
 from dualtrain.engine.norm_gains import set_type
 from dualtrain.model.exported import is_exported, read_exported_config
@@ -21,6 +20,7 @@ from dualtrain.model.hugging_face import build_imported
 from dualtrain.model.imported import ImportedLM
 from dualtrain.model.imported_config import parse_config
 from dualtrain.model.pretrained import load_pretrained
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.initialize import initialize_parameter
 from dualtrain.network.norms import norm_parameters

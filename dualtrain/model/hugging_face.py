@@ -20,14 +20,13 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer, read_text
 from dualtrain.common.files import user_path
 from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
-from dualtrain.derived.cost import VOCABULARY_MULTIPLE
 from dualtrain.engine.build import partitioned_build, whole_parameters
 from dualtrain.engine.config import zero_stage
 from dualtrain.engine.norm_gains import set_type
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
 from dualtrain.model.pretrained import NewRows, load_pretrained
-from dualtrain.network.arithmetic import ImportedSizes
+from dualtrain.network.arithmetic import VOCABULARY_MULTIPLE, ImportedSizes
 from dualtrain.network.norms import norm_parameters
 from dualtrain.recipe.schema import ModelSection, Recipe
 

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Literal, Protocol
+from math import ceil, prod
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from dualtrain.recipe.schema import ModelSection
 
 HeadKind = Literal["paper", "linear"]
 AttentionKind = Literal["causal", "full", "prefix"]
+
+VOCABULARY_MULTIPLE = 64
+"""The dataset's vocabulary is rounded up to a multiple of this."""
 
 
 class ModelSizes(Protocol):
@@ -28,6 +34,17 @@ class ModelSizes(Protocol):
     def mlp_width(self) -> int: ...
     @property
     def head(self) -> HeadKind: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model whose vocabulary is known."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    mlp_width: int
+    head: HeadKind
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,17 @@ class ParameterCount:
 
     total: int
     without_vocabulary: int
+
+
+def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
+    """The model's sizes.
+
+    Args:
+        model: The recipe's.
+        vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
+    """
+    rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return Sizes(rows, model.width, model.layers, model.mlp_width, model.head)
 
 
 def count_parameters(sizes: ModelSizes | ImportedSizes) -> ParameterCount:

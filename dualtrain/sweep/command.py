@@ -11,10 +11,8 @@ from pathlib import Path
 from dualtrain.common import formatting
 from dualtrain.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
 from dualtrain.common.files import write_text
-from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
 from dualtrain.derived.derive import derive
-from dualtrain.evaluate.in_training import read_tasks
 from dualtrain.launch.ranks import launched_ranks
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
@@ -25,6 +23,8 @@ from dualtrain.sweep.results import named, setting, table_text
 from dualtrain.sweep.runner import Runner
 from dualtrain.sweep.tables import new_table, show
 from dualtrain.sweep.view import View
+from dualtrain.training.dataset import build_missing_dataset
+from dualtrain.training.evaluation import read_tasks
 
 TABLE = "results.csv"
 TABLE_METRICS = ("ar_nll", "best.ar_nll", "diffusion_nll", "prefix_nll", "prefix_minus_ar")

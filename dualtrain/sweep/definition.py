@@ -29,13 +29,13 @@ from pathlib import Path
 
 from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.common.files import user_path
-from dualtrain.data.build import with_dataset_there
 from dualtrain.data.corpus import read_corpus
 from dualtrain.derived.derive import run_length
 from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe, RecipeTree, read_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Located, Place, Plain, shown
+from dualtrain.training.dataset import with_dataset_there
 
 SECTION = "sweep"
 OWN_KEYS = ("grid", "list", "directory")

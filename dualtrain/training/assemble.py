@@ -19,7 +19,6 @@ from dualtrain.checkpoint import store as checkpoint
 from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.common.files import write_text
 from dualtrain.data.batches import TrainingData, ValidationData
-from dualtrain.data.build import build_missing_dataset
 from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
@@ -39,7 +38,6 @@ from dualtrain.engine.build import (
 from dualtrain.engine.gradients import Gradients
 from dualtrain.engine.groups import group_parameters
 from dualtrain.engine.optimizer_state import load_masters
-from dualtrain.evaluate.in_training import TaskItems, TaskScoring, read_tasks
 from dualtrain.evaluate.scoring import Scorer
 from dualtrain.launch.ranks import World, current_world
 from dualtrain.launch.signals import StepVote
@@ -49,6 +47,8 @@ from dualtrain.network.attention import resolve_backend
 from dualtrain.network.transformer import muon_parameter_names
 from dualtrain.progress.progress import Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.schema import Recipe
+from dualtrain.training.dataset import build_missing_dataset
+from dualtrain.training.evaluation import TaskItems, TaskScoring, read_tasks
 from dualtrain.training.non_finite import LossWatch
 from dualtrain.training.origin import Origin
 from dualtrain.training.prepare import lock_run_directory, prepare_run_directory

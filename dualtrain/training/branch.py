@@ -23,8 +23,8 @@ from dualtrain.checkpoint.store import (
 )
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import user_path, write_text
-from dualtrain.data.corpus import read_corpus
-from dualtrain.derived.derive import CorpusFacts, build_mixture, run_length
+from dualtrain.data.corpus import CorpusFacts, read_corpus
+from dualtrain.derived.derive import build_mixture, run_length
 from dualtrain.derived.reasons import Length
 from dualtrain.method.mixing import Mixture
 from dualtrain.method.schedules import nearest_whole

@@ -19,8 +19,8 @@ from dualtrain.checkpoint.resume import (
     share_rank_states,
     with_notes,
 )
+from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import TokenDataset
-from dualtrain.derived.derive import CorpusFacts
 from dualtrain.engine.config import deepspeed_config, zero_stage
 from dualtrain.launch.ranks import World
 from dualtrain.recipe.load import dump_recipe

@@ -24,7 +24,7 @@ from dualtrain.training.non_finite import LossWatch
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from dualtrain.evaluate.in_training import TaskScoring
+    from dualtrain.training.evaluation import TaskScoring
 
 
 @dataclass

@@ -10,9 +10,8 @@ from pathlib import Path
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_text
 from dualtrain.common.terminal import forget_output
-from dualtrain.data.build import build_missing_dataset, check_dataset
-from dualtrain.data.corpus import read_corpus
-from dualtrain.derived.derive import CorpusFacts, Derived, derive
+from dualtrain.data.corpus import CorpusFacts, read_corpus
+from dualtrain.derived.derive import Derived, derive
 from dualtrain.derived.memory import check_memory, memory_shortage
 from dualtrain.engine.config import deepspeed_config
 from dualtrain.launch.hostfile import read_hostfile, record_outcome, run_hostfile
@@ -27,6 +26,7 @@ from dualtrain.progress.tensorboard import check_tensorboard
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
+from dualtrain.training.dataset import build_missing_dataset, check_dataset
 from dualtrain.training.prepare import (
     check_run_directory,
     has_checkpoints,
@@ -127,7 +127,7 @@ def _examine(recipe: Recipe, ranks: int | None) -> None:
 
         build_algorithms(recipe)
     if recipe.eval.tasks:
-        from dualtrain.evaluate.in_training import read_tasks
+        from dualtrain.training.evaluation import read_tasks
 
         read_tasks(recipe.eval)
     if recipe.progress.tensorboard:
@@ -177,7 +177,14 @@ def _train(loaded: LoadedRecipe, *, plain: bool) -> int:
     from dualtrain.training.train import train
 
     recipe = loaded.recipe
-    with explaining_lost_peers(recipe.directory, timeout_s=recipe.engine.timeout_s):
+
+    def newest_step() -> int | None:
+        from dualtrain.checkpoint.store import find_checkpoints
+
+        found = find_checkpoints(recipe.directory)
+        return int(found[-1].name[5:]) if found else None
+
+    with explaining_lost_peers(newest_step, timeout_s=recipe.engine.timeout_s):
         return train(recipe, view="plain" if plain else "auto")
 
 

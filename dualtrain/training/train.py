@@ -27,7 +27,6 @@ from dualtrain.common.errors import (
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.engine.build import leave_distributed, set_learning_rate
-from dualtrain.evaluate.in_training import evaluate
 from dualtrain.launch.signals import Verdict, watch_signals
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.model.build import CONFIG
@@ -37,6 +36,7 @@ from dualtrain.network.output import DualOutput
 from dualtrain.progress.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.assemble import assemble
+from dualtrain.training.evaluation import evaluate
 from dualtrain.training.non_finite import (
     Cause,
     NonFiniteLoss,

@@ -109,7 +109,7 @@ def make_model(folder: Path, shape: str, texts: list[str], context: int) -> None
     from helpers.models import to_llama
 
     from data_tools.tokenizers.tokenizer import Tokenizer
-    from dualtrain.export.tokenizer import write_tokenizer
+    from dualtrain.model.exported_tokenizer import write_tokenizer
     from dualtrain.network.config import DualConfig
     from dualtrain.network.transformer import DualLM
 

@@ -20,7 +20,8 @@ import torch
 from deepspeed.runtime.zero.muon import original_muon as kernels
 from helpers.ranks import newton_schulz
 
-from dualtrain.derived.cost import model_sizes, optimizer_groups
+from dualtrain.derived.cost import optimizer_groups
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.start import start
 

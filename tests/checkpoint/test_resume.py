@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_marker
 from dualtrain.common.errors import UserError
-from dualtrain.derived.derive import CorpusFacts
+from dualtrain.data.corpus import CorpusFacts
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 from dualtrain.training.branch import check_branch, load_branch, read_parent
 

@@ -17,10 +17,10 @@ from helpers.conversions import write_jsonl
 
 from data_tools import shards
 from data_tools.convert import _KEY_FILE, build_dataset
-from data_tools.place import beside
 from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import beside
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.recipe.schema import BuildSection
 

@@ -16,7 +16,8 @@ from tiktoken_ext import openai_public
 
 from data_tools.tokenizers.fast import token_bytes
 from data_tools.tokenizers.probes import probe_texts
-from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
+from data_tools.tokenizers.ranks import find_tokenizer
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dualtrain.common.errors import UserError
 
 TEXTS = [f"The cat number {i} sat on  the mat,\n\n the dog's log." for i in range(50)]

@@ -13,7 +13,8 @@ from tokenizers import models, pre_tokenizers
 
 from data_tools.convert import build_dataset
 from data_tools.merge import merge_datasets
-from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer, find_tokenizer
+from data_tools.tokenizers.ranks import find_tokenizer
+from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, TokenDataset

@@ -15,9 +15,10 @@ from helpers.engine_workers import (
 from helpers.ranks import PaperOptimizer, on_ranks
 
 from dualtrain.common.errors import UserError
-from dualtrain.derived.cost import model_sizes, optimizer_groups
+from dualtrain.derived.cost import optimizer_groups
 from dualtrain.engine.build import build_optimizer, check_precision, parameter_shapes
 from dualtrain.engine.groups import group_parameters, muon_scale
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM, muon_parameter_names
 from dualtrain.recipe.load import load_recipe

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from dualtrain.common.errors import UserError
 from dualtrain.evaluate.masks import Masking
-from dualtrain.evaluate.memory import is_out_of_memory
 from dualtrain.evaluate.packing import Row, make_batches
 from dualtrain.evaluate.request import Passage
 from dualtrain.evaluate.scoring import MODES, Request, Scorer, encode_pair
+from dualtrain.model.memory import is_out_of_memory
 from dualtrain.network.output import DualOutput
 
 

@@ -2,7 +2,8 @@
 
 ``python tests/experiments/two_hosts.py`` runs the whole demonstration and prints what happens, in
 about two minutes; ``test_hosts.py`` has its parts as tests. Where the kernel permits it
-(``unshare``), each host is a network namespace of its own with its own host name, joined to the other by a virtual
+(``unshare``), each host is a network namespace of its own with its own host name, joined to the
+other by a virtual
 cable that can be cut; elsewhere the hosts are the addresses 127.0.0.1 and 127.0.0.2.
 """
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from data_tools.tokenizers.probes import probe_texts
 from data_tools.tokenizers.ranks import from_rank_file
 from data_tools.tokenizers.tokenizer import Tokenizer
-from dualtrain.export.tokenizer import write_tokenizer
+from dualtrain.model.exported_tokenizer import write_tokenizer
 
 NAMES = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
 TEXTS = [text for text in probe_texts() if text]

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from dualtrain.common.errors import UserError
-from dualtrain.derived.derive import CorpusFacts, derive
+from dualtrain.data.corpus import CorpusFacts
+from dualtrain.derived.derive import derive
 from dualtrain.derived.dry_run import print_dry_run
 from dualtrain.derived.memory import check_memory
 from dualtrain.engine.config import deepspeed_config

@@ -15,13 +15,13 @@ from helpers.runs import records, results, rewind, tiny_loader, train_on
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.evaluate.in_training import TaskScoring, read_tasks
 from dualtrain.evaluate.request import MODES
 from dualtrain.evaluate.scoring import Scorer
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import EvalSection
+from dualtrain.training.evaluation import TaskScoring, read_tasks
 from dualtrain.training.start import start
 
 PAIRS = """

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
-from dualtrain.data.build import with_dataset_there
 from dualtrain.recipe.load import load_recipe
+from dualtrain.training.dataset import with_dataset_there
 
 SMALL = [
     "steps=2",

@@ -69,6 +69,8 @@ def _docstrings(file: Path, name: str) -> list[str]:
 
 def _collect(node: _Documented, name: str, found: list[str]) -> None:
     if text := ast.get_docstring(node):
+        # Python 3.14's base64 writes b'\x00' in a docstring that is not raw.
+        text = text.replace("\0", "\\0")
         found.append(f"{name}\n\n{text}")
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

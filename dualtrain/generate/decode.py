@@ -7,8 +7,9 @@ token they decode; so a piece of text is never the decoding of a piece of the id
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from dualtrain.generate.prompts import Tokenizer
 
@@ -63,7 +64,9 @@ class TextStream:
         return decode(shown, skip_special_tokens=True), decode(again, skip_special_tokens=True)
 
 
-class Piece(NamedTuple, Generic[Label]):
+# No NamedTuple: Python 3.10 has none that is generic.
+@dataclass(frozen=True)
+class Piece(Generic[Label]):
     """A part of a text.
 
     Attributes:
@@ -95,5 +98,5 @@ def label_pieces(
         pieces.append(Piece(stream.add(tokens), label, len(tokens)))
     rest = stream.rest()
     if rest:
-        pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + rest)
+        pieces[-1] = replace(pieces[-1], text=pieces[-1].text + rest)
     return pieces

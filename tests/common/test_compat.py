@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,12 @@ def imports_of(file: Path) -> set[str]:
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.partition(".")[0] for name in names}
+
+
+def test_requirements_without_the_pins_of_streaming_are_the_project_s() -> None:
+    """All of them, but the library that is installed without its dependencies."""
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[0]
+    wanted = {line for line in re.findall(r'^  "(.+)",$', project, re.M) if " :: " not in line}
+    lines = (ROOT / "requirements-unpinned.txt").read_text().splitlines()
+    assert wanted - set(lines) == {"mosaicml-streaming>=0.13,<0.14"}
+    assert len(wanted) > 10

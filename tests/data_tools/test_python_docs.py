@@ -6,8 +6,9 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from data_tools.python_docs import python_docs
+from data_tools.python_docs import _docstrings, python_docs
 
 PRINT_HASH = """
 import hashlib, sys
@@ -27,6 +28,14 @@ def test_size_and_kind_of_text() -> None:
     words = " ".join(text for _, text in documents).split()
     assert sum(word in {"the", "of", "is", "to", "a"} for word in words) > 0.1 * len(words)
     assert len({name for name, _ in documents}) == len(documents)
+
+
+def test_character_that_is_no_text_is_written_out(tmp_path: Path) -> None:
+    """It would be refused, as in any corpus; Python 3.14 has one."""
+    file = tmp_path / "padding.py"
+    file.write_text('"""Pad the input with \\0, so that its length is a multiple of four."""')
+    (found,) = _docstrings(file, "padding")
+    assert "with \\0, so" in found and "\0" not in found
 
 
 def test_same_text_in_any_process_and_nothing_imported() -> None:

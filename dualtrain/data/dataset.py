@@ -101,6 +101,12 @@ class DatasetInfo(_Facts):
     """The settings that the dataset was made with."""
 
     @model_validator(mode="after")
+    def _check_splits(self) -> DatasetInfo:
+        if "train" not in self.splits:
+            raise ValueError("splits lacks train")
+        return self
+
+    @model_validator(mode="after")
     def _check_special_tokens(self) -> DatasetInfo:
         if missing := [name for name in SPECIAL_TOKENS if name not in self.special_tokens]:
             raise ValueError(f"special_tokens lacks {', '.join(missing)}")

@@ -209,9 +209,10 @@ def test_facts_of_another_format(path: Path) -> None:
             "special_ids lacks 77, the id of <mask> ",
         ),
         ({"special_ids": []}, "special_ids lacks 0, the id of <unk> "),
+        ({"splits": {}}, "splits lacks train "),
     ],
 )
-def test_special_tokens_that_were_edited(path: Path, change: dict, message: str) -> None:
+def test_facts_that_were_edited(path: Path, change: dict, message: str) -> None:
     file = path / "dataset.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError) as caught:

@@ -44,8 +44,6 @@ def choose_documents(
     Args:
         lengths: (documents,) int64, tokens of each, in the order of the source.
         hashes: (documents,) uint64, of their texts.
-        options: Which to take.
-        where: The source, for messages.
 
     Returns:
         The choice. With `val_fraction` alone, documents added to the source never move another to
@@ -86,7 +84,6 @@ def may_be_held_out(sizes: np.ndarray, hashes: np.ndarray, options: BuildSection
     Args:
         sizes: (documents,) int64, bytes of text of each.
         hashes: (documents,) uint64.
-        options: As for :func:`choose_documents`.
     """
     if options.val_tokens is None:
         return below_fraction(hashes, options.val_fraction or VAL_FRACTION)

@@ -66,13 +66,9 @@ def build_dataset(
     Only one process builds at a time; others wait and take its result.
 
     Args:
-        build: What to convert, and how.
-        path: Directory to make.
         workers: Processes that encode; None: one for each core, or only this one for a small
             source. The dataset does not depend on it. Several are started by ``spawn``: a script
             that calls this needs the usual ``if __name__ == "__main__":``.
-        report: Told how far it is.
-        shard_bytes: Largest size of a shard.
         stdin: What the source ``-`` reads; None is this process's standard input.
 
     Returns:

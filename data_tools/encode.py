@@ -210,7 +210,6 @@ class Workers:
         Args:
             blocks: Read one by one, a few ahead of the results: memory does not grow with their
                 number.
-            encoding: How.
 
         Raises:
             WorkerDiedError: A worker process died.

@@ -59,8 +59,6 @@ def merge_datasets(
         out: Directory to make; one that was merged from the same datasets is accepted.
         shuffle_seed: Of the document order on disk, which decides subsets; None: one after another.
         drop_duplicates: Keep only the first of documents with the same tokens in a split.
-        report: Told how far it is.
-        shard_bytes: Largest size of a shard.
 
     Returns:
         The facts of the new dataset.

@@ -30,7 +30,6 @@ def disk_error(error: OSError, path: Path, hint: str = "") -> UserError:
     """What to say when a file could not be written.
 
     Args:
-        error: What happened.
         path: What was to be made, where the error names no file.
         hint: What else there is to say.
     """

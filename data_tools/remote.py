@@ -50,7 +50,6 @@ def upload_dataset(local: Path, remote: str, *, progress: Report | None = None) 
     """Upload a dataset; what is there already as a whole is not sent again.
 
     Args:
-        local: Directory with a finished dataset.
         remote: URL of a directory: ``s3://``, ``gs://``, ``hf://datasets/…``, ….
         progress: Called with the bytes uploaded and the bytes of the dataset, after each file.
 

@@ -54,14 +54,10 @@ def write_split(
     """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``, ``text_bytes.npy``.
 
     Args:
-        directory: Of the dataset that is being made.
-        split: Which part.
         documents: Each (tokens,) of `dtype`, in order.
         lengths: (documents,) int64, tokens of each.
         text_bytes: (documents,) int64, bytes of the text of each.
         dtype: ``uint16`` or ``uint32``.
-        report: Told how far it is.
-        shard_bytes: Largest size of a shard.
     """
     from dualtrain.data.mds import MDSWriter
 
@@ -95,8 +91,6 @@ def check_split(
     """Check what was written: every shard's size, and some documents against their tokens.
 
     Args:
-        directory: Of the dataset that is being made.
-        split: Which part.
         info: Its facts; the file need not be there yet.
         read: Documents to compare: (number in the split, tokens).
 

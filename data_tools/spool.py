@@ -57,7 +57,6 @@ class Spool:
 
     Args:
         directory: Where the files are; goes on from the journal that is there.
-        dtype: Of the tokens.
     """
 
     def __init__(self, directory: Path, dtype: np.dtype) -> None:
@@ -122,7 +121,6 @@ class Spool:
 
         Args:
             lengths: (documents,) of all documents, as in :meth:`table`.
-            order: Numbers of documents.
         """
         self._files[_TOKENS].flush()
         size = self.dtype.itemsize

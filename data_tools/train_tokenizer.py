@@ -52,7 +52,6 @@ def train_tokenizer(
         build: Source, filters and ``vocab_size``; the rest does not matter here.
         out: File to write, which must not exist.
         stdin: What the source ``-`` reads; None is this process's standard input.
-        report: Told how far it is.
 
     Raises:
         UserError: `out` exists or cannot be written; no text; unusable source.
@@ -90,9 +89,7 @@ def learn(
 
     Args:
         open_again: Gives the source anew for each reading.
-        build: Filters and vocabulary.
         hold_out: Learn nothing from documents that may be held out.
-        report: Told how far it is.
 
     Raises:
         UserError: There is no text; input that cannot be read, unless ``on_error`` is ``skip``.

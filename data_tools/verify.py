@@ -31,10 +31,6 @@ _SHOWN = 20
 def verify_dataset(path: str | Path, *, report: Report | None = None) -> DatasetInfo:
     """Check every shard and every document of all splits.
 
-    Args:
-        path: Directory of the dataset.
-        report: Told what is checked.
-
     Returns:
         The facts of the dataset, now known to be true.
 

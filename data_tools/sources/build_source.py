@@ -26,7 +26,6 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
     """Open the source of a conversion.
 
     Args:
-        build: Its settings.
         stdin: What the source ``-`` reads; None is this process's standard input.
 
     Raises:
@@ -55,9 +54,7 @@ def repeatable(build: BuildSection, stdin: IO[bytes] | None, kept: Path) -> Call
     """A way to open a source again and again; standard input is first copied to the file `kept`.
 
     Args:
-        build: As for :func:`open_source`.
         stdin: What the source ``-`` reads; None is this process's standard input.
-        kept: A file to make.
 
     Raises:
         UserError: As :func:`open_source`, or the source is a pipe with a name.

@@ -44,11 +44,8 @@ class ByteReader(Reader):
     """Reads ``.txt``, ``.jsonl``, ``.json``, ``.csv`` and ``.tsv``, compressed or not.
 
     Args:
-        file: Name and size.
         open_raw: Opens the content for reading bytes.
         kind: ``txt``, ``jsonl``, ``json``, ``csv`` or ``tsv``.
-        compression: As of :class:`Content`.
-        options: How content is read.
     """
 
     def __init__(

@@ -52,10 +52,7 @@ class MdsReader(Reader):
     """Reads one column of text of a shard, which is held in memory.
 
     Args:
-        directory: Where the shard is.
         shard: Its entry in ``index.json``.
-        field: The column.
-        block_bytes: Size of a piece.
 
     Raises:
         UserError: The shard is not there, or its entry is not as ``streaming`` writes it.

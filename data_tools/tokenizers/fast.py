@@ -33,7 +33,6 @@ class FastEncoder:
     Args:
         ranks: Bytes of each token and its place in the order of merging.
         ids: (ranks,) uint32, the id of each rank.
-        pattern: How text is divided.
         prefix_space: Put a space before a text that does not begin with one.
         normalizer: Applied first; one of the Unicode normal forms.
     """

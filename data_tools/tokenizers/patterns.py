@@ -65,7 +65,6 @@ def segments(text: str, size: int | None = None, *, only_at_spaces: bool = False
     """Divide long text at certain pre-token boundaries; where there are none, segments are longer.
 
     Args:
-        text: Any text.
         size: Shortest length of a segment in characters, but for the last; :data:`SEGMENT_CHARS`.
         only_at_spaces: Every segment but the first begins with a space: for an encoder that puts
             one before any other text.

@@ -75,12 +75,7 @@ def probe_texts() -> tuple[str, ...]:
 
 
 def token_texts(tokens: Sequence[str], *, chunk: int = 400) -> list[str]:
-    """Texts that hold every token's own text, in an order that has nothing to do with the ids.
-
-    Args:
-        tokens: Text of every token.
-        chunk: Tokens per text.
-    """
+    """Texts that hold every token's own text, in an order that has nothing to do with the ids."""
     shuffled = list(tokens)
     random.Random(0).shuffle(shuffled)
     return ["".join(shuffled[i : i + chunk]) for i in range(0, len(shuffled), chunk)]

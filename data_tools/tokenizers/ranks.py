@@ -44,7 +44,6 @@ def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = F
     Args:
         spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
         pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
-        own_names: As for :class:`Tokenizer`.
 
     Raises:
         UserError: There is no such tokenizer here, or it cannot be used.
@@ -93,7 +92,6 @@ def from_rank_file(path: Path, *, pattern: str | None, own_names: bool = False) 
         path: The file; read here, since tiktoken caches local files by path and never looks again.
         pattern: A name of :data:`PATTERN_NAMES` or a regular expression; None if the file has the
             name of a well-known encoding.
-        own_names: As for :class:`Tokenizer`.
     """
     import tiktoken
 

@@ -90,7 +90,6 @@ def find_roles(
     A token has one role, but one token may both begin and end texts.
 
     Args:
-        tokenizer: Whose tokens they are.
         declared: From :func:`declared_roles`.
     """
     added = tokenizer.get_added_tokens_decoder().values()

@@ -44,12 +44,10 @@ class Tokenizer:
     Attributes:
         added: Special tokens that the given file lacked, appended to vocabulary and ``json``.
         roles: The file's own tokens that have another name than their role, by role.
-        special_tokens: Ids by role.
         special_ids: These and all other ids that are no text.
 
     Args:
         json: Content of a ``tokenizer.json``.
-        where: Its place, for messages.
         backend: What :meth:`encode_array` goes through, as another process found out; None to find
             out at its first call.
         special_tokens: Ids by role, as a dataset records them; None to find them, and to add what
@@ -94,7 +92,6 @@ class Tokenizer:
         """Train byte-level BPE: ids 0-15 special, then 256 bytes, then merges.
 
         Args:
-            texts: What to learn from.
             vocab_size: Size of the vocabulary, at most: few texts give fewer merges.
         """
         names = [
@@ -124,9 +121,7 @@ class Tokenizer:
         """Load a ``tokenizer.json``, with what the files beside it say of its special tokens.
 
         Args:
-            path: The file.
             special_tokens: Ids by role, as in the class.
-            own_names: Likewise.
 
         Raises:
             UserError: It cannot be read or used.
@@ -174,9 +169,6 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids as :meth:`encode`, (tokens,) uint32, by the fastest exact way.
-
-        Args:
-            text: Of any length.
 
         Raises:
             UnicodeEncodeError: The text has a lone surrogate, which is not a character.

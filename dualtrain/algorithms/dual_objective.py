@@ -30,7 +30,6 @@ class DualObjective(Algorithm):
     So ``objective.z_loss`` is an option of the model's loss, with this example's weights.
 
     Args:
-        seed: The recipe's seed.
         objective: The recipe's ``objective``.
     """
 

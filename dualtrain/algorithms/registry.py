@@ -68,7 +68,6 @@ def build_extra(entry: AlgorithmEntry, *, where: str) -> Algorithm:
     """Make one extra algorithm.
 
     Args:
-        entry: Its name and arguments.
         where: Its place in the recipe, for messages.
 
     Raises:

@@ -39,7 +39,6 @@ class FileFacts:
     """What the marker knows of a file.
 
     Attributes:
-        size: Bytes.
         hash: XXH3-128, hexadecimal.
     """
 
@@ -52,9 +51,6 @@ class Files:
 
     A full disk must not leave the other ranks waiting in a collective, so nothing here raises
     OSError: the first one is kept in ``error``, and the ranks compare notes when all have written.
-
-    Args:
-        directory: Of the checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -210,7 +206,6 @@ def find_defects(
     """What is wrong with a checkpoint.
 
     Args:
-        directory: Of the checkpoint.
         required: Files without which it is none.
         share: (index, number of readers) of the reader that hashes every so manyth file; None
             compares only sizes.

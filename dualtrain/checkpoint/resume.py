@@ -90,7 +90,6 @@ class Resume:
     Attributes:
         kind: ``fresh``; ``full`` continues exactly; ``branch`` continues another run in a directory
             of its own, with changes; ``weights`` takes the weights and starts at 0.
-        path: The checkpoint directory, unless fresh.
         notes: What the user is to know of how it was chosen.
     """
 
@@ -136,8 +135,6 @@ def choose_resume(
     later be mistaken for its own, nor at the beginning because none of its own can be read.
 
     Args:
-        resume: The recipe's.
-        run_dir: Of the run.
         damaged: Checkpoints whose files are not as they were saved, and what is wrong with them.
 
     Raises:

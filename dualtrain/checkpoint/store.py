@@ -171,7 +171,6 @@ def load(
 
     Args:
         path: The checkpoint; it may come from another number of ranks or another ZeRO stage.
-        engine: Just initialised.
         states: From :func:`load_rank_states`.
 
     Raises:

@@ -101,13 +101,10 @@ class TrainedModel:
     """A model in evaluation mode with all that its use needs.
 
     Attributes:
-        source: Where it comes from.
         model: ``DualLM``, or a module with the same ``forward``.
         tokenizer: Takes text literally: ``<mask>`` in it is no mask.
-        vocab: Its ids.
         context: Longest row in tokens: the training's sequence length.
         target: What its diffusion objective predicts at i: token i+1, or i.
-        device: Where it is.
         precision: Its compute precision; weights are fp32, under autocast for bf16.
         backend: Attention backend for plans that leave a choice.
     """

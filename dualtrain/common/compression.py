@@ -36,8 +36,6 @@ class BrokenFile(Exception):
 
     Args:
         kind: Of the problem: ``truncated file``, ``damaged file``.
-        what: What is wrong.
-        hint: The way out.
     """
 
     def __init__(self, kind: str, what: str, hint: str = "") -> None:

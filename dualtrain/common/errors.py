@@ -19,7 +19,6 @@ class UserError(Exception):
     Args:
         where: The place: ``file:line``, a dotted recipe path, a directory, a command-line option.
         what: What is wrong there, quoting the offending value.
-        expected: What would have been right.
         hint: How to fix it, or the nearest valid name.
     """
 

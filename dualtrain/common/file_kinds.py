@@ -42,7 +42,6 @@ def find_foreign(file: Path, expected: str) -> UserError | None:
 
     Args:
         file: Any file; one that cannot be read is left to its reader.
-        expected: What it was taken for.
 
     Returns:
         What to say if it is empty, a pointer of Git LFS, a pickle, or the like.
@@ -89,7 +88,6 @@ def read_object(file: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        file: The file.
         expected: What it is taken for, for messages.
 
     Raises:

@@ -26,9 +26,7 @@ class InputFile:
     """A file, read and decompressed.
 
     Attributes:
-        name: What to call it.
         suffix: The end of its name in small letters, without that of a compression.
-        content: Without a byte order mark.
     """
 
     name: str
@@ -102,7 +100,6 @@ def parse_object(source: str, where: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Args:
-        source: Of the object.
         where: ``FILE:LINE`` of it, for messages.
 
     Raises:

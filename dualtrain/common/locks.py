@@ -20,11 +20,6 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 def flock(descriptor: int | IO, operation: int, *, path: Path) -> None:
     """Lock an open file as ``fcntl.flock`` does; the kernel frees it when we die.
 
-    Args:
-        descriptor: The file.
-        operation: Of ``fcntl``.
-        path: The file's, for messages.
-
     Raises:
         BlockingIOError: Another process has the lock, and the operation is not to wait.
         UserError: The file system has no locks; without one, two processes could write the same

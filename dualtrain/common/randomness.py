@@ -16,7 +16,6 @@ def generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """Make the generator that belongs to (seed, purpose, key).
 
     Args:
-        seed: The recipe's seed; any integer.
         purpose: What the numbers are for, such as ``"corruption"``: two purposes never share them.
         *key: Any integers, such as a stream's number and a sequence's index.
 
@@ -38,9 +37,6 @@ class KeyedPermutation:
 
     Args:
         size: At least 1.
-        seed: The recipe's seed.
-        purpose: As for :func:`generator`.
-        *key: Likewise.
     """
 
     def __init__(self, size: int, seed: int, purpose: str, *key: int) -> None:

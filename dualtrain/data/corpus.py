@@ -20,8 +20,6 @@ class CorpusFacts:
 
     Attributes:
         tokens: Tokens of all documents, without ``<s>`` and ``</s>``.
-        documents: Their number.
-        vocab_size: Tokens of the vocabulary.
     """
 
     tokens: int

@@ -108,7 +108,6 @@ class Units:
     Unit u is document u, or its first piece; the further pieces come after all documents.
 
     Args:
-        subset: The documents.
         sequence_length: T.
     """
 
@@ -167,11 +166,7 @@ class Rotation:
     next epoch, without a break; for the other one that document is cut.
 
     Args:
-        units: What stands round the circle.
-        mixture: Of the run.
         sequence_length: T.
-        seed: Of the run.
-        files: Where the circle is kept.
     """
 
     def __init__(
@@ -245,12 +240,9 @@ class StreamPlan:
     A part is what is shuffled together: number 2·e and 2·e + 1 are those of epoch e.
 
     Args:
-        units: What is shuffled.
         stream: Its name; streams shuffle independently of each other.
         rotation: Decides what the stream has of each epoch; None: all of it.
         sequence_length: T.
-        seed: Of the run.
-        files: Where parts are kept.
     """
 
     def __init__(
@@ -399,7 +391,6 @@ def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -
     Args:
         order: (n,) document numbers.
         ends: (n,) int64, position after each document's last token.
-        start: First position.
         stop: Position after the last one, at most ``ends[-1]``.
     """
     first = int(np.searchsorted(ends, start, side="right"))

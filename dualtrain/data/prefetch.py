@@ -28,7 +28,6 @@ class Prefetcher:
     a context manager, or call :meth:`close`.
 
     Args:
-        data: Where batches come from.
         slots: The slots in the order of the loop; may be endless.
         depth: Batches kept ready: steps ahead × slots of this rank in a step.
         pin_memory: Put tensors in page-locked memory (CUDA only).

@@ -78,10 +78,8 @@ class Remote:
         """Fetch a file, in up to three tries.
 
         Args:
-            name: Its path below the URL.
             into: Where it goes, on a local disk; its directory exists, and downloaders may put
                 more files there. There is nothing at `into` after an error.
-            size_bytes: What it must have.
             hashes: Of its content, by the algorithms' names.
 
         Raises:
@@ -174,7 +172,6 @@ def fetch_facts(url: str, path: str | Path) -> None:
     all its shards, will do. Processes that call this at the same time wait for each other.
 
     Args:
-        url: The dataset.
         path: Local directory for it; made if need be.
 
     Raises:

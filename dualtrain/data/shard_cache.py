@@ -32,7 +32,6 @@ class ShardCache:
     Args:
         path: Its local copy, prepared by :func:`~dualtrain.data.remote.fetch_facts`.
         reader: This process among those of this machine that share `path`.
-        readers: How many they are.
     """
 
     def __init__(self, url: str, path: str | Path, *, reader: int = 0, readers: int = 1) -> None:

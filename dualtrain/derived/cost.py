@@ -33,14 +33,10 @@ class ModelCost:
     """What a model takes.
 
     Attributes:
-        parameters: All of them.
-        without_vocabulary: Without embedding and output matrix.
         muon_parameters: Those that Muon updates, if it is used.
         groups: How the optimizer divides them, unless an algorithm changes the model.
         flops_per_token: Operations of training on an input token, by objective.
         training_flops: Operations of the whole run, forward and backward.
-        checkpoint_bytes: Estimate, of one checkpoint.
-        memory: Estimate, of one rank.
     """
 
     parameters: int
@@ -90,10 +86,6 @@ def model_cost(
     """Compute what the recipe's model takes.
 
     Args:
-        recipe: The recipe.
-        sizes: Its model, with its vocabulary.
-        ds_config: Its ds_config.
-        world_size: Ranks.
         ar_tokens: Input tokens of the run's AR slots.
         diffusion_tokens: Input tokens of its diffusion slots.
     """

@@ -40,8 +40,6 @@ class Milestone:
     """Where a piece of the learning rate's schedule begins.
 
     Attributes:
-        step: Its first step.
-        learning_rate: There.
         what: What the learning rate does from there on.
     """
 
@@ -55,20 +53,14 @@ class Derived:
     """What follows from a recipe.
 
     Attributes:
-        steps: Optimizer updates of the run.
         unique_tokens: Tokens of the unique subset, ``</s>`` counted.
-        repetitions: Passes over it.
         follows: Which of the three followed from the others; None where all were given.
-        tokens_per_step: Input tokens of an update.
         total_tokens: Input tokens of the run; in a weighted sum each counts once, though it is
             trained with both objectives.
         micro_batches_per_step: S, global_batch / micro_batch; the ranks must divide it.
         slots_per_step: S, or 2 S where each micro-batch is run with both objectives.
-        ar_slots: Of the run.
-        diffusion_slots: Of the run.
         rotates: Whether the objectives share each pass over the text.
         ar_passes: AR passes over a token, on average.
-        zero_stage: Of the ds_config.
         world_size: Ranks that the memory is for.
         imported: Family of an imported model, and what becomes of it; None for our own.
         cost: Of the model; None while the vocabulary is not known.
@@ -102,7 +94,6 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
     """Compute what follows from a recipe.
 
     Args:
-        recipe: As loaded.
         corpus: The train split, or None if there is no dataset yet; then its limits are not
             checked.
         world_size: Ranks; None leaves their number open and estimates memory for one.

@@ -31,8 +31,6 @@ def print_dry_run(
     """Print the resolved recipe, the derived numbers, the parameter groups, and warnings.
 
     Args:
-        loaded: The recipe.
-        derived: What follows from it.
         console: Where to print; standard output by default.
     """
     out = console or Console(highlight=False)

@@ -16,10 +16,6 @@ from dualtrain.derived.dry_run import bytes_text
 def check_memory(derived: Derived, *, ranks: int) -> None:
     """Refuse a model that cannot fit.
 
-    Args:
-        derived: What follows from the recipe.
-        ranks: Of this machine.
-
     Raises:
         UserError: Weights, gradients and optimizer states take more than there is.
     """

@@ -43,9 +43,6 @@ def give_reasons(
     """How each derived number came about, by its name.
 
     Args:
-        recipe: The recipe.
-        length: Of the run.
-        mixture: Of the objectives.
         passes: AR passes over a token, on average.
         available: Tokens of the whole corpus, if it is there.
     """
@@ -97,12 +94,7 @@ def _passes_reason(recipe: Recipe, length: Length, mixture: Mixture, passes: Fra
 
 
 def find_warnings(recipe: Recipe, length: Length) -> list[str]:
-    """What is probably not meant, each with advice.
-
-    Args:
-        recipe: The recipe.
-        length: Of the run.
-    """
+    """What is probably not meant, each with advice."""
     found = []
     alpha, per_step = recipe.alpha, recipe.global_batch * recipe.sequence_length
     if isinstance(alpha, Fraction) and 0 < alpha < 1 and recipe.objective.mixing == "slots":

@@ -34,8 +34,6 @@ class DsConfig:
     """A ds_config file, checked by itself.
 
     Attributes:
-        file: Its path, for messages.
-        tree: Its values.
         stage: ZeRO stage, 0 to 3.
         offloads_optimizer: Whether master weights and optimizer states live in host memory.
         offloads_parameters: Whether the weights do, too, while they are not used.
@@ -55,7 +53,6 @@ def deepspeed_config(
 
     Args:
         recipe: The recipe; its ``engine.deepspeed`` names the ds_config.
-        world_size: Ranks.
         slots_per_step_per_rank: Micro-steps of a rank in a step: S / world_size, or 2 S /
             world_size where each batch is run with both objectives.
 
@@ -82,11 +79,8 @@ def merge_settings(
     """Merge a ds_config with the few settings of a recipe that DeepSpeed has to know.
 
     Args:
-        ds_config: Path or shipped name.
         precision: The recipe's ``engine.precision``.
-        micro_batch: Sequences in a micro-step.
         accumulation: Micro-steps of a rank in a step.
-        world_size: Ranks.
 
     Raises:
         UserError: As in :func:`deepspeed_config`.

@@ -24,7 +24,6 @@ class Rule:
     """What may stand at one key.
 
     Attributes:
-        owner: Who decides.
         why: For ``recipe`` the recipe's key; for ``fixed`` the reason.
         kind: For ``ds_config``, the kind of value.
         value: For ``fixed`` the value; for ``ds_config`` the default, None where none is sent.

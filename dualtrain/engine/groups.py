@@ -27,10 +27,7 @@ class ParameterGroup:
 
     Attributes:
         label: For the log and the dry run, such as ``muon 512x192``.
-        names: Parameter names, in model order.
         lr_scale: Factor between the recipe's learning rate and this group's.
-        uses_muon: Muon, else AdamW.
-        elements: Of all its tensors together.
     """
 
     label: str

@@ -44,10 +44,8 @@ class Piece(NamedTuple):
     """A stretch of one parameter's state on one rank.
 
     Attributes:
-        name: Of the parameter.
         key: Kind of state, such as ``momentum_buffer``.
         start: First of its elements, in the flattened parameter.
-        count: Number of elements.
         tensor: Index of the tensor that holds them, among those the optimizer updates.
         offset: Of the first element in that tensor, flattened.
     """
@@ -77,8 +75,6 @@ class SavedPieces(NamedTuple):
 
     Attributes:
         file: Name of DeepSpeed's file in the checkpoint; None where the rank wrote none.
-        pieces: In that file.
-        updates: Steps that AdamW has made.
     """
 
     file: str | None
@@ -125,7 +121,6 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedP
 
     Args:
         engine: Just initialised; its model has the checkpoint's parameters.
-        checkpoint: The directory.
         saved: Of every rank that saved, in order.
 
     Raises:

@@ -48,17 +48,12 @@ class Options:
 
     Attributes:
         path: A run, a checkpoint or an exported model.
-        step: Of a run, the checkpoint.
         tasks: Names with commas between, ``all`` or ``none``.
-        modes: Names with commas between.
         tasks_dir: Where data files, and the user's own task files, are.
         limit: Items of a task, at most.
-        data: Dataset of the held-out text.
         sequences: Of it, at most; 0 leaves held-out losses out.
-        out: Directory for the results.
         device: Such as ``cpu`` or ``cuda``.
         precision: ``fp32`` or ``bf16``.
-        tokens_per_batch: Of a forward pass.
         elbo_samples: Masks for each answer in the mode ``elbo``.
         seed: Of masks and of the bootstrap.
     """
@@ -146,8 +141,6 @@ def choose_modes(asked: str | None, source: Source, notes: list[str]) -> list[Mo
     """The modes asked for, or those that the model was trained for.
 
     Args:
-        asked: Names with commas between.
-        source: The model's.
         notes: Gets what the user should know.
 
     Raises:
@@ -180,7 +173,6 @@ def choose_tasks(options: Options, notes: list[str]) -> list[Task]:
     """The tasks asked for, or those whose data is there.
 
     Args:
-        options: The user's.
         notes: Gets what the user should know.
 
     Raises:

@@ -69,24 +69,17 @@ class HeldOut:
     errors over documents, nan where there is one document only.
 
     Attributes:
-        ar_nll: Nats per token.
-        ar_bits_per_byte: Of the same tokens.
         ar_error: Standard error of ``ar_nll``.
         diffusion_nll: Nats per token, an upper bound in expectation over masks.
-        diffusion_bits_per_byte: Of the same tokens.
         diffusion_error: Standard error of ``diffusion_nll``; an overestimate, since the rates of
             the sequences are spread rather than independent.
         prefix_nll: Nats per token of the documents' second halves, each after its first half read
             bidirectionally.
-        prefix_bits_per_byte: Of the same tokens.
         prefix_error: Standard error of ``prefix_nll``.
         ar_nll_same_tokens: AR loss of the tokens that ``prefix_nll`` is the mean of.
         prefix_minus_ar_error: Standard error of the paired difference, ``prefix_nll`` -
             ``ar_nll_same_tokens``.
-        prefix_tokens: How many tokens these are.
         documents: Number of documents, parts of which are scored.
-        sequences: Number of sequences.
-        tokens: Scored in AR.
     """
 
     ar_nll: float
@@ -244,18 +237,11 @@ def document_losses(
 
     Args:
         forward: The DeepSpeed engine, or a ``DualLM``; put in evaluation mode and back.
-        validation: The held-out sequences.
         micro_batch: Sequences of a forward pass. Every rank makes the same number of passes, of
             the same shape, as ZeRO-3 and compiled models want it.
         mask_id: The token that replaces a masked one.
-        special_ids: Tokens that are never masked.
         target: What the diffusion objective was trained to predict at i: i+1, or i.
-        seed: Of the masks. The same for runs that are to be compared.
-        rank: This process.
         world_size: All processes; more than one needs ``torch.distributed``.
-        backend: Attention backend.
-        device: Where the model is.
-        dtype: Compute type of the attention.
     """
     count = len(validation)
     batches = -(-count // micro_batch)
@@ -429,12 +415,9 @@ def _columns(
     """What each position adds to the columns of :class:`DocumentLosses`: (10, B, T) float64.
 
     Args:
-        batch: What was scored.
         examples: Of the three modes, perhaps with more rows than the batch.
         nlls: Of each, (·, T) float64 cross-entropies.
         token_bytes: (vocabulary,) int64.
-        special_ids: Tokens that are never masked.
-        target: What the diffusion objective predicts.
     """
     rows = len(batch.inputs)
     ar, diffused, prefix = (nll[:rows] for nll in nlls)

@@ -50,12 +50,9 @@ class Masking:
     """How passages are masked.
 
     Attributes:
-        mode: pll, chain or elbo.
         mask_id: What stands for a masked token.
-        special_ids: Never masked.
         target: A masked token at i is predicted at i-1 (``next``), or at i (``in_place``).
         samples: S, for elbo.
-        seed: Of the masks, for elbo.
     """
 
     mode: Mode

@@ -34,16 +34,10 @@ class Evaluation:
     """All that is known of an evaluation.
 
     Attributes:
-        source: The model's.
         settings: What decides the numbers, by name.
         data: Directory of the held-out text; None where there is none.
-        dataset: Fingerprint of its dataset.
-        held_out: Losses on it.
-        tasks: Those that were scored.
         items: The items of each, by the task's name.
-        results: By task, then by mode.
         files: Name of the file with the items of each (task, mode).
-        notes: What the user should know.
     """
 
     source: Source

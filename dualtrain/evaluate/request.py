@@ -23,7 +23,6 @@ class Request:
 
     Attributes:
         context: Token ids, the first of them ``<s>``.
-        continuation: Token ids, at least one.
     """
 
     context: tuple[int, ...]
@@ -57,12 +56,7 @@ class ScorerVocab(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A request as it fits the model.
-
-    Attributes:
-        tokens: Context and continuation.
-        begin: Where the continuation begins.
-    """
+    """A request as it fits the model."""
 
     tokens: tuple[int, ...]
     begin: int
@@ -145,7 +139,6 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, bos_id
     merge across the boundary.
 
     Args:
-        tokenizer: Takes text literally.
         context: May be empty: then the context of the request is ``<s>`` alone.
         continuation: With its leading space, if it has one.
         bos_id: ``<s>``.

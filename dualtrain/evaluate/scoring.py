@@ -74,17 +74,10 @@ class Scorer:
 
     Args:
         forward: A ``DualLM``, a ``TrainedModel`` or a DeepSpeed engine.
-        vocab: Its mask token and special tokens.
-        context: The longest row in tokens.
         target: What the diffusion objective was trained to predict at i: token i+1, or i.
-        device: Where the model is.
-        backend: Attention backend.
-        dtype: Compute type of the attention.
         tokens_per_batch: Tokens of a forward pass, padding included; None chooses by memory.
             Where memory runs out, it is halved.
         elbo_samples: Masks for each request in the mode ``elbo``.
-        seed: Of these masks.
-        rank: This process.
         world_size: All processes; they call :meth:`score` together.
         on_note: Told what the user should know.
     """
@@ -329,8 +322,6 @@ class _Plan:
     """Rows, and how scores come from what is read there.
 
     Attributes:
-        passages: What is scored.
-        rows: To be run.
         reads: For each passage the numbers of its readings.
         weights: For each passage the weights of their losses; None where the mode does not mask,
             and all are 1.

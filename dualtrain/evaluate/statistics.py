@@ -27,9 +27,7 @@ class Estimate:
     """A number with its bootstrap interval.
 
     Attributes:
-        value: On all items.
         low: Lower end of the 95 % interval.
-        high: Upper end.
     """
 
     value: float
@@ -99,7 +97,6 @@ def resample(
     Args:
         credits: (N,) float64, from :func:`credit`.
         chance: (N,) float64, from :func:`chances`.
-        seed: Of the draws.
         purpose: What is resampled; different purposes are independent.
         resamples: R, how often N items are drawn.
     """
@@ -115,7 +112,6 @@ def average(scores: Sequence[float], resampled: Sequence[Floats]) -> Estimate:
     """Mean over tasks, each resampled by itself (a bootstrap stratified by task).
 
     Args:
-        scores: Of each task.
         resampled: Of each task, (R,) float64.
     """
     return Estimate.of(float(np.mean(scores)), np.mean(resampled, axis=0))

@@ -92,10 +92,8 @@ def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str
     """Read a dataset through Hugging Face's library.
 
     Args:
-        hub: Where it is.
         fields: How the fields of the data file are made of the dataset's; None: they are the same.
         data: Name of the data file, for messages.
-        where: The task file, for messages.
 
     Raises:
         UserError: The library is not installed, or it cannot get the dataset.

@@ -99,11 +99,8 @@ class ReadTaskFile:
     """A task file that is as it should be.
 
     Attributes:
-        spec: What it says.
         templates: Its templates and expressions, ready to use.
         hub_fields: Those of ``hub.fields``.
-        path: The file.
-        sha256: Of its content.
     """
 
     spec: TaskFile

@@ -30,7 +30,6 @@ class ItemResult:
     """One item, scored.
 
     Attributes:
-        item: The question.
         log_likelihoods: Of each answer, in nats.
         greedy: Of each answer, whether every token of it is the likeliest; None in modes that mask.
         dropped: Tokens of the prompt that the context had no room for; of the longest answer.
@@ -70,14 +69,7 @@ class ItemResult:
 
 
 class Scores:
-    """Figures of some items of a task.
-
-    Args:
-        items: At least one.
-        metric: What enters the normalised score.
-        seed: Of the bootstrap.
-        purpose: What the items are.
-    """
+    """Figures of some items of a task."""
 
     def __init__(
         self, items: Sequence[ItemResult], metric: Metric, *, seed: int, purpose: str
@@ -157,13 +149,8 @@ class TaskResult(Scores):
     """What a model got on a task in a mode.
 
     Args:
-        task: Its name.
-        mode: How answers were scored.
         items: Those that were scored, at least one.
-        metric: What enters the normalised score.
         left_out: Items with an answer longer than the model's context, which cannot be scored.
-        seconds: Time that scoring took.
-        seed: Of the bootstrap.
     """
 
     def __init__(

@@ -54,7 +54,6 @@ class TaskItems:
         items: In the order of the data.
         total: Items of the data, of which `items` may be some.
         origin: The data file, or the dataset's name on the hub.
-        sha256: Of the data, decompressed.
     """
 
     items: list[Item]
@@ -68,7 +67,6 @@ class Task:
     """A task that is known.
 
     Attributes:
-        file: Its task file.
         directory: Where its data file is looked for; None: nowhere, so that only the hub is left.
     """
 
@@ -190,13 +188,10 @@ def score_task(
     """Score the answers of a task's items.
 
     Args:
-        task: The task.
         items: From :meth:`Task.read`.
         scorer: A ``Scorer``. On several ranks all call with all items, and get the same.
         encode: From a prompt and an answer to a request: ``encode_pair`` of the model's tokenizer.
-        mode: How answers are scored.
         on_progress: Told from time to time how many requests of how many are done.
-        seed: Of the bootstrap.
 
     Raises:
         UserError: No item's answers fit the model's context; a log-likelihood is not a number.

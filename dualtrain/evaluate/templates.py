@@ -31,7 +31,6 @@ class Item:
     Attributes:
         prompt: Text in front of the answers; may be empty.
         choices: The answers as they are scored, with their leading space if any.
-        gold: Which of them is right.
         group: What results are also grouped by.
         characters: Length of each answer itself, without what is put around it.
         line: Its line in the data file, or row on the hub, from 1 on.
@@ -74,12 +73,7 @@ def compile_expression(text: str) -> Callable[[Record], Any]:
 
 
 class Templates:
-    """The compiled parts of a task file.
-
-    Args:
-        parts: By key.
-        file: The task file, for messages.
-    """
+    """The compiled parts of a task file."""
 
     def __init__(self, parts: Mapping[str | int, Callable[[Record], Any]], file: str) -> None:
         self._parts = parts
@@ -89,9 +83,7 @@ class Templates:
         """Make the question of a line of data.
 
         Args:
-            record: The line.
             where: ``file:line`` of it, for messages.
-            line: Its number.
 
         Raises:
             UserError: The line is not as the task file expects it.

@@ -31,7 +31,6 @@ def make_trees(
     average; from there on the longer rows cost more than the shared tokens save.
 
     Args:
-        passages: In any order.
         bidirectional: Whether contexts see themselves in both directions. Then only passages with
             the same context share a row.
         limit: Tokens of a row with several passages.
@@ -63,12 +62,7 @@ def make_trees(
 
 
 class _Tree:
-    """A row in the making.
-
-    Args:
-        first_read: Number of its first reading.
-        prompt_length: As of the row.
-    """
+    """A row in the making."""
 
     def __init__(self, first_read: int, prompt_length: int) -> None:
         self._first_read, self._prompt_length = first_read, prompt_length

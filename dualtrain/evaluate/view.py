@@ -14,11 +14,7 @@ _LINE_S = 30.0
 
 
 class View:
-    """Follows the work on standard error.
-
-    Args:
-        console: Where it is shown instead.
-    """
+    """Follows the work on standard error."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)

@@ -44,12 +44,8 @@ class Exported:
     """What an export wrote.
 
     Attributes:
-        directory: Where.
-        name: Of the model.
         architecture: The class that transformers loads it as.
         is_plain: Whether transformers knows that class without the code in the directory.
-        precision: Of the weights.
-        parameters: How many.
         files: Size in bytes by name.
     """
 
@@ -87,7 +83,6 @@ def export_checkpoint(
 
     Args:
         path: A run directory (its newest whole checkpoint), or a checkpoint's directory.
-        to: A new or empty directory.
         step: Of a run directory, the checkpoint of this step.
         precision: Of the exported weights: fp32 or bf16.
         max_shard_size: Of a file of weights, such as ``5GB``.

@@ -87,11 +87,7 @@ def write_model_card(
     """Write ``README.md``.
 
     Args:
-        directory: Of the export.
-        source: The checkpoint.
-        config: Of the model.
         values: The export's ``config.json``.
-        parameters: How many the model has.
         names: Of the special tokens, by what transformers calls their roles.
     """
     recipe, info = source.recipe, source.info

@@ -21,9 +21,6 @@ def made_whole(directory: Path | str) -> Iterator[Path]:
 
     One process at a time works on a place; what a killed one left beside it is removed.
 
-    Args:
-        directory: The place.
-
     Yields:
         The directory to write into.
 

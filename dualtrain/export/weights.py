@@ -28,7 +28,6 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
     Args:
         source: A safetensors file; the names stay.
         directory: Where ``model.safetensors`` is written, or several and their index.
-        dtype: Of the copy.
         max_shard_size: Of a file, such as ``5GB``; a larger tensor has a file of its own.
 
     Returns:

@@ -31,7 +31,6 @@ class Continuation:
 
     Attributes:
         ids: New tokens; the one that ended the text is left out.
-        stop: Why it ended.
     """
 
     ids: tuple[int, ...]
@@ -55,11 +54,9 @@ def continue_prompts(
     take more than that. There is no sliding window: no token leaves the text behind one's back.
 
     Args:
-        model: What continues them.
         prompts: Their ids, usually beginning with ``<s>``.
         tokens: Tokens to generate for each, at most.
         generators: One for each prompt, of its random numbers.
-        sampling: How tokens are chosen.
         kind: How a prompt sees itself; ``full`` is prefix mode.
         on_token: Told the row and each new token as it is there, and None once its text has ended.
         is_enough: Asked after each token, with the row and its new tokens, whether the text ends.

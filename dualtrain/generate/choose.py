@@ -96,8 +96,6 @@ def banned_tokens(size: int, vocab_size: int, ids: tuple[int, ...], device: torc
     Args:
         size: V, columns of the logits.
         vocab_size: Ids from here on are padding of the embedding.
-        ids: Others that are banned.
-        device: Of the logits.
 
     Returns:
         (V,) bool; the same one for the same question, so not to be changed.

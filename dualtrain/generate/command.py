@@ -45,14 +45,8 @@ class Request:
     """The command line of ``dualtrain generate``, but for the wishes.
 
     Args:
-        path: Run, checkpoint or export.
         prompt: Given on the command line; None where there is none.
-        file: Prompts, in place of that.
         out: Where texts are written, in place of being shown.
-        step: Which checkpoint of the run.
-        device: Where to run.
-        precision: In which.
-        batch: Texts at once.
         plain: Finished texts only, also on a terminal.
         trace: A line for each step of diffusion.
     """

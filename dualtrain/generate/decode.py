@@ -23,9 +23,6 @@ class TextStream:
 
     All that :meth:`add` and :meth:`rest` return, put together, is the decoding of all the ids;
     special tokens are left out.
-
-    Args:
-        tokenizer: Decodes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -72,7 +69,6 @@ class Piece(Generic[Label]):
     Attributes:
         text: Without special tokens, so possibly empty.
         label: Which its tokens share.
-        tokens: So many.
     """
 
     text: str
@@ -88,8 +84,6 @@ def label_pieces(
     A character that begins in one piece and ends in another belongs to the latter.
 
     Args:
-        ids: Of the whole text.
-        labels: One for each.
         tokenizer: Decodes; special tokens are left out.
     """
     stream, pieces = TextStream(tokenizer), []

@@ -45,8 +45,6 @@ class Filled:
     """What a step did to a row.
 
     Attributes:
-        row: Its number.
-        ids: As they are now.
         fresh: Positions just filled, ascending.
     """
 
@@ -69,7 +67,6 @@ def fill_masks(
     """Fill every mask; all else stays as it is.
 
     Args:
-        model: What fills them.
         rows: Token ids with ``mask_id`` where text is wanted; the first is usually ``<s>``.
         generators: One for each row, of its random numbers.
         steps: Passes of the model over a row: one a mask when not given, and never more.
@@ -110,7 +107,6 @@ def plan_passes(masks: int, *, steps: int | None, block: int | None) -> list[Pas
     """Share the masks of a row among its steps, evenly: blocks by their length, then masks.
 
     Args:
-        masks: To be filled.
         steps: Passes in all; None is one a mask, and more than that are never made.
         block: Masks in a block; None is all.
 
@@ -149,11 +145,9 @@ class _Row:
     """One row in the making.
 
     Attributes:
-        number: Which one.
         ids: As far as it is filled.
         masked: All positions that were masked at the beginning.
         mask_id: What marks those that still are.
-        passes: Yet to be made.
     """
 
     number: int

@@ -152,14 +152,7 @@ class ResultFile:
 def record(
     text: Text, settings: Settings, tokenizer: Tokenizer, *, model: str
 ) -> dict[str, object]:
-    """Describe a text in a line of a file.
-
-    Args:
-        text: It.
-        settings: How it was made.
-        tokenizer: Decodes it.
-        model: The directory of the model.
-    """
+    """Describe a text in a line of a file."""
     prompt = text.job.prompt
     found: dict[str, object] = {
         "prompt": prompt.text,

@@ -30,9 +30,7 @@ class Settings:
         mode: ``ar`` reads and writes from left to right; ``prefix`` reads the prompt
             bidirectionally first; ``diffusion`` fills gaps, and what follows a prompt without any.
         tokens: Tokens of each text, at most; of gaps, their own number counts.
-        sampling: How tokens are chosen.
         seed: Decides every random choice, together with the number of the prompt and the sample.
-        samples: Texts for each prompt.
         steps: Diffusion: passes over a text, see ``fill_masks``.
         order: Diffusion: which predictions are kept first.
         block: Diffusion: masks that are filled before any behind them.
@@ -110,7 +108,6 @@ def read_settings(wishes: Wishes, *, gaps: Sequence[str], prompts: int) -> Setti
     Without a mode it is ``diffusion`` if a prompt has a gap, else ``ar``.
 
     Args:
-        wishes: As set.
         gaps: What to call each prompt that has gaps.
         prompts: How many there are, with gaps or without.
 

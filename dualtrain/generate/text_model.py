@@ -44,8 +44,6 @@ class TextModel:
         stop_ids: What ends a text that is written from left to right.
         mask_id: Stands for a token that is to be filled in; None where the model has none.
         target: What its diffusion objective predicts at i: token i+1, or i.
-        device: Where it is.
-        dtype: Compute type of the attention.
         lockstep: Whether other ranks make the same passes; false of a model that each has whole.
     """
 
@@ -98,7 +96,6 @@ class TextModel:
 
         Args:
             rows: (B, T) int64 token ids.
-            plan: How they attend.
             selection: (N,) int64: which of the B * T positions are asked.
             positions: (B, T) int64, see ``DualLM.forward``.
             may_stop: Whether the tokens that end a text are allowed.

@@ -36,10 +36,7 @@ class Prompt:
 
     Attributes:
         number: Which one, from 0 on.
-        text: As given.
         ids: With a mask for every token that diffusion is to fill in.
-        masks: How many those are.
-        has_gaps: Whether it came with gaps.
     """
 
     number: int
@@ -62,10 +59,8 @@ class Text:
     """A text that was made.
 
     Attributes:
-        job: What was asked for.
         ids: Of the whole text, with its prompt, beginning with ``<s>``.
         is_new: Of each id, whether the model has written it.
-        stop: Why it ended.
     """
 
     job: Job
@@ -118,7 +113,6 @@ def prepare(
         texts: The prompts; an empty one begins a document.
         settings: What is to be made of them.
         model: Its context, and whether it has a mask token.
-        tokenizer: Encodes them.
         places: What to call each in an error, such as ``FILE:LINE``.
 
     Raises:
@@ -156,7 +150,6 @@ def generate_texts(
     Args:
         prompts: From :func:`prepare`.
         settings: What is to be made of them.
-        model: What makes them.
         rows_at_once: Texts in a batch, at most; halved when memory runs out.
         watcher: Told of texts while they are made.
 

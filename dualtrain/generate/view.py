@@ -42,8 +42,6 @@ class View(Watcher):
     """A watcher that also shows finished texts, in order.
 
     Args:
-        console: Where to.
-        tokenizer: Decodes.
         with_headings: Whether several texts are made, so that each is headed by what it is.
 
     Attributes:
@@ -83,11 +81,7 @@ class PlainView(View):
 
 
 class TraceView(PlainView):
-    """Also a line for each step of diffusion, with ``_`` for each mask.
-
-    Args:
-        mask_id: Of the model.
-    """
+    """Also a line for each step of diffusion, with ``_`` for each mask."""
 
     def __init__(
         self, console: Console, tokenizer: Tokenizer, *, with_headings: bool, mask_id: int
@@ -174,11 +168,7 @@ class StreamView(View):
 
 
 class UnmaskView(View):
-    """Diffusion on a terminal: the texts redrawn after each step, finished ones left behind.
-
-    Args:
-        mask_id: Of the model.
-    """
+    """Diffusion on a terminal: the texts redrawn after each step, finished ones left behind."""
 
     def __init__(
         self, console: Console, tokenizer: Tokenizer, *, with_headings: bool, mask_id: int

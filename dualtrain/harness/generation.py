@@ -40,9 +40,6 @@ class Order:
 
     Attributes:
         prompt: Token ids, the first of them ``<s>``.
-        tokens: To write at most.
-        until: Strings that end the text.
-        sampling: How tokens are chosen.
         key: Of its random numbers: what the text is, not where it stands.
     """
 
@@ -67,7 +64,6 @@ def write_texts(
     """Continue prompts until a string or token that ends the text.
 
     Args:
-        trained: The model.
         requests: Prompts, each with a task's ``generation_kwargs``.
         kind: How a prompt sees itself; ``full`` is prefix mode.
         max_tokens: To write at most where ``generation_kwargs`` do not say.

@@ -71,7 +71,6 @@ class DualtrainLM(TemplateLM):
     """A run, a checkpoint or an exported model, scored in one of the five modes.
 
     Args:
-        path: As of ``dualtrain eval``.
         mode: One of :data:`MODES`.
         step: Of a run, the checkpoint of this step; by default the newest.
         device: By default the first GPU, or the CPU.
@@ -81,8 +80,6 @@ class DualtrainLM(TemplateLM):
         seed: Of these masks, and of sampling.
         max_gen_toks: Tokens to generate at most where a task does not say.
         batch_size: The harness always gives one; rows are batched by tokens instead.
-        max_batch_size: Likewise.
-        unknown: Anything else, to be refused.
 
     Raises:
         UserError: No model at ``path``, an option that does not exist, or a value it cannot have.

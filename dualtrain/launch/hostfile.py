@@ -32,7 +32,6 @@ class Machine:
     """A line of a hostfile.
 
     Attributes:
-        name: As ssh knows it.
         slots: Processes to start there; on a machine with GPUs, one for each.
         line: Where it stands in the file, from 1.
     """
@@ -46,7 +45,6 @@ def read_hostfile(hostfile: Path, *, ranks: int | None = None) -> list[Machine]:
     """Read a hostfile: ``HOST slots=N`` on each line; ``#`` begins a comment.
 
     Args:
-        hostfile: The file.
         ranks: Processes a machine, instead of all its slots.
 
     Raises:
@@ -96,7 +94,6 @@ def run_hostfile(
     while the ranks may still be saving; so rank 0 leaves its exit code in a file, too.
 
     Args:
-        arguments: Of the command line.
         hostfile: See :func:`read_hostfile`.
         ranks: Processes on each machine; None for all slots.
         outcome: File in the directory that all machines see, where rank 0 calls

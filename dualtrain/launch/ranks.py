@@ -75,8 +75,6 @@ class World:
     Attributes:
         rank: 0 .. world_size - 1 over all machines.
         local_rank: Index on this machine; also the index of its GPU.
-        world_size: Ranks in the run.
-        local_world_size: Ranks on this machine.
     """
 
     rank: int

@@ -37,7 +37,6 @@ class Slot:
 
     Attributes:
         index: Position among all slots of the step, the same for any number of ranks.
-        objective: What is trained on it.
         stream: The stream that its sequences come from.
         first_sequence: Absolute index in that stream of the first of its micro_batch sequences.
         loss_scale: Factor on its loss; 2α or 2(1 - α) in a weighted sum, else 1.
@@ -60,7 +59,6 @@ def alpha_at(schedule: AlphaSchedule | Fraction, step: int, steps: int) -> Fract
     Args:
         schedule: A constant share, or the recipe's schedule.
         step: 0..steps-1.
-        steps: Steps of the run.
     """
     if isinstance(schedule, (Fraction, int)):
         return Fraction(schedule)
@@ -87,10 +85,7 @@ class Mixture:
 
     Args:
         alpha: AR share, or a function from the step to it (see :func:`alpha_at`).
-        steps: Steps of the run.
         slots: S, micro-batches in a step: global_batch / micro_batch.
-        micro_batch: Sequences in a slot.
-        mixing: See above.
         rotation: Whether the objectives share each pass over the text; else each goes through all
             of it at its own pace.
 

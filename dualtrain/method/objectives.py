@@ -116,7 +116,6 @@ def masking_noise(
     """Draw the noise of each sequence from the generator of (seed, purpose, stream, sequence).
 
     Args:
-        seed: The recipe's seed.
         purpose: Such as ``"corruption"``.
         stream: Number of the stream, from ``mixing.STREAM_NUMBERS``.
         sequence_ids: (B,) absolute indices in the stream.
@@ -146,8 +145,6 @@ def with_scheduled_rate(
     run of N steps does not come to.
 
     Args:
-        noise: As drawn.
-        schedule: The corruption's.
         step: Finished updates n, 0..steps-1.
         steps: N, updates of the run.
     """
@@ -170,7 +167,6 @@ def validation_noise(
     masked tokens the same chance.
 
     Args:
-        seed: The recipe's seed.
         sequence_ids: (B,) which of the held-out sequences.
         sequences: N, all held-out sequences that are scored.
         length: T.
@@ -203,7 +199,6 @@ def scored_targets(inputs: Tensor, document_ids: Tensor, special_ids: Sequence[i
     Args:
         inputs: (B, T) int64.
         document_ids: (B, T) int32.
-        special_ids: Tokens that are never masked.
 
     Returns:
         (B, T) bool.
@@ -226,7 +221,6 @@ def autoregressive(
         targets: (B, T) int64.
         document_ids: (B, T) int32.
         special_ids: Tokens that are never masked; see :func:`scored_targets`.
-        ar_weight: Weight of every scored target.
     """
     weights = ar_weight * scored_targets(inputs, document_ids, special_ids).float()
     return Example(inputs, targets, weights, "causal", document_ids)
@@ -261,10 +255,7 @@ def diffusion(
         targets: (B, T) int64.
         document_ids: (B, T) int32.
         mask_id: The token that replaces a masked one.
-        special_ids: Tokens that are never masked.
         noise: Of these B sequences and T positions; the rates are in it.
-        corruption: The recipe's.
-        target: See above.
         vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
         exact: Estimate the bound without the deviations of the published scheme (see the
             module). For held-out losses; uniform corruption only.

@@ -22,7 +22,6 @@ def learning_rate_factor(schedule: ScheduleSection, step: int, steps: int) -> fl
     Warm-up multiplies the rest of the schedule; where it overlaps a decay, both count.
 
     Args:
-        schedule: The recipe's.
         step: Finished updates n, 0..steps-1.
         steps: N, updates of the run.
     """

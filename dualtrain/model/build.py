@@ -41,8 +41,6 @@ def build_model(
     """The recipe's model for a dataset's vocabulary, with its initial values.
 
     Args:
-        recipe: The resolved recipe.
-        info: Of the dataset.
         ds_config: As merged for DeepSpeed. At stage 3 the model is partitioned from the start, with
             the same values, and every rank must call. None makes it whole.
         pretrained: Whether an imported model gets its initial values, which may have to be fetched;
@@ -99,8 +97,6 @@ def empty_model(directory: Path, recipe: Recipe, info: DatasetInfo) -> nn.Module
 
     Args:
         directory: Of the checkpoint; one of an older version has no configuration of its own.
-        recipe: The checkpoint's.
-        info: Of its dataset.
     """
     file = directory / CONFIG
     config = read_config(file) if file.is_file() else model_config(recipe, info)

@@ -59,7 +59,6 @@ def exported_config(
     """Describe a model for transformers 4 and 5 alike.
 
     Args:
-        config: Of the model.
         target: What its diffusion objective predicts at i: token i+1, or i.
         append_eos: Whether the texts of its training ended with ``</s>``.
         dtype: Of the exported weights, such as ``float32``.
@@ -99,9 +98,6 @@ def exported_import(
 
     Args:
         values: Its ``config.json`` in a checkpoint.
-        target: As in :func:`exported_config`.
-        append_eos: Likewise.
-        dtype: Likewise.
     """
     exported = {**values, _TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
     exported.pop("dtype", None)
@@ -126,7 +122,6 @@ def read_exported_config(values: Mapping[str, Any], *, where: str) -> DualConfig
 
     Args:
         values: As :func:`exported_config` gave them, perhaps saved again by transformers.
-        where: The file, for messages.
 
     Raises:
         UserError: A value is missing, or no model can have it.

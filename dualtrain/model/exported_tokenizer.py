@@ -40,9 +40,7 @@ def write_tokenizer(
 
     Args:
         source: The ``tokenizer.json`` of the training.
-        directory: Where to write.
         special_tokens: Ids by role, as the dataset has them.
-        context: Longest row in tokens.
 
     Returns:
         The names of the special tokens, by what transformers calls their roles.

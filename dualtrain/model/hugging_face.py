@@ -102,8 +102,6 @@ def count_rows(section: ModelSection, config: PretrainedConfig, vocab_size: int 
     """Count the rows of the embedding: the published ones if they suffice.
 
     Args:
-        section: The recipe's.
-        config: As published.
         vocab_size: Tokens of the dataset's vocabulary; None where there is no dataset yet.
     """
     if vocab_size is None:
@@ -115,10 +113,6 @@ def count_rows(section: ModelSection, config: PretrainedConfig, vocab_size: int 
 
 def hf_sizes(recipe: Recipe, vocab_size: int | None) -> ImportedSizes:
     """The sizes of the recipe's imported model.
-
-    Args:
-        recipe: The recipe.
-        vocab_size: As in :func:`count_rows`.
 
     Raises:
         UserError: As :func:`read_hf_config`.
@@ -177,9 +171,6 @@ def find_new_tokens(published: Path, dataset: Path, *, where: str, model: str) -
 
     Args:
         published: The model's ``tokenizer.json``.
-        dataset: The dataset's.
-        where: The dataset, for messages.
-        model: The model, likewise.
 
     Returns:
         Their ids.
@@ -223,8 +214,6 @@ def build_imported(
     """The recipe's imported model for a dataset's vocabulary.
 
     Args:
-        recipe: The resolved recipe.
-        info: Of the dataset.
         ds_config: As merged for DeepSpeed; at stage 3 the model is partitioned from the start, and
             every rank must call. None makes it whole.
         pretrained: Whether it gets its initial values; otherwise its memory is as it was.
@@ -264,9 +253,7 @@ def fit_to_dataset(config: PretrainedConfig, info: DatasetInfo, rows: int) -> No
     """Write a dataset's special tokens into a configuration, in place.
 
     Args:
-        config: The model's.
         info: Of the dataset; its documents begin with its ``<s>``, whatever the model's own was.
-        rows: Of the embedding and the output matrix.
     """
     for name in _OF_EXPORTS:
         if hasattr(config, name):

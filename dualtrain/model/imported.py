@@ -175,12 +175,10 @@ def attend(
     """Attend as the plan says; transformers' attention layers call this.
 
     Args:
-        module: The layer.
         query: (B, H, T, D), rotated.
         key: (B, G, T, D), rotated; each of its heads serves H / G of the query's.
         value: (B, G, T, D).
         attention_mask: Always None, as there is no mask function of this name.
-        attention_plan: Of the micro-batch.
         scaling: Factor on the products of queries and keys; None is 1 / sqrt(D).
 
     Returns:
@@ -207,10 +205,6 @@ def initial_values(config: PretrainedConfig, seed: int) -> Iterator[tuple[str, T
 
     A block at a time, each from a generator of its own: so values depend neither on the device nor
     on how parameters are divided over ranks, and no more than a block exists here.
-
-    Args:
-        config: The model's.
-        seed: The recipe's.
 
     Yields:
         Name and fp32 values of every parameter, on the CPU.

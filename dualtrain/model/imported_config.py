@@ -46,7 +46,6 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> PretrainedConfig:
 
     Args:
         values: By name, as version 4 or 5 of transformers writes them.
-        where: The file, for messages.
 
     Raises:
         UserError: As in :func:`read_config`.

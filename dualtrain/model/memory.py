@@ -26,7 +26,6 @@ def choose_tokens(forward: Callable[..., object], device: torch.device) -> int:
 
     Args:
         forward: A model, an engine around one, or any other function.
-        device: Where it runs.
     """
     if device.type != "cuda":
         return CPU_TOKENS

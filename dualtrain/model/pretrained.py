@@ -49,7 +49,6 @@ class NewRows:
         rows: Wanted rows of both, at least as many.
         tokens: Ids of new tokens below the published number of rows, which were only reserved.
         like: For some new ids the id of the known row that they begin as.
-        seed: Of the noise.
     """
 
     published: int

@@ -53,10 +53,6 @@ class ImportedSizes:
 
     Attributes:
         vocab_size: Rows of the embedding and of the output matrix.
-        width: Of the residual stream.
-        layers: Transformer blocks.
-        mlp_width: Hidden width of the MLP.
-        attention_width: Of all queries of a position together.
         shapes: Of each parameter by name, in the model's order; of tied ones once.
         vocabulary: Names of the embedding and of the output matrix; one name if they are tied.
         matrices: Names of the body's matrices, which are those that Muon updates.
@@ -77,7 +73,6 @@ class ParameterCount:
     """Number of parameters.
 
     Attributes:
-        total: All of them.
         without_vocabulary: Without the embedding and the output matrix.
     """
 
@@ -89,7 +84,6 @@ def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
     """The model's sizes.
 
     Args:
-        model: The recipe's.
         vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
     """
     rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -168,7 +162,6 @@ def flops_per_token(
     width of its attention for the W beside K.
 
     Args:
-        sizes: The model.
         sequence_length: T, in tokens.
         attention: Kind of attention; ``prefix`` is counted as ``full``.
         supervised_share: s; by default 1 causally, else 1/2, the mean of uniform masking.

@@ -158,7 +158,6 @@ def resolve_backend(
     Args:
         name: ``auto``, ``sdpa``, ``varlen`` or ``flex``. auto is sdpa on a CPU; on CUDA varlen
             where there is one, else flex where there is a compiler, else sdpa.
-        device: Where the model runs.
         dtype: Compute type, if known: varlen is for half precision only.
 
     Raises:
@@ -197,7 +196,6 @@ def plan_attention(
             equal ids are one document.
         backend: From :func:`resolve_backend`. varlen cannot express prefix attention, nor compute
             in float32; such a plan uses sdpa instead.
-        device: Where the model runs.
         dtype: Compute type of the attention (bfloat16 also under autocast).
         in_prefix: (B, T) bool on the CPU, tokens that all of their document see; for the prefix
             kind only.

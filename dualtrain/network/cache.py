@@ -27,8 +27,6 @@ class KeyValueCache:
     Args:
         rows: B.
         capacity: C, tokens that a row can have in the end.
-        device: Where the model runs.
-        dtype: Compute type of the attention.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ def initial_std(name: str, config: DualConfig) -> float:
 
     Args:
         name: Name of the parameter in ``DualLM``, such as ``model.layers.0.mlp.up_proj.weight``.
-        config: The model's sizes.
     """
     module = name.split(".")[-2]
     body = math.sqrt(2 / (5 * config.width))
@@ -61,11 +60,8 @@ def truncated_normal(shape: torch.Size, std: float, seed: int, name: str) -> Ten
     """Draw from a normal distribution cut at two standard deviations.
 
     Args:
-        shape: Shape of the result.
         std: Standard deviation of the normal distribution before it is cut (what remains has
             0.88 of it).
-        seed: The recipe's seed.
-        name: Whose values these are.
 
     Returns:
         float32 on the CPU; the quantile function applied to uniform numbers.

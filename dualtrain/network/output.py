@@ -55,13 +55,8 @@ def head_output(
     """Run the output layer for the positions that need it.
 
     Args:
-        head: The matrix to the vocabulary.
         hidden: (B, T, W), from the last block.
         targets: See ``DualLM.forward``, as for the other arguments.
-        weights: Likewise.
-        z_loss: Likewise.
-        selection: Likewise.
-        reduction: Likewise.
         prepare: What comes before the matrix, position by position, such as a norm.
 
     Raises:

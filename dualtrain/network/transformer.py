@@ -159,7 +159,6 @@ class DualLM(PreTrainedModel):
     """A language model with two objectives: next tokens causally, masked tokens with full context.
 
     Args:
-        config: Sizes and constants.
         seed: Decides the initial weights, together with nothing else. On the meta device they are
             left out: call :meth:`initialize` after ``to_empty``.
     """
@@ -306,7 +305,6 @@ def rotary_tables(config: DualConfig, positions: Tensor) -> Rotary:
     would round, and materialising it from the meta device would leave empty.
 
     Args:
-        config: Of the model.
         positions: (T,) or (B, T) integers.
 
     Returns:

@@ -61,9 +61,6 @@ def plot(
         line: (x, y) in increasing x, joined by a line.
         marks: (x, y), each drawn as one bullet, over the line.
         width: Columns of the result, its axis labels included; at least ``LABEL_WIDTH + 2``.
-        height: Rows of the result.
-        line_style: rich style of the line.
-        mark_style: rich style of the bullets.
 
     Returns:
         ``height`` lines of ``width`` columns: greatest and smallest value at the left, then the

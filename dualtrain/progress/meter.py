@@ -130,7 +130,6 @@ class Meter:
         """Add one slot. Never waits for the device.
 
         Args:
-            objective: The slot's objective.
             cross_entropy: Scalar, Σ w·CE / (B·T) in nats, as trained (``ar_weight`` included).
             z_loss: Scalar, the z-loss, multiplied by its factor.
             tokens: Input tokens of the slot, B·T.
@@ -248,12 +247,7 @@ class Meter:
 
     @staticmethod
     def share_states(states: Sequence[MeterState], rank: int) -> MeterState:
-        """What a rank continues from, when other ranks have saved: rank 0 takes over all slots.
-
-        Args:
-            states: Of every rank that saved.
-            rank: The rank that continues.
-        """
+        """What a rank continues from, when other ranks have saved: rank 0 takes over all slots."""
         # The norm is the same on every rank, and each counts it; losses are each rank's own.
         norm, updates = states[0]["sums"][_NORM], states[0]["updates"]
         totals = [math.fsum(column) for column in zip(*(s["sums"] for s in states), strict=True)]

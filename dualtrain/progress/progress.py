@@ -107,8 +107,6 @@ class Progress:
         """Open what the run's progress goes to; on ranks other than 0 nothing.
 
         Args:
-            run_dir: The run's directory.
-            rank: This process's rank.
             view: ``auto`` is live on a terminal that can redraw, else plain lines.
             tensorboard: Also write TensorBoard events to ``tensorboard/`` in the run directory.
             stream: Where the view goes; standard output when not given.

@@ -22,14 +22,8 @@ class RunFacts:
     """What does not change during a run.
 
     Args:
-        name: The recipe's name.
-        run_dir: Where everything is written.
         devices: What it runs on, for people: ``CPU``, ``8 x NVIDIA H200``.
-        ranks: Processes.
-        parameters: Of the model.
-        steps: Optimizer updates planned.
         tokens_per_step: Input tokens of a step, over all ranks.
-        unique_tokens: Tokens of the unique subset.
         epochs: Passes over it planned, both objectives together.
         ar_passes: AR passes of a token planned, on average.
         first_step: Updates done before this process started (resumed runs).
@@ -82,15 +76,9 @@ class Summary:
     """What a run ends with.
 
     Args:
-        held_out: The last evaluation.
         scores: The last scores on tasks, of each mode.
-        samples: Generated texts.
         written: What was written, label to path, in the order shown.
         next_commands: (command, what it does), in the order shown.
-        step: Updates done.
-        tokens: Tokens trained on.
-        elapsed_s: Wall time.
-        outcome: How it ended.
     """
 
     step: int

@@ -37,9 +37,6 @@ class TensorBoardView(View):
 
     A failure to write is an error of the run: the user asked for it.
 
-    Args:
-        directory: The log directory.
-
     Raises:
         UserError: The ``tensorboard`` package is not installed, or the directory not writable.
     """

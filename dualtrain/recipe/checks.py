@@ -43,11 +43,7 @@ class Conflict:
     """Fields of a recipe that do not go together.
 
     Attributes:
-        path: The field to complain about.
-        involved: The other fields.
         what: What is wrong, with all values.
-        expected: What would be right.
-        hint: How to get there.
     """
 
     path: Path

@@ -25,8 +25,6 @@ class Field:
         path: Dotted keys; ``[]`` stands for any item of a list, such as ``algorithms[].use``.
         type: What values it takes, in words; empty for a section.
         default: The default as YAML shows it, or None where there is none.
-        description: From the schema.
-        is_section: Whether it holds further keys.
     """
 
     path: str

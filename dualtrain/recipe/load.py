@@ -31,7 +31,6 @@ class LoadedRecipe:
     """A recipe with its origin.
 
     Attributes:
-        recipe: Resolved and checked.
         source: The file, as the user may open it.
         origins: For each dotted key that a file or the command line gives, where; others are
             defaults.
@@ -49,13 +48,7 @@ class LoadedRecipe:
 
 @dataclass(frozen=True)
 class RecipeTree:
-    """A recipe's values with their places, merged but not checked yet.
-
-    Attributes:
-        file: The recipe's file.
-        tree: Its values.
-        errors: What is wrong so far.
-    """
+    """A recipe's values with their places, merged but not checked yet."""
 
     file: Path
     tree: Located
@@ -152,7 +145,6 @@ def _read_chain(file: Path, below: tuple[Path, ...]) -> tuple[Located, list[User
     """Read a file over what it extends.
 
     Args:
-        file: The file.
         below: The files that led here, the user's first.
 
     Returns:

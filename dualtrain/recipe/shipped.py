@@ -65,7 +65,6 @@ def find_ds_config(path_or_name: str, *, where: str) -> Path:
     """Find a DeepSpeed configuration, by path or by the name of a shipped one.
 
     Args:
-        path_or_name: As in the recipe's ``engine.deepspeed``.
         where: What to call the place of the name in errors.
 
     Raises:

@@ -101,7 +101,6 @@ def parse(
     """Read one YAML document.
 
     Args:
-        text: The document.
         file: What to call it in places.
         line: A fixed line for all places; None counts the lines of the text.
         path: Where the document belongs in a larger one, for messages.

@@ -37,11 +37,9 @@ class Advice:
     """An alpha for a number of repetitions.
 
     Attributes:
-        repetitions: R.
         alpha: The best guess: a fraction where a rule gives it exactly, a float where estimated.
         window: Lowest and highest alpha of the window that comes with it; None without one.
         basis: Where that is from, in words.
-        warnings: What to be careful about.
     """
 
     repetitions: float

@@ -38,11 +38,8 @@ class Options:
         file: A recipe with a ``sweep:`` section.
         overrides: ``key=value``, for all points.
         directory: Where the points go; None leaves it to the file.
-        parallel: Points at once.
         ranks: Processes of a point; None leaves it to ``dualtrain run``.
-        index: Only this point.
         shard: Only each N-th point from the I-th on, ``I/N``.
-        retry_failed: Try failed points again.
         dry_run: Show the points and start nothing.
         plain: Lines in place of the live table.
     """

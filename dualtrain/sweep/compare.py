@@ -50,7 +50,6 @@ class Options:
             more, until they hold some thirty documents.
         out: Directory to make; None: a new one in ``comparisons``.
         seed: Of masks and of the bootstrap.
-        device: As for ``dualtrain eval``.
     """
 
     runs: Sequence[Path]

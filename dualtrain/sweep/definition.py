@@ -60,7 +60,6 @@ class Point:
         number: Its place in the sweep, from 0; what ``--index`` asks for.
         values: The value of each key that its grid sets, as the checked recipe has it.
         directory: Of the run; named by the values.
-        loaded: Its recipe.
         place: Where the sweep asks for it.
     """
 
@@ -82,9 +81,7 @@ class Sweep:
 
     Attributes:
         source: Its file, as the user may open it.
-        directory: Where the points' directories are.
         keys: The recipe's keys that points set, in the order in which the file has them.
-        points: In order.
     """
 
     source: str

@@ -49,8 +49,6 @@ class Outcome:
     """How a point ended.
 
     Attributes:
-        state: finished, or failed.
-        exit_code: Of its run.
         reason: The end of what a failed run printed.
     """
 

@@ -20,7 +20,6 @@ class Estimate:
 
     Attributes:
         flops_per_second: Of training, all included; None where nothing tells it.
-        basis: Where that is from.
     """
 
     flops_per_second: float | None

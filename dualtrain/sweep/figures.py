@@ -96,7 +96,6 @@ def draw_surface(surface: Surface, bests: Sequence[Best], *, metric: str) -> Fig
     """The surface with the runs; under it the best alpha's distribution and the paper's rules.
 
     Args:
-        surface: The fit.
         bests: Of a fine grid of repetitions, in order.
         metric: Name of the metric, with its unit.
     """

@@ -48,12 +48,9 @@ class Options:
     """What the user asks for.
 
     Attributes:
-        directory: Of the sweep.
         metric: As ``results`` names it.
         where: Conditions on points, as ``results.restrict`` takes them.
         out: Directory for the results; None: ``fit/METRIC`` in the sweep's.
-        seed: Of restarts and samples.
-        figures: Whether to draw them.
     """
 
     directory: Path

@@ -37,9 +37,7 @@ class Options:
     """What the user asks for.
 
     Attributes:
-        directory: Of the sweep.
         metrics: As ``results`` names them.
-        where: Conditions on points.
         to: Conditions on the group that the others are compared with; none: the first.
         out: Directory to make; None: nothing is written.
     """
@@ -57,8 +55,6 @@ class Group:
 
     Attributes:
         label: Values of the keys in which groups differ.
-        values: All of these keys' values.
-        runs: By seed.
     """
 
     label: str
@@ -119,7 +115,6 @@ def make_groups(runs: Sequence[RunResult], usual: Mapping[str, str]) -> list[Gro
     """Put runs together that differ in the seed alone, in the order of the sweep.
 
     Args:
-        runs: Of a sweep.
         usual: The keys in which they differ, each with its commonest value.
     """
     found: dict[tuple[str, ...], dict[int, RunResult]] = {}

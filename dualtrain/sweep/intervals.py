@@ -52,7 +52,6 @@ def over_documents(
         one: (D,) nats of each document under one model.
         other: (D,) nats of the same documents under the other.
         tokens: (D,) tokens of each that are scored.
-        seed: Of the draws.
         resamples: How often D documents are drawn.
 
     Returns:

@@ -34,7 +34,6 @@ class SweepResults:
     """A sweep as far as it has come.
 
     Attributes:
-        keys: That its points set.
         runs: The points that were begun, in order.
         absent: Names of those that were not, or that are gone.
     """

@@ -40,9 +40,6 @@ class RunResult:
     """A run that has ended, or not.
 
     Attributes:
-        directory: Of the run.
-        recipe: Its recipe.
-        records: Its metrics.
         scores: Of tasks, as ``MODE.TASK`` and ``MODE.average``.
         outcome: How it ended, if it is a sweep's point that has.
     """
@@ -160,8 +157,6 @@ def restrict(
     """The runs that meet conditions.
 
     Args:
-        runs: Of a sweep.
-        keys: That its points set.
         where: ``KEY=VALUE``; of several with the same key one has to hold.
         option: Where the conditions are from, for messages.
 
@@ -201,10 +196,6 @@ def named(labels: Sequence[str]) -> str:
 
 def finished(runs: Sequence[RunResult], notes: list[str]) -> list[RunResult]:
     """The runs that have come to their end.
-
-    Args:
-        runs: Any.
-        notes: Gets which others there are.
 
     Raises:
         UserError: None has.

@@ -41,12 +41,9 @@ class Job:
     """A point as the runner sees it.
 
     Attributes:
-        point: The point.
         state: waiting, running, finished, failed, stopped (saved after a signal) or elsewhere
             (another process is running it).
-        reason: Why it failed.
         began: When it was started here, ``time.monotonic()``.
-        process: Its run, while that lasts.
         claim: What keeps other sweeps from the point, while that lasts.
         told: How many of this process's signals its run was told of.
     """
@@ -64,13 +61,10 @@ class Runner:
     """Goes through the points that have no outcome yet.
 
     Args:
-        points: In order.
-        parallel: How many at once.
         ranks: Processes of a point; None leaves it to ``dualtrain run``.
         devices: CUDA devices to divide among the points that run at once; none on a CPU.
         retry_failed: Whether points that failed before are tried again.
         on_change: Told whenever a job's state has changed.
-        on_poll: Called many times a second.
     """
 
     def __init__(

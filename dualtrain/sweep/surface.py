@@ -53,7 +53,6 @@ class Best:
     """The best alpha at a number of repetitions.
 
     Attributes:
-        repetitions: R.
         quantiles: Of the distribution of the best alpha, by :data:`QUANTILES`.
         value: Metric there (at the median), by the mean of the surface.
         at_border: Where the optimum is at the border: ``lowest`` or ``highest`` alpha sampled; None
@@ -90,7 +89,6 @@ class RelativeNoise(WhiteKernel):
     """White noise with a variance of its own at each R: multiples of one number that is fitted.
 
     Args:
-        noise_level: That number.
         noise_level_bounds: Between which it is looked for.
         places: (M,) log2 R, rising.
         factors: (M,) multiples there; between places their logarithm is interpolated.
@@ -127,9 +125,6 @@ class Surface:
         repetitions: (N,) R of each run.
         alphas: (N,) AR share of each run.
         values: (N,) metric of each run.
-        is_loss: Whether less is better.
-        seed: Of restarts and samples.
-        restarts: Of the search for hyperparameters.
 
     Raises:
         UserError: Values that are not finite, fewer than four distinct alphas, or nothing but the

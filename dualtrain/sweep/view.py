@@ -33,9 +33,7 @@ class Latest:
     """The newest numbers of a run.
 
     Attributes:
-        step: Updates done.
         steps: Of the run; 0 where no record says so yet.
-        tokens_per_second: Of its last interval.
         ar: Held-out AR loss, nats per token.
         diffusion: Held-out diffusion bound, nats per token.
     """
@@ -70,7 +68,6 @@ class View:
 
     Args:
         keys: The recipe keys that points set.
-        plain: Lines also on a terminal.
         console: Where it is shown; standard output by default.
     """
 

@@ -60,7 +60,6 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
 
     Args:
         recipe: The resolved recipe, the same on every rank.
-        view: What the terminal shows.
 
     Raises:
         UserError: for everything in the recipe, the dataset or the machine that does not fit.

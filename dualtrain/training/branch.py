@@ -38,7 +38,6 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
 
     Args:
         name: A recipe, as in ``load_recipe``.
-        overrides: Changes to it, as there.
         start: A step of the run that name and overrides name, or a checkpoint's directory.
 
     Returns:

@@ -64,9 +64,7 @@ class TaskScoring:
 
     Args:
         tasks: From :func:`read_tasks`.
-        modes: See above.
         scorer: Of the model, on all ranks.
-        tokenizer: Takes text literally.
         bos_id: ``<s>``.
 
     Raises:
@@ -102,7 +100,6 @@ class TaskScoring:
 
         Args:
             mode: One of :attr:`modes`.
-            on_status: Told what is being scored.
             is_stopping: Asked before each batch whether to leave out the rest; all ranks ask
                 together, and must get the same answer.
 

@@ -44,9 +44,7 @@ class SlotLoss:
     """What one slot of a step came to.
 
     Attributes:
-        slot: The slot.
         documents: Per row, the numbers in the dataset of its documents.
-        loss: What was minimised.
     """
 
     slot: Slot
@@ -67,7 +65,6 @@ class LossWatch:
 
     Args:
         slots: Slots of this rank in a step.
-        device: Where the losses are.
         skipped: Steps without an update so far.
     """
 
@@ -187,10 +184,6 @@ def describe(ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
 
 def write_report(run: Run, ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
     """Write down the step that is not finite.
-
-    Args:
-        ranks: The slots of each rank.
-        cause: What is not finite.
 
     Returns:
         A sentence for the user: where the report is, or why it could not be written.

@@ -33,14 +33,10 @@ class Origin:
     """Where a run starts.
 
     Attributes:
-        run_dir: The run's directory.
-        text: The resolved recipe as YAML.
-        fingerprint: Of the dataset.
         config: For ``deepspeed.initialize``.
         resume: The checkpoint to start from, if any.
         facts: Its ``state.json``; empty unless the run continues one.
         rank_states: What each rank saved in it.
-        mine: What this rank continues with.
     """
 
     run_dir: Path
@@ -65,10 +61,6 @@ class Origin:
         """Choose and check it; every rank calls this.
 
         Args:
-            recipe: The resolved recipe.
-            world: This rank among all.
-            dataset: The training split.
-            corpus: What is known of it.
             slots_per_rank: Micro-batches of a rank in a step.
 
         Raises:

@@ -34,7 +34,6 @@ def own_places(recipe: str, overrides: Sequence[str]) -> list[str]:
     taken from the current directory they would start another run.
 
     Args:
-        recipe: As in ``load_recipe``: a file, or a name.
         overrides: The user's, who may want another run by another `name` or `run_dir`.
 
     Returns:

@@ -32,32 +32,21 @@ class Run:
     """The parts of a run that the loop works with; one on every rank.
 
     Attributes:
-        recipe: The resolved recipe.
         text: The same as YAML; goes into every checkpoint.
         fingerprint: Of the dataset; a resumed run must have the same.
         zero_stage: DeepSpeed's, 0 to 3.
         derived: Steps, tokens and slots that follow from the recipe.
-        world: This rank among all.
-        run_dir: Checkpoints, metrics, logs.
-        dataset: The training split.
-        validation: The held-out sequences.
         tasks: The tasks to be scored, if there are any.
         state: What algorithms see, the engine among it.
-        dispatcher: The algorithms.
-        backend: Attention backend.
-        compute_dtype: What attention is computed in.
         batches: Slots and sequences of this rank, made ahead.
         slots_per_rank: Micro-batches of this rank in a step.
         gradients: The raw gradient of the step: its norm, and clipping.
-        meter: Losses of the interval.
         progress: Records and view; silent on ranks other than 0.
         losses: Of the slots of the step, watched for NaN.
         vote: The ranks' agreement on signals and bad losses.
         first_step: Updates done before this process started.
         elapsed_before_s: Wall time the run took before this process started.
-        last_eval: The newest held-out losses.
         last_scores: The newest scores on tasks, of each mode.
-        last_saved: The newest checkpoint.
         notes: What is to be said of where the run starts.
         lock: Rank 0's claim to the run directory.
     """

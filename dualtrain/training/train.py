@@ -56,7 +56,6 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
 
     Args:
         recipe: The resolved recipe; the same on every rank.
-        view: What the terminal shows.
 
     Returns:
         The exit code: done, saved after a signal, or stopped by a non-finite loss.
@@ -190,8 +189,6 @@ def slot_loss(
         state: With slot and batch; is given example, output and loss.
         dispatcher: The algorithms, which make the example.
         model: The engine, or the bare model.
-        backend: Attention backend.
-        dtype: Compute type of the attention.
     """
     dispatcher.dispatch(Event.BATCH_START, state)
     dispatcher.dispatch(Event.BEFORE_FORWARD, state)

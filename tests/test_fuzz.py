@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
 from helpers.fuzz import (
     NUMBERS,
     SCALARS,
@@ -137,9 +136,7 @@ def test_corpora(folder, name, content, field, format, separator):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     Tokenizer.train([TEXT, "One more text, and another one."], 300).save("tokenizer.json")
-    loaded = tokenizers.Tokenizer.from_file("tokenizer.json")
-    loaded.encode_special_tokens = True
-    return loaded
+    return parse_tokenizer(Path("tokenizer.json"))
 
 
 @examples(15)
@@ -263,7 +260,7 @@ def test_prompts(tokenizer, parts):
 def check_prompt(tokenizer, prompt: str, place: str) -> None:
     """A prompt becomes ids, or is refused with its place."""
     if not is_unicode(prompt):
-        return  # refused before: see input_files.check_unicode
+        return  # refused before a model is loaded
     if has_gap(prompt):
         refuses_or_returns(lambda: parse_gaps(prompt, tokenizer, bos_id=1, mask_id=4, where=place))
     else:

@@ -48,7 +48,9 @@ def write_tokenizer(
     text = read_text(source, "a tokenizer.json")
     content, tokenizer = json.loads(text), Tokenizer.from_str(text)
     ids = {key: special_tokens[role] for key, role in ROLES.items() if role in special_tokens}
-    names = {key: tokenizer.id_to_token(token) for key, token in ids.items()}
+    # Of added tokens, tokenizers 0.23 returns what they are normalised to, such as "▁<s>".
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    names = {key: added.get(token) or tokenizer.id_to_token(token) for key, token in ids.items()}
     begin, mask = names["bos_token"], names.get("mask_token")
     content["post_processor"] = _begin_with(begin, ids["bos_token"], content["post_processor"])
     content["truncation"] = content["padding"] = None

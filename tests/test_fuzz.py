@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from data_tools.sources import Document, Problem, open_sources
 from data_tools.tokenizers.tokenizer import Tokenizer
+from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.evaluate.tasks import load_tasks
 from dualtrain.generate.files import read_prompts
 from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps

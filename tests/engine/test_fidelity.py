@@ -1,6 +1,6 @@
 """DeepSpeed's updates of the real model against the paper's, and gradients against one process.
 
-A few cells of the matrix; ``python tests/experiments/parity.py`` prints all of them.
+A few cells of the matrix; ``tests/experiments/parity.py`` prints all of them.
 """
 
 from functools import cache

@@ -1,10 +1,10 @@
 """Two machines on one: train together, lose a host, end in bounded time, continue.
 
-``python tests/experiments/two_hosts.py`` runs the whole demonstration and prints what happens, in
-about two minutes; ``test_hosts.py`` has its parts as tests. Where the kernel permits it
-(``unshare``), each host is a network namespace of its own with its own host name, joined to the
-other by a virtual
-cable that can be cut; elsewhere the hosts are the addresses 127.0.0.1 and 127.0.0.2.
+``PYTHONPATH=tests python tests/experiments/two_hosts.py`` runs the whole demonstration and prints
+what happens, in about two minutes; ``test_hosts.py`` has its parts as tests. Where the kernel
+permits it (``unshare``), each host is a network namespace of its own with its own host name, joined
+to the other by a virtual cable that can be cut; elsewhere the hosts are the addresses 127.0.0.1 and
+127.0.0.2.
 """
 
 from __future__ import annotations

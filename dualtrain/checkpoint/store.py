@@ -185,6 +185,22 @@ def load(
         buffer.copy_(mine[name])
 
 
+class _Unpickler(pickle.Unpickler):
+    """Finds a class of ours where it stands now, though a checkpoint names its earlier module."""
+
+    def find_class(self, module_name: str, global_name: str) -> object:
+        return super().find_class(_MOVED.get(module_name, module_name), global_name)
+
+
+class _PickleOfAnyVersion:
+    """What ``torch.load`` takes in place of the module ``pickle``."""
+
+    Unpickler = _Unpickler
+
+
+_MOVED = {"dualtrain.optimizer_state": "dualtrain.engine.optimizer_state"}
+
+
 def load_rank_states(path: Path) -> list[dict]:
     """What each rank gave to :func:`save` as ``rank_state``, in order; with three keys more.
 
@@ -198,7 +214,10 @@ def load_rank_states(path: Path) -> list[dict]:
         file = path / f"rank-{rank:05d}.pt"
         try:
             # A user's algorithm may keep any object.
-            states.append(torch.load(file, map_location="cpu", weights_only=False))
+            found = torch.load(
+                file, map_location="cpu", weights_only=False, pickle_module=_PickleOfAnyVersion
+            )
+            states.append(found)
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise _damaged(file, error) from None
     return states

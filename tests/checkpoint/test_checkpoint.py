@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from dualtrain.checkpoint.store import (
     checkpoint_path,
     find_checkpoints,
     is_whole,
+    load_rank_states,
     read_state,
     remove,
     remove_unfinished,
@@ -28,6 +31,7 @@ from dualtrain.checkpoint.store import (
 )
 from dualtrain.common.errors import UserError
 from dualtrain.data.plan import DATA_ORDER
+from dualtrain.engine.optimizer_state import Piece
 
 
 def make(run_dir, step, *, recipe="a: 1\n", **state):
@@ -215,3 +219,16 @@ def test_rank_states_are_shared_only_where_they_are_the_same():
     states[1] = {"algorithms": {"one": {"a": [torch.zeros(2)], "b": 1}}, "meter": meter}
     with pytest.raises(UserError, match="one has a state of its own on each of the 2 ranks"):
         share_rank_states(states, 0, 1)
+
+
+def test_classes_that_have_moved_are_found_in_older_checkpoints(tmp_path, monkeypatch):
+    former = ModuleType("dualtrain.optimizer_state")
+    former.Piece = Piece
+    piece = Piece("weight", "exp_avg", start=0, count=2, tensor=0, offset=0)
+    path = make(tmp_path, 3, world_size=1)
+    with monkeypatch.context() as then:
+        then.setitem(sys.modules, former.__name__, former)
+        then.setattr(Piece, "__module__", former.__name__)
+        torch.save({"pieces": {"file": [piece]}}, path / "rank-00000.pt")
+    assert b"dualtrain.optimizer_state" in (path / "rank-00000.pt").read_bytes()
+    assert load_rank_states(path) == [{"pieces": {"file": [piece]}}]

@@ -17,7 +17,7 @@ from data_tools.app import app as data_app
 from dualtrain.algorithms.events import Event
 from dualtrain.cli import app
 from dualtrain.recipe.reference import markdown_reference
-from dualtrain.recipe.shipped import find_recipe
+from dualtrain.recipe.shipped import find_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -56,9 +56,15 @@ def event_map() -> str:
     return textwrap.dedent(loop.partition("\n\n``state.step``")[0]).strip()
 
 
+def shipped() -> str:
+    rows = [f"| `{name}` | {about} |" for name, about in shipped_recipes()]
+    return "\n".join(["| recipe | |", "|---|---|", *rows])
+
+
 GENERATED = {
     "events": (README, lambda: f"```text\n{event_map()}\n```"),
     "rooms": (README, lambda: f"```text\n{rooms()}\n```"),
+    "recipes": (ROOT / "recipes" / "README.md", shipped),
     "reference": (ROOT / "recipes" / "README.md", lambda: markdown_reference().strip()),
 }
 

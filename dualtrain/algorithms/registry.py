@@ -43,6 +43,14 @@ ALWAYS = {
 }
 """What every run does by itself, and the part of the recipe that sets it."""
 
+_MOVED = {
+    "dualtrain.events": "dualtrain.algorithms",
+    "dualtrain.mixing": "dualtrain.method.mixing",
+    "dualtrain.objectives": "dualtrain.method.objectives",
+    "dualtrain.randomness": "dualtrain.common.randomness",
+}
+"""Where earlier versions had what an algorithm imports."""
+
 METHODS = ("match", "apply", "state_dict", "load_state_dict")
 
 
@@ -154,10 +162,12 @@ def _import(module: str, name: str, where: str) -> object:
 
 
 def _import_error(module: str, where: str, error: Exception) -> UserError:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
     return UserError(
         where,
         f"importing `{module}` failed: {type(error).__name__}: {error}{_origin(error)}",
         "a module that can be imported",
+        f"{missing} is {_MOVED[missing]} now" if missing in _MOVED else "",
     )
 
 

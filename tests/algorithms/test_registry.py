@@ -54,10 +54,11 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "my_algorithms.py").write_text(MODULE)
     (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
     (tmp_path / "needy.py").write_text("import does_not_exist_either\n")
+    (tmp_path / "older.py").write_text("from dualtrain.events import Algorithm\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     yield
-    for name in ("my_algorithms", "broken", "needy"):
+    for name in ("my_algorithms", "broken", "needy", "older"):
         sys.modules.pop(name, None)
 
 
@@ -101,6 +102,7 @@ def test_every_registered_name_builds_with_its_defaults(name):
         ("my_algorithms:Unrelated", ["it lacks match, apply, state_dict, load_state_dict"]),
         ("my_algorithms:instance", ["not an algorithm: it is not a class"]),
         ("broken:Thing", ["importing `broken` failed: ZeroDivisionError", "broken.py:2]"]),
+        ("older:Thing", ["No module named", "dualtrain.events is dualtrain.algorithms now"]),
         ("needy:Thing", ["importing `needy` failed: ModuleNotFoundError", "needy.py:1]"]),
         ("my_algorithms:Good", ["algorithms.0.args: Good: `strength` missing", "strength, warm"]),
         (("my_algorithms:Good", {"strengh": 1}), ["no argument `strengh` and `strength` missing"]),

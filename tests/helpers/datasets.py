@@ -79,7 +79,7 @@ class InMemory:
         self.documents = len(documents)
         self.token_bytes = np.full(1 << 16, 4)
         self.directory = Path("in-memory")
-        tokens = int(self.lengths.sum())
+        self.tokens = tokens = int(self.lengths.sum())
         self.info = DatasetInfo.model_construct(
             special_tokens={"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4},
             vocab_size=1 << 16,

@@ -24,14 +24,15 @@ from dualtrain.common.files import beside
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.recipe.schema import BuildSection
 
-KILLS = Path(__file__).parents[1] / "experiments" / "kill_conversions.py"
+TESTS = Path(__file__).parents[1]
 TEXTS = [f"Text {i} of some that are all different: {i * i}" for i in range(200)]
 
 
 def test_kills_at_random_moments() -> None:
     """`tests/experiments/kill_conversions.py` does the same with more trials."""
     done = subprocess.run(
-        [sys.executable, str(KILLS), "--trials", "6", "--seed", "1"],
+        [sys.executable, "-m", "experiments.kill_conversions", "--trials", "6", "--seed", "1"],
+        cwd=TESTS,
         capture_output=True,
         text=True,
     )

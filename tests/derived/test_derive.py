@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
-from dualtrain.derived import derive
 from dualtrain.derived.cost import Memory
-from dualtrain.derived.derive import build_mixture, run_length, uses_rotation
+from dualtrain.derived.derive import build_mixture, derive, run_length, uses_rotation
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import load_recipe

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dualtrain.derived import derive
+from dualtrain.derived.derive import derive
 from dualtrain.derived.dry_run import print_dry_run
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.load import load_recipe

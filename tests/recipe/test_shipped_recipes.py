@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dualtrain.derived import derive
+from dualtrain.derived.derive import derive
 from dualtrain.recipe import shipped
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.shipped import shipped_recipes

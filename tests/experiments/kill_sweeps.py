@@ -30,7 +30,7 @@ checkpoint: {interval_steps: 2}
 sample: {tokens: 0}
 sweep:
   grid: {alpha: [0, 1/2, 1]SEEDS}
-  list: [{alpha: 3/4, optim.lr: 1e30}]
+  list: [{alpha: 3/4, optim.lr: 1e6}]
 """
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 CODES = {

@@ -84,7 +84,7 @@ def test_overrides_are_for_all_points_and_a_sweep_can_extend_a_recipe(sweep, tmp
 
 def test_many_values_make_a_name_that_a_file_system_takes(sweep):
     keys = ["optim.lr", "optim.momentum", "optim.schedule.cooldown", "objective.z_loss"]
-    keys += ["optim.schedule.final", "engine.timeout_s", "objective.ar_weight", "model.norm_eps"]
+    keys += ["optim.schedule.final", "optim.weight_decay", "objective.ar_weight", "model.norm_eps"]
     points = [", ".join(f"{key}: 0.1234567{end}" for key in keys) for end in (8, 9)]
     found = sweep(f"sweep: {{list: [{{{points[0]}}}, {{{points[1]}}}]}}")
     assert len(set(labels(found))) == 2

@@ -40,7 +40,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(swept):
         folder.name: json.loads((folder / "outcome.json").read_text())["state"]
         for folder in directory.glob("alpha=*")
     }
-    failing = "alpha=3_4,optim.lr=1e+30"
+    failing = "alpha=3_4,optim.lr=1e+06"
     assert states.pop(failing) == "failed"
     assert states == dict.fromkeys(["alpha=0", "alpha=1_2", "alpha=1"], "finished")
     outcome = json.loads((directory / failing / "outcome.json").read_text())

@@ -310,7 +310,6 @@ COMMANDS: dict[str, dict[str, st.SearchStrategy | None]] = {
     "fit": {"--metric": WORDS, "--where": WORDS, "--out": WORDS, "--seed": NUMBERS},
     "alpha": {"--repetitions": NUMBERS, "--slots": NUMBERS, "--fit": WORDS},
     "compare": {"--metric": WORDS, "--where": WORDS, "--to": WORDS, "--sequences": NUMBERS},
-    "replay": {"--slot": NUMBERS},
     "export": {"--to": WORDS, "--step": NUMBERS, "--dtype": WORDS, "--max-shard-size": WORDS},
     "generate": {
         "--mode": st.sampled_from(["ar", "prefix", "diffusion", "all"]),

@@ -25,6 +25,8 @@ def prepare_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if os.environ.get("COLUMNS", "").strip() in ("0", "00"):
+        del os.environ["COLUMNS"]  # a terminal without columns; tables would have none
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -90,8 +90,10 @@ def _limited(lowest: float, highest: float, why: str) -> AfterValidator:
 
 
 _FACTOR = _limited(1e-30, 1e6, "fp32 has to hold it, its products and their squares")
-_TEMPERATURE = _limited(1e-30, LARGEST_TEMPERATURE, "all tokens are equally likely long before")
-_SECONDS = _limited(1, 1e6, "the libraries count milliseconds in 32 bits")
+_TEMPERATURE = _limited(0, LARGEST_TEMPERATURE, "all tokens are equally likely long before")
+_SECONDS = _limited(
+    1, 1e6, "ranks need a moment to answer, and the libraries count milliseconds in 32 bits"
+)
 _STEPS = _limited(1, LARGEST_STEPS, "a step a millisecond would take a day")
 _COUNT = _limited(1, 10**15, "nobody has as much text")
 _SIZE = _limited(1, 2**24, "products of two sizes have to fit into 64 bits")

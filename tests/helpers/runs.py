@@ -85,8 +85,9 @@ def command(recipe: LoadedRecipe, *options: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
+    # Nothing behind a separator would mean the current directory.
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

@@ -6,13 +6,13 @@ or none; what a killed one left beside it is for its maker to use again or to re
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.reporting import Progress, Report, shown
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import DISK_FULL
 from dualtrain.common.locks import locked
 from dualtrain.data.dataset import DATASET_FILE
 
@@ -33,7 +33,7 @@ def disk_error(error: OSError, path: Path, hint: str = "") -> UserError:
         path: What was to be made, where the error names no file.
         hint: What else there is to say.
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         hint = f"make room; {hint}" if hint else "make room"
     place = shown(error.filename or path)
     return UserError(place, f"cannot be written: {error.strerror or error}", hint=hint)

@@ -6,7 +6,7 @@ half of the speed of tiktoken, and its stack on a long run. Here the place is ma
 instead, by a character that the pattern never matches (tiktoken passes over such characters), and
 what is left runs in linear time and constant stack.
 
-Used by ``tokenizer_fast`` to encode and by ``tokenizer_ranks`` to write a ``tokenizer.json``.
+Used by ``fast`` to encode and by ``ranks`` to write a ``tokenizer.json``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_tools.tokenizers import fast as tokenizer_fast
+from data_tools.tokenizers.fast import FastEncoder, express, known_division
 from data_tools.tokenizers.patterns import Pattern, segments
 from data_tools.tokenizers.probes import probe_texts, token_texts
 from data_tools.tokenizers.roles import declared_roles, find_roles, recorded_ids
@@ -207,13 +207,13 @@ class Tokenizer:
 
     @cached_property
     def _division(self) -> tuple[Pattern, bool] | None:
-        return tokenizer_fast.known_division(self.json)
+        return known_division(self.json)
 
     @cached_property
-    def _fast(self) -> tokenizer_fast.FastEncoder | None:
+    def _fast(self) -> FastEncoder | None:
         if self._given_backend == "tokenizers":
             return None
-        fast = tokenizer_fast.express(self.json, checked=self._given_backend == "tiktoken")
+        fast = express(self.json, checked=self._given_backend == "tiktoken")
         if fast is None or self._given_backend == "tiktoken":
             return fast
         texts = (*probe_texts(), *token_texts(self._token_texts()))

@@ -21,7 +21,7 @@ from torch import nn
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.checkpoint.files import MARKER, find_defects
 from dualtrain.common.errors import UserError
-from dualtrain.common.file_kinds import parse_tokenizer, read_object
+from dualtrain.common.file_kinds import check_name, parse_tokenizer, read_object
 from dualtrain.common.files import user_path
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.model.build import CONFIG, empty_model, read_exported
@@ -159,11 +159,7 @@ def find_source(path: Path | str, *, step: int | None = None) -> Source:
         UserError: There is nothing of the kind, or it is half-written or damaged.
     """
     path = user_path(path)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        expected = "a name in UTF-8: the library that reads weights takes no other"
-        raise UserError(str(path), "has a name that is not UTF-8", expected, "rename it") from None
+    check_name(path)
     if not path.exists():
         raise UserError(str(path), "does not exist", "a run directory, a checkpoint, or an export")
     if not path.is_dir():

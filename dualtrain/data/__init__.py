@@ -6,6 +6,8 @@
 ``batches``     stream positions -> tensors, for training and for the held-out split
 ``prefetch``    the same, in a background thread, ahead of the loop
 ``remote``      a dataset in an object store: its files, and a copy of its facts
-``shard_cache`` its shards, fetched when they are read, in bounded space
-``locks``       what processes of one machine agree by
+``shard_cache`` its shards, fetched when they are read; they stay
+``token_bytes`` the bytes of text that each token stands for
+``corpus``      what a recipe's dataset holds, as far as a dry run needs it
+``mds``         all that is used of mosaicml-streaming
 """

@@ -246,11 +246,11 @@ def _look_at_model(
         sizes = None if vocab_size is None else model_sizes(recipe.model, vocab_size)
         return sizes, None, []
     # Here, because it takes seconds to import, and our own model does without.
-    from dualtrain.model import hugging_face as import_model
+    from dualtrain.model import hugging_face
 
-    notes = import_model.check_tokenizer(recipe)
-    described = import_model.describe_import(recipe, vocab_size)
-    return import_model.hf_sizes(recipe, vocab_size), described, notes
+    notes = hugging_face.check_tokenizer(recipe)
+    described = hugging_face.describe_import(recipe, vocab_size)
+    return hugging_face.hf_sizes(recipe, vocab_size), described, notes
 
 
 def check_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> None:

@@ -1,6 +1,6 @@
 """Why the numbers of a dry run are what they are, and which of them look unintended.
 
-Called by ``derive``; the texts are shown by ``render``.
+Called by ``derive``; the texts are shown by ``dry_run``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who decides each key of a DeepSpeed configuration: the one table that ``merge`` goes by.
+"""Who decides each key of a DeepSpeed configuration: the one table that ``config`` goes by.
 
 - ``recipe``: the recipe decides; a ds_config may repeat the value, but not contradict it.
 - ``ds_config``: the JSON file decides; where it is silent, the default here is sent.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROLL_CALL_S = 3.0
 """How long ranks that lost a peer wait for each other's report.
 
-Longer than ``launch.GRACE_AFTER_FAILURE_S``: on one machine the rank with the cause speaks, and
+Longer than ``ranks.GRACE_AFTER_FAILURE_S``: on one machine the rank with the cause speaks, and
 those that only follow are ended before they do.
 """
 STORE_TIMEOUT_S = 3.0

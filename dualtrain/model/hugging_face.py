@@ -1,7 +1,7 @@
 """From ``model.hf`` in a recipe to the model: its directory, configuration, sizes and weights.
 
 ``start`` calls :func:`read_hf_config` before anything else is done, ``derive`` asks for sizes and
-tokenizers, ``build_model`` for the model. A hub is asked only for names that are no directory.
+tokenizers, ``build`` for the model. A hub is asked only for names that are no directory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights of a published model, read into an imported one parameter by parameter.
 
-``import_model`` and ``build_model`` call :func:`load_pretrained`. Only safetensors are read: other
+``hugging_face`` and ``build`` call :func:`load_pretrained`. Only safetensors are read: other
 formats are programs that run when they are opened.
 """
 

@@ -36,11 +36,3 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The gains, and biases, of the norms that keep them in fp32."""
     norms = (module for module in model.modules() if getattr(module, "keeps_float32", False))
     return [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all parameters a type but those of :func:`norm_parameters`; none is partitioned."""
-    kept = {id(parameter) for parameter in norm_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(dtype)

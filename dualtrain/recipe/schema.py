@@ -2,8 +2,8 @@
 
 A field's description here is the single source for ``dualtrain schema``, the README's recipe
 reference and the messages about wrong values. Nothing here does any work: ``load`` reads a file
-into these classes, ``derive`` computes the numbers that follow from them, ``merge`` turns them into
-a DeepSpeed configuration.
+into these classes, ``derive`` computes the numbers that follow from them, ``engine.config`` turns
+them into a DeepSpeed configuration.
 
 Units: ``steps`` are optimizer updates, batches are counted in sequences, lengths in tokens.
 """

@@ -1,7 +1,8 @@
 """Strict YAML in and out, with the file and line of every value.
 
-``load`` reads recipes with :func:`parse`, and ``merge`` reads DeepSpeed's JSON with it, so that any
-later complaint can name its place. :func:`dump` writes what :func:`parse` reads back unchanged.
+``load`` reads recipes with :func:`parse`, and ``engine.config`` reads DeepSpeed's JSON with it, so
+that any later complaint can name its place. :func:`dump` writes what :func:`parse` reads back
+unchanged.
 
 Scalars follow the core schema of YAML 1.2: ``1e-3`` is a number, ``yes``, ``on`` and ``1_000`` are
 text. PyYAML alone follows YAML 1.1, where ``1e-3`` is text and ``no`` is false.

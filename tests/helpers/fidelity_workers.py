@@ -23,7 +23,6 @@ from dualtrain.method.mixing import Mixture, Slot
 from dualtrain.method.objectives import Example
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
-from dualtrain.network.norms import cast_weights
 from dualtrain.network.output import DualOutput
 from dualtrain.network.transformer import DualLM, muon_parameter_names
 from dualtrain.recipe.schema import ObjectiveSection, OptimSection
@@ -286,7 +285,9 @@ def reference(cell: Cell, ranks: int, dataset: Path) -> Trained:
     """
     model, trained = make_model(), Trained()
     if cell.bfloat16 == "weights":
-        cast_weights(model, torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:  # gains stay fp32
+                parameter.data = parameter.data.to(torch.bfloat16)
     parameters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     muon = muon_parameter_names(model) if cell.optimizer == "muon" else []
     standard = cell.newton_schulz == "standard"

@@ -1,18 +1,15 @@
-"""The command line: load, call one function, turn errors into exit codes.
+"""The command line: a function of a room for each command; errors become exit codes.
 
-No logic lives here. Heavy modules are imported inside the commands, so that ``--help``, ``schema``
-and a refused recipe answer at once.
+Each room's ``command`` module declares the options and imports the heavy modules inside its
+functions, so that ``--help``, ``schema`` and a refused recipe answer at once.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -20,10 +17,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from dualtrain.common.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
-from dualtrain.common.files import file_problem, user_path
+from dualtrain.common.files import file_problem
+from dualtrain.common.options import as_command
 from dualtrain.common.terminal import forget_output, prepare_streams
+from dualtrain.export.command import export
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
 from dualtrain.launch.ranks import keep_current_directory_out, spare_shared_cores
+from dualtrain.recipe.command import recipes, schema
+from dualtrain.training.command import run
 
 LARGEST_SEED = 2**32 - 1
 PEER_GRACE_S = 3.0
@@ -45,67 +46,6 @@ def common(
     """Pre-train language models with an autoregressive and a masked-diffusion objective."""
     # Put before the command by the deepspeed launcher, which says the same in the environment.
     del local_rank
-
-
-RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of a shipped one (`dualtrain recipes`).")
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as optim.lr=1e-3."),
-]
-
-
-@app.command()
-def run(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes on this machine; default: one a GPU, or 1 on a CPU."),
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="Run on the machines of this file through DeepSpeed.")
-    ] = None,
-    start_from: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="STEP|CHECKPOINT",
-            help="Branch off from a checkpoint of this run, with changes such as steps=12000.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the resolved recipe and what follows from it.")
-    ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Lines instead of the live view, also on a terminal.")
-    ] = False,
-) -> None:
-    """Train a model; the same command continues a run that was stopped."""
-    from dualtrain.training.prepare import own_places
-    from dualtrain.training.start import show, start
-
-    changes = [*own_places(recipe, overrides or []), *(overrides or [])]
-    if start_from is None:
-        from dualtrain.recipe.load import load_recipe
-
-        loaded = load_recipe(recipe, changes)
-    else:
-        from dualtrain.training.branch import load_branch
-
-        loaded = load_branch(recipe, changes, start_from)
-    from dualtrain.training.dataset import with_dataset_there
-
-    settled = with_dataset_there(loaded)
-    if settled is not loaded:
-        typer.echo(
-            "data.path holds another dataset: data.build of the recipe is left out", err=True
-        )
-    if dry_run:
-        show(settled, ranks=ranks, hostfile=hostfile)
-        return
-    raise typer.Exit(start(settled, ranks=ranks, hostfile=hostfile, plain=plain))
 
 
 @app.command()
@@ -278,34 +218,6 @@ def compare(
 
 
 @app.command()
-def export(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or one of its checkpoints.")],
-    to: Annotated[Path, typer.Option("--to", help="A new or empty directory.")],
-    step: Annotated[
-        int | None, typer.Option(help="Of a run, the checkpoint of this step; default: the newest.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="fp32|bf16", help="Precision of the exported weights.")
-    ] = "fp32",
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 500MB.")
-    ] = "5GB",
-) -> None:
-    """Write a model as a directory for transformers: weights, tokenizer and model card."""
-    from dualtrain.export import export_checkpoint
-
-    exported = export_checkpoint(
-        path,
-        to=to,
-        step=step,
-        precision=dtype,
-        max_shard_size=max_shard_size,
-        on_note=lambda note: typer.echo(f"note: {note}", err=True),
-    )
-    typer.echo("\n".join(exported.lines()))
-
-
-@app.command()
 def generate(
     path: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, a checkpoint, or an export.")
@@ -466,25 +378,8 @@ def evaluate(
     )
 
 
-@app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
-    from dualtrain.recipe.shipped import shipped_recipes
-
-    for name, summary in shipped_recipes():
-        typer.echo(f"{name:28} {summary}")
-
-
-@app.command()
-def schema(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="The reference as a Markdown table.")
-    ] = False,
-) -> None:
-    """Print the JSON schema of recipes, for editors and checkers."""
-    from dualtrain.recipe.reference import json_schema, markdown_reference
-
-    typer.echo(markdown_reference() if markdown else json.dumps(json_schema(), indent=2))
+for command in (run, export, recipes, schema):
+    app.command()(as_command(command))
 
 
 def mount_data_tools() -> None:
@@ -500,7 +395,6 @@ def main() -> None:
     keep_current_directory_out()
     spare_shared_cores()
     mount_data_tools()
-    _expand_paths(app)
     try:
         _check_current_directory()
         app(standalone_mode=True)
@@ -523,29 +417,6 @@ def main() -> None:
         sys.exit(EXIT_USER_ERROR)
     finally:
         _flush()
-
-
-def _expand_paths(commands: typer.Typer) -> None:
-    """Let paths of all commands begin with ``~``: of ``--out=~/x`` no shell makes anything."""
-    for command in commands.registered_commands:
-        if command.callback is not None:
-            command.callback = _with_expanded_paths(command.callback)
-    for group in commands.registered_groups:
-        if group.typer_instance is not None:
-            _expand_paths(group.typer_instance)
-
-
-def _with_expanded_paths(function: Callable[..., None]) -> Callable[..., None]:
-    def expanded(value: object) -> object:
-        if isinstance(value, list):
-            return [expanded(item) for item in value]
-        return user_path(value) if isinstance(value, Path) else value
-
-    @functools.wraps(function)
-    def call(**options: object) -> None:
-        function(**{name: expanded(value) for name, value in options.items()})
-
-    return call
 
 
 def _check_current_directory() -> None:

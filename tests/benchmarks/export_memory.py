@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # In the new process: imports, then the measured export.
 EXPORT = """
 import sys, time
-from dualtrain.export import export_checkpoint
+from dualtrain.export.export import export_checkpoint
 import safetensors.torch
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024

@@ -23,7 +23,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.evaluate import result_files
 from dualtrain.evaluate.command import Options, choose_modes, evaluate
-from dualtrain.export import export_checkpoint
+from dualtrain.export.export import export_checkpoint
 
 
 @pytest.fixture(scope="module")

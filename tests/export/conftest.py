@@ -9,7 +9,7 @@ from helpers.imported import loader
 from helpers.runs import tiny_loader, train_on
 
 from dualtrain.checkpoint.trained import TrainedModel, open_trained
-from dualtrain.export import Exported, export_checkpoint
+from dualtrain.export.export import Exported, export_checkpoint
 from dualtrain.network.attention import plan_attention
 
 SHORT = ("steps=3", "optim.lr=0.02", "eval.sequences=4", "sample.tokens=0", "sample.infill=''")

@@ -17,8 +17,8 @@ from dualtrain.checkpoint.store import WEIGHTS
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
-from dualtrain.export import export_checkpoint
 from dualtrain.export.card_results import held_out, task_scores
+from dualtrain.export.export import export_checkpoint
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
@@ -223,7 +223,7 @@ def test_an_interrupted_export_leaves_nothing(paper, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dualtrain.export.command.write_model_card", interrupt)
+    monkeypatch.setattr("dualtrain.export.export.write_model_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(paper.run_dir, to=tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
@@ -247,13 +247,13 @@ def test_checkpoints_that_are_not_there_or_damaged(paper, tmp_path):
 
 MEASURE = """
 import sys
-import dualtrain.export, safetensors.torch
+import dualtrain.export.export, safetensors.torch
 def peak():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 for precision in ("fp32", "bf16"):
-    dualtrain.export.export_checkpoint(sys.argv[1], to=sys.argv[2] + precision, precision=precision)
+    dualtrain.export.export.export_checkpoint(sys.argv[1], to=sys.argv[2] + precision, precision=precision)
     print(peak() - before)
 """
 

@@ -13,7 +13,7 @@ from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_
 from dualtrain.checkpoint.store import WEIGHTS
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.export import export_checkpoint
+from dualtrain.export.export import export_checkpoint
 from dualtrain.model.build import build_model
 from dualtrain.model.exported import exported_import
 from dualtrain.model.imported import ImportedLM

@@ -1,0 +1,162 @@
+"""``dualtrain export``: a checkpoint as a directory for transformers, written whole or not at all.
+
+    config.json, generation_config.json    what the model is, and how it generates
+    model.safetensors                      or several files and their index
+    tokenizer.json, tokenizer_config.json, special_tokens_map.json
+    modeling_dualtrain.py                  the modes that transformers has not, as remote code
+    README.md                              the model card
+
+No model is built, no GPU and no DeepSpeed is needed: a checkpoint's ``weights.safetensors`` is
+whole whatever the ZeRO stage, and its names are Llama's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from dualtrain.checkpoint import store as checkpoint
+from dualtrain.checkpoint.trained import find_source, tokenizer_file
+from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import read_object
+from dualtrain.data.dataset import DatasetInfo
+from dualtrain.export.model_card import write_model_card
+from dualtrain.export.place import made_whole
+from dualtrain.export.weights import write_weights
+from dualtrain.model.build import CONFIG, model_config, read_config
+from dualtrain.model.exported import CODE, exported_config, exported_import
+from dualtrain.model.exported_tokenizer import write_tokenizer
+from dualtrain.network.config import DualConfig
+
+CODE_FILE = f"{CODE}.py"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        architecture: The class that transformers loads it as.
+        is_plain: Whether transformers knows that class without the code in the directory.
+        files: Size in bytes by name.
+    """
+
+    directory: Path
+    name: str
+    architecture: str
+    is_plain: bool
+    precision: str
+    parameters: int
+    files: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """What to tell the user."""
+        width = max(map(len, self.files))
+        trust = "" if self.is_plain else ", trust_remote_code=True"
+        return [
+            f"{self.name}: {self.parameters:,} parameters in {self.precision},"
+            f" as {self.architecture}, in {self.directory}",
+            *(f"  {name:{width}}  {size:>13,} bytes" for name, size in self.files.items()),
+            "load it with",
+            f'  AutoModelForCausalLM.from_pretrained("{self.directory}"{trust})',
+        ]
+
+
+def export_checkpoint(
+    path: Path | str,
+    *,
+    to: Path | str,
+    step: int | None = None,
+    precision: str = "fp32",
+    max_shard_size: str = "5GB",
+    on_note: Callable[[str], None] | None = None,
+) -> Exported:
+    """Export a checkpoint.
+
+    Args:
+        path: A run directory (its newest whole checkpoint), or a checkpoint's directory.
+        step: Of a run directory, the checkpoint of this step.
+        precision: Of the exported weights: fp32 or bf16.
+        max_shard_size: Of a file of weights, such as ``5GB``.
+        on_note: Told what the user should know of how the model was found.
+
+    Raises:
+        UserError: There is no whole checkpoint, or the directory cannot be written.
+    """
+    dtype = _DTYPES.get(precision)
+    if dtype is None:
+        raise UserError("--dtype", repr(precision), "fp32 or bf16")
+    source = find_source(path, step=step)
+    for note in source.notes:
+        if on_note is not None:
+            on_note(note)
+    recipe, info = source.recipe, source.info
+    if recipe is None or info is None:
+        raise UserError(
+            str(source.path), "is an exported model already", "a run directory or a checkpoint"
+        )
+    # A checkpoint of an older version has no configuration of its own.
+    file = source.path / CONFIG
+    config = read_config(file) if file.is_file() else model_config(recipe, info)
+    facts: dict[str, Any] = {
+        "target": recipe.objective.target,
+        "append_eos": recipe.data.append_eos,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if isinstance(config, DualConfig):
+        values = exported_config(config, **facts)
+    else:
+        given = read_object(file, "a model's configuration")
+        values = exported_import(given, **facts)
+    with made_whole(to) as directory:
+        _write(directory / CONFIG, values)
+        _write(directory / "generation_config.json", _generation(config, info))
+        names = write_tokenizer(
+            tokenizer_file(source),
+            directory,
+            special_tokens=info.special_tokens,
+            context=recipe.sequence_length,
+        )
+        if isinstance(config, DualConfig):
+            shutil.copyfile(Path(__file__).with_name(CODE_FILE), directory / CODE_FILE)
+        parameters = write_weights(
+            source.path / checkpoint.WEIGHTS, directory, dtype=dtype, max_shard_size=max_shard_size
+        )
+        write_model_card(
+            directory, source, config=config, values=values, parameters=parameters, names=names
+        )
+        files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return Exported(
+        directory=Path(to),
+        name=source.name,
+        architecture=values["architectures"][0],
+        is_plain=values["model_type"] != DualConfig.model_type,
+        precision=precision,
+        parameters=parameters,
+        files=files,
+    )
+
+
+def _generation(config: PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
+    """How ``generate`` begins and ends a text, and what it never writes."""
+    # The beginning of the next document ends a text, too, where a model was taught to write it.
+    ends = list(dict.fromkeys([info.eos_id, info.bos_id]))
+    never = {*info.special_ids, *range(info.vocab_size, config.vocab_size)} - {*ends}
+    return {
+        "bos_token_id": info.bos_id,
+        "eos_token_id": ends,
+        "pad_token_id": info.pad_id,
+        "suppress_tokens": sorted(never),
+    }
+
+
+def _write(file: Path, values: dict[str, object]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

@@ -22,7 +22,7 @@ from dualtrain.common.options import as_command
 from dualtrain.common.terminal import forget_output, prepare_streams
 from dualtrain.export.command import export
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
-from dualtrain.launch.ranks import keep_current_directory_out, spare_shared_cores
+from dualtrain.launch.world import prepare_environment
 from dualtrain.recipe.command import recipes, schema
 from dualtrain.training.command import run
 
@@ -392,8 +392,7 @@ def mount_data_tools() -> None:
 def main() -> None:
     """Entry point: run a command; report a failure once and leave with its exit code."""
     prepare_streams()
-    keep_current_directory_out()
-    spare_shared_cores()
+    prepare_environment()
     mount_data_tools()
     try:
         _check_current_directory()

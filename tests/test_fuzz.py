@@ -34,7 +34,10 @@ from dualtrain.evaluate.tasks import load_tasks
 from dualtrain.generate.files import read_prompts
 from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
 from dualtrain.launch.hostfile import read_hostfile
-from dualtrain.launch.ranks import current_world, launched_ranks
+from dualtrain.launch.world import (
+    current_world,
+    launched_ranks,
+)
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.yaml_source import dump, is_unicode, parse
 

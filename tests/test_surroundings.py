@@ -20,7 +20,11 @@ import dualtrain.cli as cli
 from dualtrain.common import locks
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import file_problem, user_path
-from dualtrain.launch.ranks import current_world, free_port, own_command
+from dualtrain.launch.ranks import own_command
+from dualtrain.launch.world import (
+    current_world,
+    free_port,
+)
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.prepare import lock_run_directory, own_places, prepare_run_directory
 

@@ -13,20 +13,13 @@ import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
 from dualtrain.common.files import sync
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from deepspeed.runtime.engine import DeepSpeedEngine
 
 MARKER = "complete.json"
 FORMAT = 2
@@ -66,6 +59,10 @@ class Files:
             write()
         except OSError as error:
             self.error = f"{error.filename or self.directory}: {error.strerror or error}"
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory, unless it is there."""
+        self.attempt(lambda: os.makedirs(path, exist_ok=True))
 
     def torch_save(self, value: object, path: Path) -> None:
         """``torch.save``, hashed on the way."""
@@ -124,33 +121,6 @@ class _Sink(io.RawIOBase):
             except OSError as error:
                 self.error = error
         return len(view)
-
-
-@contextmanager
-def deepspeed_writes(engine: DeepSpeedEngine, files: Files) -> Iterator[None]:
-    """Let ``engine.save_checkpoint`` write through ``files``.
-
-    DeepSpeed itself neither waits for the disk nor lets a failed write be known to other ranks.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class Engine(TorchCheckpointEngine):
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            files.attempt(lambda: os.makedirs(path, exist_ok=exist_ok))
-
-        def save(self, state_dict: object, path: str) -> None:
-            files.torch_save(state_dict, Path(path))
-
-    usual = engine.checkpoint_engine
-    engine.checkpoint_engine = Engine()
-    # Its conversion script knows neither stage 0 nor BF16_Optimizer, and weights.safetensors holds
-    # what it would make; copied unguarded, it could fail on one rank only.
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = usual
-        del engine._copy_recovery_script
 
 
 def write_marker(directory: Path, facts: dict[str, FileFacts]) -> None:

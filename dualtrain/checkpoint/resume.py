@@ -30,7 +30,7 @@ from dualtrain.checkpoint.store import (
 )
 from dualtrain.common.errors import UserError
 from dualtrain.data.plan import DATA_ORDER
-from dualtrain.launch.ranks import World
+from dualtrain.launch.world import World
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.schema import Recipe
 

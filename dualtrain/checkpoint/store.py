@@ -38,22 +38,26 @@ from dualtrain.checkpoint.files import (
     FORMAT,
     FileFacts,
     Files,
-    deepspeed_writes,
     find_defects,
     write_marker,
 )
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights
 from dualtrain.common.files import sync
-from dualtrain.engine.build import parameter_shapes, whole_parameters
 from dualtrain.engine.optimizer_state import (
+    DIRECTORY,
     MissingState,
     SavedPieces,
-    count_updates,
     load_state,
-    saved_pieces,
+    save_state,
 )
-from dualtrain.launch.ranks import World
+from dualtrain.engine.parameters import (
+    gather_weights,
+    module_of,
+    parameter_shapes,
+    whole_parameters,
+)
+from dualtrain.launch.world import World
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -61,7 +65,6 @@ if TYPE_CHECKING:
 STATE = "state.json"
 RECIPE = "recipe.yaml"
 WEIGHTS = "weights.safetensors"
-ENGINE = "deepspeed"
 REQUIRED = (STATE, RECIPE, WEIGHTS)
 
 _PARTIAL = ".partial"
@@ -141,9 +144,9 @@ def save(
     if world.rank == 0:
         files.attempt(lambda: _make_empty(partial))
     _agree(files, partial, world)
-    with deepspeed_writes(engine, files):
-        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
-    pieces = _saved_pieces(engine, files)
+    pieces = save_state(
+        engine, partial, make_directory=files.make_directory, write=files.torch_save
+    )
     state = {**rank_state, "random": get_random_state(), "pieces": tuple(pieces)}
     buffers = _persistent_buffers(engine)
     state["buffers"] = {name: buffer.detach().cpu() for name, buffer in buffers.items()}
@@ -179,7 +182,7 @@ def load(
     try:
         load_state(engine, path, [SavedPieces(*state["pieces"]) for state in states])
     except MissingState as error:
-        raise _damaged(path / ENGINE, error) from None
+        raise _damaged(path / DIRECTORY, error) from None
     mine = states[world.rank % len(states)]["buffers"]
     for name, buffer in _persistent_buffers(engine).items():
         buffer.copy_(mine[name])
@@ -286,31 +289,6 @@ def remove_unfinished(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def gather_weights(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The fp32 master weights by name, on the CPU; all ranks call, those that ``keep`` get them.
-
-    Gathered one by one, so that only the keeping rank holds the whole model.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights: dict[str, torch.Tensor] = {}
-    model = engine.module
-    assert isinstance(model, nn.Module)
-    for name, parameter in model.named_parameters():
-        full = None
-        if hasattr(parameter, "ds_id") or parameter.dtype != torch.float32:
-            # A collective, so every rank asks. None for what is frozen; elsewhere the parameter has
-            # the values of its master.
-            full = safe_get_full_fp32_param(parameter)
-        with whole_parameters([parameter] if full is None else ()):
-            if keep:
-                source = parameter if full is None else full
-                held = source.detach().float().cpu().contiguous()
-                # A parameter that was gathered for this block alone goes with it.
-                weights[name] = held.clone() if hasattr(parameter, "ds_id") else held
-    return weights
-
-
 def save_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
     """Write weights as safetensors.
 
@@ -328,8 +306,7 @@ def save_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
 
 def _persistent_buffers(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Buffers that belong to the model's state; dualtrain's own model has none."""
-    model = engine.module
-    assert isinstance(model, nn.Module)
+    model = module_of(engine)
     kept = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
@@ -367,15 +344,6 @@ def _agree(files: Files, partial: Path, world: World) -> dict[str, FileFacts]:
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveFailed(errors[0])
     return {name: facts for _, written in ranks for name, facts in written.items()}
-
-
-def _saved_pieces(engine: DeepSpeedEngine, files: Files) -> SavedPieces:
-    """What DeepSpeed has just written of this rank's optimizer state, and where."""
-    # Stages 1 to 3 write an *_optim_states.pt each; at stage 0 rank 0's file has everything.
-    written = [name for name in files.facts if name.startswith(f"{ENGINE}/")]
-    states = [name for name in written if name.endswith("_optim_states.pt")]
-    file = next(iter(states or written), None)
-    return SavedPieces(file, saved_pieces(engine) if file else (), count_updates(engine))
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

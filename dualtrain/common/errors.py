@@ -6,6 +6,8 @@ traceback, and leaves with :data:`EXIT_USER_ERROR`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -47,3 +49,10 @@ class UserErrors(UserError):
 
     def __reduce__(self) -> tuple[type[UserErrors], tuple[object, ...]]:
         return type(self), (self.errors,)
+
+
+def raise_together(errors: Iterable[UserError]) -> None:
+    """Raise what was found, if anything was: a single error as it is, several as one."""
+    found = list(errors)
+    if found:
+        raise found[0] if len(found) == 1 else UserErrors(found)

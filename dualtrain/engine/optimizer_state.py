@@ -1,11 +1,10 @@
 """The optimizer's state by parameter, whoever holds it: so that any ranks can continue.
 
 DeepSpeed divides masters, moments and momenta over the ranks in a way that depends on their number
-and on the ZeRO stage, and reads a checkpoint only where both are the same. :func:`find_pieces` says
-which piece of which parameter this rank holds, and where; it goes into the checkpoint beside
-DeepSpeed's own files. :func:`load_state` reads those files by these notes, taking from every old
-rank's file what this rank needs now. So moments and momenta are not written a second time, and
-there is one way to load.
+and on the ZeRO stage, and reads a checkpoint only where both are the same. :func:`save_state` has
+it write its files, and notes which piece of which parameter is where in them. :func:`load_state`
+reads them by these notes, taking from every old rank's file what this rank needs now. So moments
+and momenta are not written a second time, and there is one way to load.
 
 Layouts of DeepSpeed 0.19.8, by class of ``engine.optimizer``:
 
@@ -19,7 +18,7 @@ Layouts of DeepSpeed 0.19.8, by class of ``engine.optimizer``:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,10 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualtrain.engine.build import whole_parameters
+from dualtrain.engine.parameters import module_of, whole_parameters
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
+
+DIRECTORY = "deepspeed"
+"""Of DeepSpeed's files, in a checkpoint."""
 
 MUON_KEYS = ("momentum_buffer",)
 ADAMW_KEYS = ("exp_avg", "exp_avg_sq")
@@ -82,9 +84,52 @@ class SavedPieces(NamedTuple):
     updates: int
 
 
-def find_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
+def save_state(
+    engine: DeepSpeedEngine,
+    checkpoint: Path,
+    *,
+    make_directory: Callable[[str], None],
+    write: Callable[[object, Path], None],
+) -> SavedPieces:
+    """Let DeepSpeed write into a checkpoint by these two functions; all ranks call.
+
+    DeepSpeed itself neither waits for the disk nor lets a failed write be known to other ranks.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    written: list[str] = []
+
+    class Writer(TorchCheckpointEngine):
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            make_directory(path)
+
+        def save(self, state_dict: object, path: str) -> None:
+            written.append(str(Path(path).relative_to(checkpoint)))
+            write(state_dict, Path(path))
+
+    usual = engine.checkpoint_engine
+    engine.checkpoint_engine = Writer()
+    # Its conversion script knows neither stage 0 nor BF16_Optimizer, and weights.safetensors holds
+    # what it would make; copied unguarded, it could fail on one rank only.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        engine.save_checkpoint(str(checkpoint), tag=DIRECTORY, save_latest=False)
+    finally:
+        engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
+    # Stages 1 to 3 write an *_optim_states.pt each; at stage 0 rank 0's file has everything.
+    states = [name for name in written if name.endswith("_optim_states.pt")]
+    file = next(iter(states or written), None)
+    masters, state = _masters(engine), _base(engine).state
+    pieces = () if file is None else _find_pieces(engine)
+    # Before the first update there is nothing yet.
+    begun = tuple(p for p in pieces if p.key in state.get(masters[p.tensor], {}))
+    return SavedPieces(file, begun, _count_updates(engine))
+
+
+def _find_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
     """The pieces of the optimizer's state that this rank keeps, once there has been an update."""
-    names = {id(p): name for name, p in _module(engine).named_parameters()}
+    names = {id(p): name for name, p in module_of(engine).named_parameters()}
     whole = _whole_momentum(engine)
     pieces = []
     for place in _places(engine):
@@ -101,13 +146,7 @@ def find_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def saved_pieces(engine: DeepSpeedEngine) -> tuple[Piece, ...]:
-    """The pieces that DeepSpeed's file of this rank has now: none before the first update."""
-    masters, state = _masters(engine), _base(engine).state
-    return tuple(p for p in find_pieces(engine) if p.key in state.get(masters[p.tensor], {}))
-
-
-def count_updates(engine: DeepSpeedEngine) -> int:
+def _count_updates(engine: DeepSpeedEngine) -> int:
     """Steps that AdamW has made: its bias correction depends on them."""
     states = _base(engine).state.values()
     counts = {int(state["step"]) for state in states if "step" in state}
@@ -131,7 +170,7 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedP
     if prologue is not None:
         prologue()  # stage 3: every parameter partitioned
     with torch.no_grad():
-        for piece in find_pieces(engine):
+        for piece in _find_pieces(engine):
             if not source.has_begun(piece.key):
                 continue
             tensor = _state_tensor(engine, piece.tensor, piece.key, source.updates)
@@ -149,7 +188,7 @@ def load_masters(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     """
     from safetensors import safe_open
 
-    names = {id(p): name for name, p in _module(engine).named_parameters()}
+    names = {id(p): name for name, p in module_of(engine).named_parameters()}
     masters = _masters(engine)
     with safe_open(checkpoint / "weights.safetensors", framework="pt") as weights:
         missing = sorted(set(names.values()) - set(weights.keys()))
@@ -160,7 +199,7 @@ def load_masters(engine: DeepSpeedEngine, checkpoint: Path) -> None:
             target = masters[place.tensor].view(-1).narrow(0, place.offset, place.count)
             target.copy_(whole.narrow(0, place.start, place.count))
         _spread_masters(engine)
-        for parameter in _module(engine).parameters():
+        for parameter in module_of(engine).parameters():
             if not parameter.requires_grad:
                 # Frozen, so no optimizer has it. Under stage 3 rank 0's value goes to all.
                 with whole_parameters([parameter]):
@@ -232,12 +271,6 @@ def _states_in(file: dict[str, Any]) -> dict[int, dict[str, Any]]:
     state = file["optimizer_state_dict"]
     # Stage 3 nests the same name once more.
     return state.get("base_optimizer_state", state.get("optimizer_state_dict"))["state"]
-
-
-def _module(engine: DeepSpeedEngine) -> nn.Module:
-    module = engine.module
-    assert isinstance(module, nn.Module)
-    return module
 
 
 def _base(engine: DeepSpeedEngine) -> torch.optim.Optimizer:

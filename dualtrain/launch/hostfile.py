@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualtrain.common.errors import EXIT_FAILED, UserError, UserErrors
-from dualtrain.launch.ranks import Watch
+from dualtrain.common.errors import EXIT_FAILED, UserError, raise_together
+from dualtrain.common.files import write_text
+from dualtrain.launch.ranks import RankWatch
 
 RUNNER_GRACE_S = 35.0
 """How long ranks on other machines may take to save after a signal.
@@ -80,8 +81,7 @@ def read_hostfile(hostfile: Path, *, ranks: int | None = None) -> list[Machine]:
         machines.setdefault(machine.name, machine)
     if not machines and not errors:
         errors.append(UserError(where, f"{hostfile} names no machine", example))
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+    raise_together(errors)
     return list(machines.values())
 
 
@@ -108,7 +108,7 @@ def run_hostfile(
     command += ["--master_port", str(20_000 + os.getpid() % 20_000)]
     if ranks is not None:
         command += ["--num_gpus", str(ranks)]
-    if _is_here(machines):
+    if len(machines) == 1 and machines[0].name in ("localhost", "127.0.0.1"):
         command += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     else:
         for program in ("ssh", "pdsh"):
@@ -124,22 +124,12 @@ def run_hostfile(
     command += ["--no_local_rank", "--module", "dualtrain", *arguments]
     outcome.unlink(missing_ok=True)
     process = subprocess.Popen(command, start_new_session=True)
-    watch = Watch([process], log_dir=None, relayed_as=signal.SIGTERM)
+    watch = RankWatch([process], log_dir=None, relayed_as=signal.SIGTERM)
     code = watch.wait()
-    if watch.signals:
-        _wait_for_file(outcome, RUNNER_GRACE_S)
-    return _truthful_code(code, outcome)
-
-
-def record_outcome(outcome: Path, code: int) -> None:
-    """Leave the exit code of rank 0 where :func:`run_hostfile` looks for it."""
-    outcome.parent.mkdir(exist_ok=True)
-    partial = outcome.with_suffix(".partial")
-    partial.write_text(f"{code}\n")
-    partial.replace(outcome)
-
-
-def _truthful_code(code: int, outcome: Path) -> int:
+    if watch.signals.count:
+        deadline = time.monotonic() + RUNNER_GRACE_S
+        while not outcome.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
     if outcome.exists():
         return int(outcome.read_text()) or code
     if code == 0:
@@ -150,11 +140,7 @@ def _truthful_code(code: int, outcome: Path) -> int:
     return code or EXIT_FAILED
 
 
-def _is_here(machines: Sequence[Machine]) -> bool:
-    return len(machines) == 1 and machines[0].name in ("localhost", "127.0.0.1")
-
-
-def _wait_for_file(path: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+def record_outcome(outcome: Path, code: int) -> None:
+    """Leave the exit code of rank 0 where :func:`run_hostfile` looks for it."""
+    outcome.parent.mkdir(exist_ok=True)
+    write_text(outcome, f"{code}\n")

@@ -13,8 +13,11 @@ from transformers import PretrainedConfig
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, read_object
 from dualtrain.data.dataset import DatasetInfo
-from dualtrain.engine.build import partitioned_build, whole_parameters
 from dualtrain.engine.norm_gains import set_type
+from dualtrain.engine.parameters import (
+    partitioned_build,
+    whole_parameters,
+)
 from dualtrain.model.exported import is_exported, read_exported_config
 from dualtrain.model.hugging_face import build_imported
 from dualtrain.model.imported import ImportedLM

@@ -20,9 +20,12 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer, read_text
 from dualtrain.common.files import user_path
 from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
-from dualtrain.engine.build import partitioned_build, whole_parameters
 from dualtrain.engine.config import zero_stage
 from dualtrain.engine.norm_gains import set_type
+from dualtrain.engine.parameters import (
+    partitioned_build,
+    whole_parameters,
+)
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
 from dualtrain.model.pretrained import NewRows, load_pretrained

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from dualtrain.common.randomness import generator
+from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.model.imported_config import longest_row, remove_dropout
 from dualtrain.network.arithmetic import ImportedSizes
 from dualtrain.network.attention import AttentionPlan, plan_rows
 from dualtrain.network.loss import OutputLayer
 from dualtrain.network.norms import exempt_norms
 from dualtrain.network.output import DualOutput, head_output
-from dualtrain.network.transformer import muon_parameter_names
 
 ATTENTION = "dualtrain"
 """Name of the attention function in transformers."""

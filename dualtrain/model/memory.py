@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualtrain.engine.parameters import whole_shape
+
 CPU_TOKENS = 2048
 """From here on larger batches are no faster on a CPU."""
 MOST_GPU_TOKENS = 65536
@@ -55,5 +57,5 @@ def _width(forward: Callable[..., object]) -> int:
             embedding: Any = find()
             weight = embedding.weight
             # Under ZeRO-3 the parameter itself is empty.
-            return getattr(weight, "ds_shape", weight.shape)[-1]
+            return whole_shape(weight)[-1]
     return 1024

@@ -16,7 +16,7 @@ from torch import Tensor
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, read_object
 from dualtrain.common.randomness import generator
-from dualtrain.engine.build import whole_parameters
+from dualtrain.engine.parameters import whole_parameters
 from dualtrain.model.imported import ImportedLM
 
 INDEX = "model.safetensors.index.json"

@@ -9,8 +9,7 @@ T positions, W width; H heads of size D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +24,6 @@ from dualtrain.network.loss import OutputLayer
 from dualtrain.network.output import DualOutput, head_output
 
 Rotary = tuple[Tensor, Tensor]
-
-
-class HasVocabulary(Protocol):
-    """A model of which the output matrix is known."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def get_output_embeddings(self) -> nn.Module: ...
 
 
 class Linear(nn.Linear):
@@ -276,26 +265,6 @@ class DualLM(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-
-def muon_parameter_names(model: HasVocabulary) -> list[str]:
-    """Name the matrices that Muon updates, in model order: all but embeddings and output matrix.
-
-    Matrices that a Hugging Face model has fused, such as GPT-2's queries, keys and values, are one.
-    Works for parameters that ZeRO-3 has partitioned, too.
-
-    Args:
-        model: ``DualLM`` or an imported one.
-    """
-    tables = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
-    vocabulary = {id(weight) for weight in (*tables, model.get_output_embeddings().weight)}
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        # A partitioned parameter is empty, and has its shape here.
-        if len(getattr(parameter, "ds_shape", parameter.shape)) == 2
-        and id(parameter) not in vocabulary
-    ]
 
 
 def rotary_tables(config: DualConfig, positions: Tensor) -> Rotary:

@@ -13,7 +13,7 @@ from dualtrain.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIG
 from dualtrain.common.files import write_text
 from dualtrain.data.corpus import read_corpus
 from dualtrain.derived.derive import derive
-from dualtrain.launch.ranks import launched_ranks
+from dualtrain.launch.world import launched_ranks
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.sweep.definition import Point, Sweep, cell, load_sweep
 from dualtrain.sweep.directory import OUTCOME, check, is_busy, prepare, read_outcome

@@ -18,6 +18,7 @@ from typing import IO
 
 from dualtrain.common.errors import EXIT_DONE, EXIT_NON_FINITE_LOSS, EXIT_SAVED_AFTER_SIGNAL
 from dualtrain.launch.ranks import die_with_parent, own_command
+from dualtrain.launch.stop import StopSignals
 from dualtrain.sweep.definition import Point
 from dualtrain.sweep.directory import (
     LOG,
@@ -30,10 +31,7 @@ from dualtrain.sweep.directory import (
 )
 
 POLL_S = 0.1
-SAME_SIGNAL_S = 1.0
-"""A second signal within this time is the same one: what stops a job reaches all its processes."""
 REASON_LINES = 12
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
@@ -83,28 +81,25 @@ class Runner:
         self._devices = devices
         self._retry_failed = retry_failed
         self._on_change, self._on_poll = on_change, on_poll
-        self._signals, self._signalled_at = 0, 0.0
+        self._signals = StopSignals(lambda number: self._pass_on())
         self._places: list[Job | None] = [None] * parallel
 
     @property
     def is_stopping(self) -> bool:
         """Whether a signal has asked for the end."""
-        return self._signals > 0
+        return self._signals.count > 0
 
     def run(self) -> None:
         """Run the points; returns when all have ended, or have been stopped by a signal."""
-        watched = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, self._on_signal) for number in watched}
-        try:
-            self._run()
-        finally:
-            for job in self._running():
-                assert job.process is not None
-                _send(job.process, signal.SIGKILL)
-                job.process.wait()
-                _release(job)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with self._signals:
+            try:
+                self._run()
+            finally:
+                for job in self._running():
+                    assert job.process is not None
+                    _send(job.process, signal.SIGKILL)
+                    job.process.wait()
+                    _release(job)
 
     def _run(self) -> None:
         waiting = [job for job in self.jobs if self._is_to_run(job)][::-1]
@@ -189,19 +184,12 @@ class Runner:
         job.state, job.reason = state, reason
         self._on_change(job)
 
-    def _on_signal(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if self._signals and now - self._signalled_at < SAME_SIGNAL_S:
-            return
-        self._signals, self._signalled_at = self._signals + 1, now
-        self._pass_on()
-
     def _pass_on(self) -> None:
         """Tell the runs of signals that they were not told of."""
         for job in self._running():
-            if job.told < self._signals and job.process is not None:
-                _send(job.process, signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-                job.told = self._signals
+            if job.told < self._signals.count and job.process is not None:
+                _send(job.process, signal.SIGTERM if self._signals.count == 1 else signal.SIGKILL)
+                job.told = self._signals.count
 
     def _running(self) -> list[Job]:
         return [job for job in self._places if job is not None and job.process is not None]

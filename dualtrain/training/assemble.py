@@ -28,23 +28,30 @@ from dualtrain.derived.memory import check_memory
 from dualtrain.engine.build import (
     build_engine,
     build_optimizer,
-    check_precision,
-    choose_device,
-    init_distributed,
-    parameter_shapes,
-    prepare_process,
-    whole_parameters,
 )
 from dualtrain.engine.gradients import Gradients
 from dualtrain.engine.groups import group_parameters
 from dualtrain.engine.optimizer_state import load_masters
+from dualtrain.engine.parameters import (
+    muon_parameter_names,
+    parameter_shapes,
+    whole_parameters,
+)
+from dualtrain.engine.process import (
+    check_precision,
+    choose_device,
+    init_distributed,
+    prepare_process,
+)
 from dualtrain.evaluate.scoring import Scorer
-from dualtrain.launch.ranks import World, current_world
-from dualtrain.launch.signals import StepVote
+from dualtrain.launch.vote import StepVote
+from dualtrain.launch.world import (
+    World,
+    current_world,
+)
 from dualtrain.method.mixing import Mixture, Slot
 from dualtrain.model.build import build_model
 from dualtrain.network.attention import resolve_backend
-from dualtrain.network.transformer import muon_parameter_names
 from dualtrain.progress.progress import Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.dataset import build_missing_dataset

@@ -22,7 +22,7 @@ from dualtrain.checkpoint.resume import (
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.engine.config import deepspeed_config, zero_stage
-from dualtrain.launch.ranks import World
+from dualtrain.launch.world import World
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.branch import check_branch, inherit_metrics

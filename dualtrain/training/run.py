@@ -15,8 +15,8 @@ from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.derived.derive import Derived
 from dualtrain.engine.gradients import Gradients
-from dualtrain.launch.ranks import World
-from dualtrain.launch.signals import StepVote
+from dualtrain.launch.vote import StepVote
+from dualtrain.launch.world import World
 from dualtrain.progress.progress import EvalRecord, Meter, Progress, TasksRecord
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.non_finite import LossWatch

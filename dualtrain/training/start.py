@@ -16,10 +16,12 @@ from dualtrain.derived.memory import check_memory, memory_shortage
 from dualtrain.engine.config import deepspeed_config
 from dualtrain.launch.hostfile import read_hostfile, record_outcome, run_hostfile
 from dualtrain.launch.ranks import (
-    current_world,
-    default_ranks,
     own_command,
     run_ranks,
+)
+from dualtrain.launch.world import (
+    current_world,
+    default_ranks,
     single_world,
 )
 from dualtrain.progress.tensorboard import check_tensorboard

@@ -26,8 +26,13 @@ from dualtrain.common.errors import (
 )
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE
 from dualtrain.data.plan import DATA_ORDER
-from dualtrain.engine.build import leave_distributed, set_learning_rate
-from dualtrain.launch.signals import Verdict, watch_signals
+from dualtrain.engine.build import set_learning_rate
+from dualtrain.engine.process import leave_distributed
+from dualtrain.engine.skip import (
+    discard_step,
+    was_skipped,
+)
+from dualtrain.launch.vote import Verdict
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.model.build import CONFIG
 from dualtrain.network.attention import plan_attention, to_device
@@ -41,8 +46,6 @@ from dualtrain.training.non_finite import (
     Cause,
     NonFiniteLoss,
     describe,
-    discard_step,
-    skipped_by_deepspeed,
     write_report,
 )
 from dualtrain.training.run import Run
@@ -68,7 +71,7 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
     run = assemble(recipe, view=view)
     try:
         sample_rows(run)
-        with watch_signals(run.vote):
+        with run.vote.signals:
             code = fit(run)
     finally:
         run.close()
@@ -135,7 +138,7 @@ def train_step(run: Run) -> Verdict:
         run.gradients.prepare()
         run.engine.step()
         run.meter.add_update(run.gradients.norm)
-        if skipped_by_deepspeed(run.engine):
+        if was_skipped(run.engine):
             leave_out(run, "gradient")
     run.dispatch(Event.STEP_END)
     state.step += 1
@@ -170,7 +173,7 @@ def train_slot(run: Run) -> None:
 
 def acknowledge_signal(run: Run) -> None:
     """Tell the user once that a stop signal has arrived, which takes effect after the step."""
-    if run.vote.signal_received is not None and not run.vote.is_acknowledged:
+    if run.vote.signals.count and not run.vote.is_acknowledged:
         run.vote.is_acknowledged = True
         run.progress.message("stopping after this step, to save; a second signal stops at once")
 

@@ -24,7 +24,7 @@ import torch
 
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.checkpoint.files import find_defects
-from dualtrain.launch.ranks import single_world
+from dualtrain.launch.world import single_world
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training import train
 from dualtrain.training.assemble import assemble

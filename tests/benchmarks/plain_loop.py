@@ -58,9 +58,9 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
 
     from dualtrain.data.batches import TrainingData
     from dualtrain.data.dataset import TokenDataset
+    from dualtrain.engine.parameters import muon_parameter_names
     from dualtrain.model.build import build_model
     from dualtrain.network.attention import plan_attention
-    from dualtrain.network.transformer import muon_parameter_names
     from dualtrain.recipe.load import load_recipe
     from dualtrain.training.assemble import build_mixture
 

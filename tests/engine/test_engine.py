@@ -16,11 +16,13 @@ from helpers.ranks import PaperOptimizer, on_ranks
 
 from dualtrain.common.errors import UserError
 from dualtrain.derived.cost import optimizer_groups
-from dualtrain.engine.build import build_optimizer, check_precision, parameter_shapes
+from dualtrain.engine.build import build_optimizer
 from dualtrain.engine.groups import group_parameters, muon_scale
+from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes
+from dualtrain.engine.process import check_precision
 from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
-from dualtrain.network.transformer import DualLM, muon_parameter_names
+from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import OptimSection
 

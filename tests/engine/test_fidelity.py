@@ -22,7 +22,7 @@ from helpers.fidelity_workers import (
 from helpers.ranks import on_ranks
 
 from dualtrain.engine.groups import muon_scale
-from dualtrain.network.transformer import muon_parameter_names
+from dualtrain.engine.parameters import muon_parameter_names
 
 CELLS = {
     1: [

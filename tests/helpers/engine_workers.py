@@ -13,12 +13,14 @@ from dualtrain.algorithms.events import Algorithm, Event, Logger, State
 from dualtrain.engine.build import (
     build_engine,
     build_optimizer,
-    init_distributed,
-    leave_distributed,
-    prepare_process,
     set_learning_rate,
 )
 from dualtrain.engine.groups import group_parameters
+from dualtrain.engine.process import (
+    init_distributed,
+    leave_distributed,
+    prepare_process,
+)
 from dualtrain.recipe.schema import OptimSection
 
 MUON = ("wide.weight", "tall.weight", "square.weight")
@@ -137,9 +139,8 @@ def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) 
     from safetensors.torch import save_file
 
     from dualtrain.checkpoint.store import load_weights
-    from dualtrain.engine.build import parameter_shapes
+    from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes
     from dualtrain.model.build import build_model
-    from dualtrain.network.transformer import muon_parameter_names
     from dualtrain.recipe.schema import ModelSection
 
     info = SimpleNamespace(vocab_size=60, bos_id=0, eos_id=1, pad_id=2, mask_id=3)
@@ -171,7 +172,7 @@ def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) 
 
 
 def whole_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    from dualtrain.engine.build import whole_parameters
+    from dualtrain.engine.parameters import whole_parameters
 
     with whole_parameters(model.parameters()):
         return {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -19,12 +19,13 @@ from helpers.ranks import PaperOptimizer
 from torch import Tensor, nn
 
 from dualtrain.engine.config import bfloat16_mode, merge_settings
+from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.method.mixing import Mixture, Slot
 from dualtrain.method.objectives import Example
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.output import DualOutput
-from dualtrain.network.transformer import DualLM, muon_parameter_names
+from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.schema import ObjectiveSection, OptimSection
 
 if TYPE_CHECKING:
@@ -178,7 +179,11 @@ def train_cells(cells: list[Cell], dataset: Path) -> list[Trained]:
     """Train one engine for each cell; every rank returns the same."""
     import torch.distributed as dist
 
-    from dualtrain.engine.build import init_distributed, leave_distributed, prepare_process
+    from dualtrain.engine.process import (
+        init_distributed,
+        leave_distributed,
+        prepare_process,
+    )
 
     prepare_process(compile_model=False)
     init_distributed(timeout_s=600)

@@ -12,14 +12,16 @@ from torch import Tensor
 from dualtrain.engine.build import (
     build_engine,
     build_optimizer,
-    init_distributed,
-    leave_distributed,
-    prepare_process,
     set_learning_rate,
 )
 from dualtrain.engine.config import merge_settings
 from dualtrain.engine.gradients import Gradients
 from dualtrain.engine.groups import group_parameters
+from dualtrain.engine.process import (
+    init_distributed,
+    leave_distributed,
+    prepare_process,
+)
 from dualtrain.recipe.schema import OptimSection
 
 LOSS_SCALES = (1.0, 9.0, 0.2, 3.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dualtrain.launch.ranks import free_port
+from dualtrain.launch.world import free_port
 
 CONTEXT = 48
 

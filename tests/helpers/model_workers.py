@@ -7,7 +7,10 @@ import gc
 import torch
 from torch import Tensor
 
-from dualtrain.engine.build import init_distributed, prepare_process
+from dualtrain.engine.process import (
+    init_distributed,
+    prepare_process,
+)
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM

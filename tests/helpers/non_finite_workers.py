@@ -78,7 +78,11 @@ def run_all(cases: list[tuple[str, tuple[int, ...]]]) -> list[int]:
     """
     import yaml
 
-    from dualtrain.engine.build import init_distributed, leave_distributed, prepare_process
+    from dualtrain.engine.process import (
+        init_distributed,
+        leave_distributed,
+        prepare_process,
+    )
     from dualtrain.recipe.schema import Recipe
     from dualtrain.training.train import train
 
@@ -114,16 +118,19 @@ def vote() -> list[tuple[bool, bool]]:
     """Vote with rank 1 alone asking for a stop, then rank 0 alone having a bad slot."""
     import torch.distributed as dist
 
-    from dualtrain.engine.build import init_distributed, leave_distributed
-    from dualtrain.launch.signals import StepVote
+    from dualtrain.engine.process import (
+        init_distributed,
+        leave_distributed,
+    )
+    from dualtrain.launch.vote import StepVote
 
     init_distributed(timeout_s=600)
     rank, ballot = dist.get_rank(), StepVote(timeout_s=600)
     verdicts = []
     if rank == 1:
-        ballot.signal_received = 15
+        ballot.signals.count = 1
     verdicts.append(ballot.take(non_finite=False))
-    ballot.signal_received = None
+    ballot.signals.count = 0
     verdicts.append(ballot.take(non_finite=rank == 0))
     verdicts.append(ballot.take(non_finite=False))
     del ballot

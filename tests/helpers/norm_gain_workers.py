@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.engine.config import merge_settings
-from dualtrain.launch.ranks import World, current_world
+from dualtrain.engine.parameters import muon_parameter_names
+from dualtrain.launch.world import (
+    World,
+    current_world,
+)
 from dualtrain.model.imported import ImportedLM
 from dualtrain.network.config import DualConfig
 from dualtrain.network.norms import norm_parameters
-from dualtrain.network.transformer import DualLM, muon_parameter_names
+from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.schema import OptimSection
 
 if TYPE_CHECKING:
@@ -114,7 +118,11 @@ class Trained:
 
 def train_cells(cells: list[Cell], folder: Path) -> list[Trained]:
     """Train an engine for each cell on these ranks."""
-    from dualtrain.engine.build import init_distributed, leave_distributed, prepare_process
+    from dualtrain.engine.process import (
+        init_distributed,
+        leave_distributed,
+        prepare_process,
+    )
 
     prepare_process(compile_model=False)
     init_distributed(timeout_s=600)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dualtrain.launch.ranks import free_port
+from dualtrain.launch.world import free_port
 
 CALL = """
 import importlib, pickle, sys

@@ -21,7 +21,11 @@ def train_all(texts: list[str]) -> list[int | str]:
     """Train resolved recipes one after another on these ranks; exit codes, or a user's error."""
     import yaml
 
-    from dualtrain.engine.build import init_distributed, leave_distributed, prepare_process
+    from dualtrain.engine.process import (
+        init_distributed,
+        leave_distributed,
+        prepare_process,
+    )
     from dualtrain.recipe.schema import Recipe
     from dualtrain.training.train import train
 

@@ -7,7 +7,10 @@ import gc
 import torch
 
 from dualtrain.checkpoint.trained import Vocab
-from dualtrain.engine.build import init_distributed, prepare_process
+from dualtrain.engine.process import (
+    init_distributed,
+    prepare_process,
+)
 from dualtrain.evaluate.scoring import Request, Score, Scorer
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM

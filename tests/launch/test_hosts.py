@@ -19,7 +19,7 @@ from experiments.two_hosts import (
     wait_for_step,
 )
 
-from dualtrain.launch.ranks import free_port
+from dualtrain.launch.world import free_port
 
 
 @pytest.fixture

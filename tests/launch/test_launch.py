@@ -12,7 +12,15 @@ import pytest
 
 from dualtrain.common.errors import UserError
 from dualtrain.launch.hostfile import read_hostfile, run_hostfile
-from dualtrain.launch.ranks import SAME_SIGNAL_S, World, current_world, log_path, run_ranks
+from dualtrain.launch.ranks import (
+    log_path,
+    run_ranks,
+)
+from dualtrain.launch.stop import SAME_SIGNAL_S
+from dualtrain.launch.world import (
+    World,
+    current_world,
+)
 
 TORCHRUN = {
     "RANK": "3",

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from experiments.two_hosts import newest_checkpoint, steps_done, write_recipe
 
-from dualtrain.launch.ranks import free_port
+from dualtrain.launch.world import free_port
 
 TESTS = Path(__file__).parents[1]
 LAYOUT = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as DeepSpeed's runner encodes it

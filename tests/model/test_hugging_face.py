@@ -21,9 +21,9 @@ from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.derived.derive import derive
 from dualtrain.derived.dry_run import derived_rows
+from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.model.build import build_model
 from dualtrain.model.hugging_face import find_directory, read_hf_config
-from dualtrain.network.transformer import muon_parameter_names
 
 ADDED = ("<unk>", "<pad>", "<mask>")
 

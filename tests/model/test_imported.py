@@ -7,11 +7,11 @@ import torch
 from helpers.imported import VOCABULARY, config_of, imported_model, stock_model
 
 from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import FAMILIES, check_length, longest_row, parse_config
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.cache import KeyValueCache
-from dualtrain.network.transformer import muon_parameter_names
 
 IDS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 # Bounds between documents: at 9 and 17 in one row, none in the other.

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dualtrain.common.errors import UserError
+from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.loss import select_positions
 from dualtrain.network.transformer import (
     DualLM,
     RMSNorm,
-    muon_parameter_names,
     rotary_tables,
     rotate,
 )

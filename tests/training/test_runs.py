@@ -15,7 +15,7 @@ from fractions import Fraction
 import pytest
 from helpers.runs import command, environment, records, results, run, slots, train_on
 
-from dualtrain.launch.ranks import free_port
+from dualtrain.launch.world import free_port
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.prepare import lock_run_directory
 

@@ -24,9 +24,9 @@ from dualtrain.export.command import export
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
 from dualtrain.launch.world import prepare_environment
 from dualtrain.recipe.command import recipes, schema
+from dualtrain.sweep.command import alpha, compare, fit, sweep
 from dualtrain.training.command import run
 
-LARGEST_SEED = 2**32 - 1
 PEER_GRACE_S = 3.0
 """Time rank 0 has to report a failure of all ranks before the others speak."""
 
@@ -46,175 +46,6 @@ def common(
     """Pre-train language models with an autoregressive and a masked-diffusion objective."""
     # Put before the command by the deepspeed launcher, which says the same in the environment.
     del local_rank
-
-
-@app.command()
-def sweep(
-    file: Annotated[
-        str, typer.Argument(metavar="SWEEP", help="A recipe with a `sweep:` section, or its name.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe of all points."),
-    ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("--dir", help="Where the points go; default: sweeps/NAME.")
-    ] = None,
-    parallel: Annotated[
-        int, typer.Option(min=1, help="Points at once; GPUs and cores are divided among them.")
-    ] = 1,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes of a point, as for `dualtrain run`.")
-    ] = None,
-    index: Annotated[
-        int | None, typer.Option(help="Only this point: $SLURM_ARRAY_TASK_ID, for one.")
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only the points I, I + N, I + 2 N and so on."),
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also points that failed before.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the points with tokens and estimated time.")
-    ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Lines instead of the live table, also on a terminal.")
-    ] = False,
-) -> None:
-    """Train every point of a grid; the same command skips what is finished and goes on."""
-    from dualtrain.sweep.command import Options, run_sweep
-
-    raise typer.Exit(
-        run_sweep(
-            Options(
-                file=file,
-                overrides=overrides or [],
-                directory=directory,
-                parallel=parallel,
-                ranks=ranks,
-                index=index,
-                shard=shard,
-                retry_failed=retry_failed,
-                dry_run=dry_run,
-                plain=plain,
-            )
-        )
-    )
-
-
-@app.command()
-def fit(
-    directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A sweep's directory.")],
-    metric: Annotated[
-        str, typer.Option(help="Such as ar_nll, diffusion_nll, best.ar_nll, or ar.blimp.")
-    ] = "ar_nll",
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Only points with this value; may be repeated."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the results; default: SWEEP_DIR/fit/METRIC.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of restarts and posterior samples.")
-    ] = 0,
-    no_figures: Annotated[bool, typer.Option("--no-figures", help="Only fit.json.")] = False,
-) -> None:
-    """Fit a Gaussian process to a sweep: the surface over repetitions and alpha, the best alpha."""
-    from dualtrain.sweep.fit import Options, fit_sweep
-
-    fit_sweep(
-        Options(
-            directory=directory,
-            metric=metric,
-            where=where or [],
-            out=out,
-            seed=seed,
-            figures=not no_figures,
-        )
-    )
-
-
-@app.command()
-def alpha(
-    repetitions: Annotated[float, typer.Option(help="Passes over the unique tokens.")],
-    fit: Annotated[
-        Path | None, typer.Option(help="A fit.json of `dualtrain fit`; default: the paper's rules.")
-    ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Micro-batches in a step, global_batch / micro_batch; default: 256."
-        ),
-    ] = None,
-) -> None:
-    """Say which alpha to train with, and what of it some slots realise."""
-    from dualtrain.sweep.advice import PAPER_SLOTS, by_fit, by_rules
-
-    advice = by_rules(repetitions) if fit is None else by_fit(fit, repetitions)
-    typer.echo("\n".join(advice.lines(slots or PAPER_SLOTS)))
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Directories of runs, or of one sweep.")
-    ],
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Of a sweep; may be repeated; default: ar_nll.")
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of a sweep: only these points.")
-    ] = None,
-    to: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of a sweep: what the others are compared with."),
-    ] = None,
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Held-out sequences for intervals; 0: none; default: some 30 documents."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory to make; default: a new one in comparisons/; of a sweep none."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=LARGEST_SEED, help="Of masks and of the bootstrap; default: 0."),
-    ] = None,
-) -> None:
-    """Compare runs: losses, AR passes, speed, tasks, and intervals over held-out documents.
-
-    Of a sweep: points that differ in more than the seed, with intervals over seeds.
-    """
-    from dualtrain.sweep.compare import Options, compare_runs
-    from dualtrain.sweep.directory import SWEEP
-    from dualtrain.sweep.groups import Options as GroupOptions
-    from dualtrain.sweep.groups import compare_groups
-
-    if len(runs) == 1 and (runs[0] / SWEEP).is_file():
-        if any(option is not None for option in (sequences, device, seed)):
-            expected = "two or more runs; the intervals of a sweep are over its seeds"
-            raise UserError("--sequences, --device, --seed", "are for runs", expected)
-        metrics = metric or ["ar_nll"]
-        compare_groups(
-            GroupOptions(
-                directory=runs[0], metrics=metrics, where=where or [], to=to or [], out=out
-            )
-        )
-        return
-    if metric or where or to:
-        raise UserError("--metric, --where, --to", "are for a single sweep", "one SWEEP_DIR")
-    compare_runs(Options(runs=runs, sequences=sequences, out=out, seed=seed or 0, device=device))
 
 
 @app.command()
@@ -378,7 +209,7 @@ def evaluate(
     )
 
 
-for command in (run, export, recipes, schema):
+for command in (run, sweep, fit, alpha, compare, export, recipes, schema):
     app.command()(as_command(command))
 
 

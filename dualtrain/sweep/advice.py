@@ -8,28 +8,21 @@ here the log-odds of alpha go straight from one to the other in log2 R.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 from dualtrain.common.errors import UserError
+from dualtrain.sweep.fit_file import ADVISED, read_fit
 
 FEW, MANY = 16, 32
 """Repetitions up to which the first rule holds, and from which on the second does."""
 FEW_ALPHA = Fraction(63, 64)
 BEST_PASSES, LEAST_PASSES, MOST_PASSES = 16, 8, 32
 MOST_REPETITIONS = 1e6
-FIT_FORMAT = 1
-"""Of the file that ``dualtrain fit`` writes and advice is read from."""
-ADVISED = ("0.05", "0.5", "0.95")
-"""Quantiles of a fit that advice is made of."""
-PAPER_SLOTS = 256
-"""Devices of the paper's runs, each of which has one objective in a step."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,8 @@ def by_fit(file: Path, repetitions: float) -> Advice:
     """
     _check(repetitions)
     fit = read_fit(file)
-    grid: Sequence[dict[str, Any]] = fit["best_alpha"]["curve"]
-    first, last = grid[0]["repetitions"], grid[-1]["repetitions"]
+    curve = fit.best_alpha.curve
+    first, last = curve[0].repetitions, curve[-1].repetitions
     if not first <= repetitions <= last:
         raise UserError(
             "--repetitions",
@@ -115,58 +108,16 @@ def by_fit(file: Path, repetitions: float) -> Advice:
             "add points to the sweep, or leave --fit out for the paper's rules",
         )
     place = math.log2(repetitions)
-    below = [entry for entry in grid if math.log2(entry["repetitions"]) <= place + 1e-9][-1]
-    above = next(entry for entry in grid if math.log2(entry["repetitions"]) >= place - 1e-9)
-    width = math.log2(above["repetitions"] / below["repetitions"])
-    share = math.log2(repetitions / below["repetitions"]) / width if width else 0.0
+    below = [best for best in curve if math.log2(best.repetitions) <= place + 1e-9][-1]
+    above = next(best for best in curve if math.log2(best.repetitions) >= place - 1e-9)
+    width = math.log2(above.repetitions / below.repetitions)
+    share = math.log2(repetitions / below.repetitions) / width if width else 0.0
     low, median, high = (
-        below["quantiles"][q] + share * (above["quantiles"][q] - below["quantiles"][q])
-        for q in ADVISED
+        below.quantiles[q] + share * (above.quantiles[q] - below.quantiles[q]) for q in ADVISED
     )
-    warnings = sorted({note for entry in (below, above) for note in entry["notes"]})
-    basis = f"by {file}, the median of the best alpha for {fit['metric']}, its 90 % interval"
+    warnings = sorted({*below.notes, *above.notes})
+    basis = f"by {file}, the median of the best alpha for {fit.metric}, its 90 % interval"
     return Advice(repetitions, median, (low, high), basis, tuple(warnings))
-
-
-def read_fit(file: Path) -> dict[str, Any]:
-    """Read the JSON of a fit.
-
-    Raises:
-        UserError: It is no such file.
-    """
-    expected = "fit.json, as `dualtrain fit` writes it"
-    try:
-        fit = json.loads(file.read_text())
-    except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-        raise UserError(f"--fit {file}", what, expected) from None
-    except ValueError as error:
-        raise UserError(f"--fit {file}", f"is not JSON: {error}", expected) from None
-    if not _is_fit(fit):
-        raise UserError(f"--fit {file}", "is no fit, or damaged", expected, "fit the sweep again")
-    return fit
-
-
-def _is_fit(fit: Any) -> bool:
-    """Whether it holds what advice is made of."""
-    try:
-        curve = fit["best_alpha"]["curve"]
-        repetitions = [entry["repetitions"] for entry in curve]
-        rise = [0, *repetitions]
-        quantiles = [[0, *(entry["quantiles"][q] for q in ADVISED), 1] for entry in curve]
-        notes = [note for entry in curve for note in entry["notes"]]
-        return (
-            fit["format"] == FIT_FORMAT
-            and isinstance(fit["metric"], str)
-            and bool(curve)
-            and all(type(n) in (int, float) for row in [repetitions, *quantiles] for n in row)
-            and all(math.isfinite(n) for n in repetitions)
-            and all(low < high for low, high in pairwise(rise))
-            and all(low <= high for row in quantiles for low, high in pairwise(row))
-            and all(isinstance(note, str) for note in notes)
-        )
-    except (KeyError, TypeError, IndexError, OverflowError):
-        return False
 
 
 def realisable(share: Fraction, slots: int) -> Iterator[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualtrain.checkpoint.trained import Source, choose, find_source, open_trained
 from dualtrain.common import formatting
@@ -20,9 +20,12 @@ from dualtrain.sweep import figures
 from dualtrain.sweep.directory import SWEEP
 from dualtrain.sweep.fit import line_of
 from dualtrain.sweep.intervals import over_documents
+from dualtrain.sweep.output import make_directory, new_table, show, with_interval
 from dualtrain.sweep.reading import read_run
 from dualtrain.sweep.results import PREFIX_MINUS_AR, SCORES_RISE, RunResult
-from dualtrain.sweep.tables import new_table, show, with_interval
+
+if TYPE_CHECKING:
+    from dualtrain.sweep.command import CompareOptions
 
 FEWEST_DOCUMENTS = 5
 """Below this many documents a bootstrap over them says nothing."""
@@ -40,26 +43,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asks for.
-
-    Attributes:
-        runs: Their directories; differences are to the first.
-        sequences: Held-out sequences for the intervals; 0: none; None: as the first recipe says, or
-            more, until they hold some thirty documents.
-        out: Directory to make; None: a new one in ``comparisons``.
-        seed: Of masks and of the bootstrap.
-    """
-
-    runs: Sequence[Path]
-    sequences: int | None = None
-    out: Path | None = None
-    seed: int = 0
-    device: str | None = None
-
-
-def compare_runs(options: Options) -> dict[str, Any]:
+def compare_runs(options: CompareOptions) -> dict[str, Any]:
     """Compare runs, show how they differ, and write JSON and a figure.
 
     Returns:
@@ -68,33 +52,15 @@ def compare_runs(options: Options) -> dict[str, Any]:
     Raises:
         UserError: Fewer than two runs, one of them twice, or what is no run.
     """
-    if len(options.runs) < 2:
-        raise UserError(
-            "dualtrain compare", counted(len(options.runs), "run"), "two or more, or one sweep"
-        )
-    resolved = [path.resolve() for path in options.runs]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise UserError("dualtrain compare", f"{path} is there twice", "each run once")
-    for path in resolved:
-        if (path / SWEEP).is_file():
-            hint = f"`dualtrain compare {path}` compares its points"
-            raise UserError(str(path), "is a sweep", "runs, or one sweep alone", hint)
-    runs = [read_run(path) for path in options.runs]
-    names = _names(runs)
-    for run in runs:
-        if not run.steps and not run.evals:
-            raise UserError(str(run.directory), "has no metrics yet", "a run that has trained")
+    if options.metric or options.where or options.to:
+        raise UserError("--metric, --where, --to", "are for a single sweep", "one SWEEP_DIR")
+    runs = _read_runs(options.runs)
     if options.device is not None:
         choose(options.device)  # a device that is not there is no reason to leave intervals out
     notes: list[str] = []
-    losses = _document_losses(runs, names, options, notes)
-    earlier = [
-        name
-        for name, run in zip(names, runs, strict=True)
-        if run.evals and "documents" not in run.evals[-1]
-    ]
-    if 0 < len(earlier) < len(names):
+    losses = _document_losses(runs, options, notes)
+    earlier = [n for n, run in runs.items() if run.evals and "documents" not in run.evals[-1]]
+    if 0 < len(earlier) < len(runs):
         notes.append(
             f"{', '.join(earlier)}: trained by an earlier version, in another order of the data, "
             "and scored otherwise; only the differences over documents are of one scoring"
@@ -103,38 +69,45 @@ def compare_runs(options: Options) -> dict[str, Any]:
         "format": 1,
         "runs": {
             name: {"directory": str(run.directory), "metrics": _metrics(run)}
-            for name, run in zip(names, runs, strict=True)
+            for name, run in runs.items()
         },
         "differences": {
-            "to": names[0],
+            "to": next(iter(runs)),
             "over": "held-out documents, drawn anew; 95 % intervals; nats per token",
-            "runs": _differences(losses, names, options.seed),
+            "runs": _differences(losses, options.seed or 0),
         },
         "notes": notes,
     }
     out = _new_directory(options.out)
     write_json(out / "comparison.json", result)
-    lines = {
-        name: {key: line for key in CURVES if (line := line_of([run.evals], key)) is not None}
-        for name, run in zip(names, runs, strict=True)
-    }
-    metrics = [key for key in CURVES if any(key in found for found in lines.values())]
-    written = [out / "comparison.json"]
-    if metrics:
-        written += figures.save(figures.draw_runs(lines, metrics=metrics), out, "losses")
-    _print(result, runs, names)
-    print("\nwritten:", *written, sep="\n  ")
+    drawn = _draw(runs, out)
+    _print(result, runs)
+    print("\nwritten:", out / "comparison.json", *drawn, sep="\n  ")
     return result
 
 
-def _names(runs: Sequence[RunResult]) -> list[str]:
-    """What to call the runs: their directories, with as many parents as tell them apart."""
-    parts = [run.directory.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+def _read_runs(paths: Sequence[Path]) -> dict[str, RunResult]:
+    """The runs, each named by its directory and as many parents as tell it from the others."""
+    if len(paths) < 2:
+        raise UserError(
+            "dualtrain compare", counted(len(paths), "run"), "two or more, or one sweep"
+        )
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError("dualtrain compare", f"{path} is there twice", "each run once")
+        if (path / SWEEP).is_file():
+            hint = f"`dualtrain compare {path}` compares its points"
+            raise UserError(str(path), "is a sweep", "runs, or one sweep alone", hint)
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        if not run.steps and not run.evals:
+            raise UserError(str(run.directory), "has no metrics yet", "a run that has trained")
+    depth, names = 0, [""]
+    while len(set(names)) < len(runs):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+    return dict(zip(names, runs, strict=True))
 
 
 def _metrics(run: RunResult) -> dict[str, float]:
@@ -146,36 +119,37 @@ def _metrics(run: RunResult) -> dict[str, float]:
 
 
 def _document_losses(
-    runs: Sequence[RunResult], names: Sequence[str], options: Options, notes: list[str]
+    runs: Mapping[str, RunResult], options: CompareOptions, notes: list[str]
 ) -> dict[str, DocumentLosses]:
-    """The losses of each run's newest checkpoint on the same held-out documents."""
-    found: dict[str, DocumentLosses] = {}
+    """The losses of each run's newest checkpoint on the same held-out documents, the first's first.
+
+    None at all where there is no comparison with the first run.
+    """
     if options.sequences == 0:
-        return found
-    sources: list[Source] = []
-    for run in runs:
-        try:
-            sources.append(find_source(run.directory))
-        except UserError as error:
-            notes.append(f"no intervals over documents: {error}")
-            return found
-    first = sources[0]
+        return {}
+    try:
+        sources = {name: find_source(run.directory) for name, run in runs.items()}
+    except UserError as error:
+        notes.append(f"no intervals over documents: {error}")
+        return {}
+    reference, first = next(iter(sources.items()))
+    found: dict[str, DocumentLosses] = {}
     assert first.recipe is not None and first.info is not None  # a run's checkpoint has both
-    for name, source in zip(names, sources, strict=True):
+    for name, source in sources.items():
         assert source.recipe is not None and source.info is not None
         if source.info.fingerprint != first.info.fingerprint:
-            notes.append(f"{name} has another dataset than {names[0]}: no interval")
+            notes.append(f"{name} has another dataset than {reference}: no interval")
             continue
         if source.recipe.sequence_length != first.recipe.sequence_length:
-            notes.append(f"{name} has another sequence length than {names[0]}: no interval")
+            notes.append(f"{name} has another sequence length than {reference}: no interval")
             continue
         try:
             found[name] = _score(source, first, options)
         except UserError as error:
             notes.append(f"{name}: no interval: {error}")
-    if names[0] not in found:
+    if reference not in found:
         return {}
-    documents = len(found[names[0]].documents)
+    documents = len(found[reference].documents)
     if documents < FEWEST_DOCUMENTS:
         notes.append(
             f"the held-out sequences are from {documents} documents, too few for intervals over "
@@ -185,7 +159,7 @@ def _document_losses(
     return found
 
 
-def _score(source: Source, first: Source, options: Options) -> DocumentLosses:
+def _score(source: Source, first: Source, options: CompareOptions) -> DocumentLosses:
     trained = open_trained(source, device=options.device)
     recipe = first.recipe
     assert recipe is not None and trained.vocab.mask_id is not None
@@ -207,29 +181,23 @@ def _score(source: Source, first: Source, options: Options) -> DocumentLosses:
         mask_id=trained.vocab.mask_id,
         special_ids=trained.vocab.special_ids,
         target=trained.target,
-        seed=options.seed,
+        seed=options.seed or 0,
         backend=trained.backend,
         device=trained.device,
         dtype=trained.dtype,
     )
 
 
-def _differences(
-    losses: Mapping[str, DocumentLosses], names: Sequence[str], seed: int
-) -> dict[str, dict[str, Any]]:
-    if names[0] not in losses:
-        return {}
-    reference = losses[names[0]]
+def _differences(losses: Mapping[str, DocumentLosses], seed: int) -> dict[str, dict[str, Any]]:
+    """Differences to the first run, and of each between its own two ways of reading."""
     differences: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name not in losses:
-            continue
-        own = losses[name]
+    for name, own in losses.items():
         found: dict[str, Any] = {"documents": len(own.documents)}
         # Of a run against itself: what reading the first half both ways is worth.
         prefix = over_documents(own.prefix, own.ar_same_tokens, own.prefix_tokens, seed=seed)
         found["prefix_minus_ar"] = prefix.json()
-        if name != names[0]:
+        if differences:
+            reference = losses[next(iter(losses))]
             for part in PARTS:
                 tokens = own.tokens if part == "ar" else getattr(own, f"{part}_tokens")
                 one, other = getattr(own, part), getattr(reference, part)
@@ -240,33 +208,35 @@ def _differences(
 
 def _new_directory(out: Path | None) -> Path:
     """Make the directory asked for, or the next free one in ``comparisons``."""
-    number = 1
-    while True:
-        path = out or Path("comparisons") / f"comparison-{number}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            if out is not None:
-                what = f"{out} is there already"
-                raise UserError("--out", what, "a directory that is not there") from None
-            number += 1
-        except OSError as error:
-            what = f"{path} cannot be made: {error.strerror}"
-            raise UserError("--out", what, hint="choose another place with --out") from None
+    if out is None:
+        places = (Path("comparisons") / f"comparison-{number}" for number in count(1))
+        out = next(place for place in places if not place.exists())
+    make_directory(out)
+    return out
 
 
-def _print(result: dict[str, Any], runs: Sequence[RunResult], names: Sequence[str]) -> None:
-    metrics = {name: result["runs"][name]["metrics"] for name in names}
+def _draw(runs: Mapping[str, RunResult], out: Path) -> list[Path]:
+    lines = {
+        name: {key: line for key in CURVES if (line := line_of([run.evals], key)) is not None}
+        for name, run in runs.items()
+    }
+    metrics = [key for key in CURVES if any(key in found for found in lines.values())]
+    if not metrics:
+        return []
+    return figures.save(figures.draw_runs(lines, metrics=metrics), out, "losses")
+
+
+def _print(result: dict[str, Any], runs: Mapping[str, RunResult]) -> None:
+    metrics = {name: entry["metrics"] for name, entry in result["runs"].items()}
     scores = [
         key
         for key in dict.fromkeys(key for found in metrics.values() for key in found)
         if key.startswith(SCORES_RISE) and key.endswith(".average")
     ]
     columns = [*COLUMNS, *((key, key, "{:.1f}") for key in scores)]
-    names_of_columns = [name for name, _, _ in columns]
-    table = new_table("run", "alpha", "R", "step", *names_of_columns, "tokens/s")
-    for name, run in zip(names, runs, strict=True):
+    headers = [name for name, _, _ in columns]
+    table = new_table("run", "alpha", "R", "step", *headers, "tokens/s")
+    for name, run in runs.items():
         found = metrics[name]
         table.add_row(
             name,

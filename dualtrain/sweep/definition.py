@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -73,6 +73,10 @@ class Point:
     def label(self) -> str:
         """The name of its directory."""
         return self.directory.name
+
+    def cells(self, keys: Sequence[str]) -> list[str]:
+        """Its values of some keys, for a table; empty where it sets none."""
+        return [cell(self.values[key]) if key in self.values else "" for key in keys]
 
 
 @dataclass(frozen=True)
@@ -275,9 +279,8 @@ def _make_point(base: RecipeTree, number: int, values: Values, folder: Path) -> 
     recipe = loaded.recipe.model_copy(
         update={"name": _run_name(loaded.recipe.name, name), "run_dir": str(directory)}
     )
-    loaded = LoadedRecipe(recipe, loaded.source, loaded.origins)
     place = max((value.place for value in values.values()), key=lambda place: place.line)
-    return Point(number, found, directory, loaded, place)
+    return Point(number, found, directory, replace(loaded, recipe=recipe), place)
 
 
 def _run_name(sweep: str, label: str) -> str:

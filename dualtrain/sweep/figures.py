@@ -71,7 +71,7 @@ class Bar:
 
     label: str
     value: float
-    interval: tuple[float, ...] | None
+    interval: Sequence[float] | None
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:

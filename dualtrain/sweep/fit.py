@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json
 from dualtrain.common.formatting import counted
-from dualtrain.evaluate.statistics import Estimate
 from dualtrain.sweep import figures
-from dualtrain.sweep.advice import FIT_FORMAT
 from dualtrain.sweep.definition import in_words
 from dualtrain.sweep.figures import Bar, Curves, Line, as_share
+from dualtrain.sweep.fit_file import (
+    Axes,
+    BestAlpha,
+    BestAlphas,
+    Fit,
+    FittedRun,
+    LeftOut,
+    SeedMean,
+    SingleObjectives,
+)
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
+from dualtrain.sweep.output import make_directory, new_table, show, with_interval
 from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
@@ -32,7 +40,9 @@ from dualtrain.sweep.results import (
     unit,
 )
 from dualtrain.sweep.surface import QUANTILES, SWAMPED, Best, Surface
-from dualtrain.sweep.tables import new_table, show, with_interval
+
+if TYPE_CHECKING:
+    from dualtrain.sweep.command import FitOptions
 
 OWN_KEYS = ("repetitions", "alpha", "seed", "unique_tokens")
 """Keys that the fit itself is about, or that follow from them under one budget."""
@@ -43,104 +53,55 @@ MAY_BE = 0.1
 """Share of posterior samples from which on an optimum at the border is mentioned."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asks for.
-
-    Attributes:
-        metric: As ``results`` names it.
-        where: Conditions on points, as ``results.restrict`` takes them.
-        out: Directory for the results; None: ``fit/METRIC`` in the sweep's.
-    """
-
-    directory: Path
-    metric: str = "ar_nll"
-    where: Sequence[str] = ()
-    out: Path | None = None
-    seed: int = 0
-    figures: bool = True
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A run as the fit sees it."""
-
-    run: RunResult
-    repetitions: float
-    alpha: float
-    seed: int
-    value: float
-
-
-def fit_sweep(options: Options) -> dict[str, Any]:
+def fit_sweep(options: FitOptions) -> Fit:
     """Fit a sweep's surface, show what it says, and write JSON and figures.
-
-    Returns:
-        What ``fit.json`` holds.
 
     Raises:
         UserError: The directory is no sweep's or has no results, the metric is not there or not
             finite, points differ in more than repetitions, alpha and seed, or alphas are too few.
     """
     found = read_sweep(options.directory)
-    keys, notes = found.keys, found.notes()
+    notes = found.notes()
     metric = choose_metric(options.metric, found.runs)
-    runs = finished(restrict(found.runs, keys, options.where), notes)
-    _check_alike(runs, keys)
-    samples = _samples(runs, metric)
+    results = finished(restrict(found.runs, found.keys, options.where), notes)
+    _check_alike(results, found.keys)
+    runs = _fitted_runs(results, metric)
     surface = Surface(
-        [s.repetitions for s in samples],
-        [s.alpha for s in samples],
-        [s.value for s in samples],
+        [run.repetitions for run in runs],
+        [run.alpha for run in runs],
+        [run.value for run in runs],
         is_loss=not rises(metric),
         seed=options.seed,
     )
-    sampled = sorted({s.repetitions for s in samples})
-    bests = [surface.best(repetitions) for repetitions in sampled]
+    sampled = sorted({run.repetitions for run in runs})
     curve = [surface.best(repetitions, samples=1000) for repetitions in _curve(sampled)]
-    if len({s.seed for s in samples}) == 1:
+    if len({run.seed for run in runs}) == 1:
         notes.append(ONE_SEED)
-    result = {
-        "format": FIT_FORMAT,
-        "metric": metric,
-        "is_loss": surface.is_loss,
-        "sweep": str(options.directory),
-        "where": list(options.where),
-        "axes": {
-            "repetitions": "log2(R)",
-            "alpha": "log2((alpha + epsilon) / (1 - alpha + epsilon))",
-            "epsilon": surface.epsilon,
-            "metric": "log" if surface.is_log else "as it is",
-        },
-        "kernel": str(surface.kernel),
-        "r_squared": surface.r_squared,
-        "left_out": {"r_squared": surface.left_out_r_squared, "rmse": surface.left_out_error},
-        "runs": [
-            {
-                "point": s.run.label,
-                "repetitions": s.repetitions,
-                "alpha": s.alpha,
-                "seed": s.seed,
-                "value": s.value,
-            }
-            for s in samples
-        ],
-        "best_alpha": {
-            "sampled": [_best_json(best) for best in bests],
-            "curve": [_best_json(best) for best in curve],
-        },
-        "single_objectives": [_against_single(samples, surface, r) for r in sampled],
-        "notes": notes,
-    }
+    fit = Fit(
+        metric=metric,
+        is_loss=surface.is_loss,
+        sweep=str(options.directory),
+        where=options.where,
+        axes=Axes(epsilon=surface.epsilon, metric="log" if surface.is_log else "as it is"),
+        kernel=str(surface.kernel),
+        r_squared=surface.r_squared,
+        left_out=LeftOut(r_squared=surface.left_out_r_squared, rmse=surface.left_out_error),
+        runs=runs,
+        best_alpha=BestAlphas(
+            sampled=[describe(surface.best(repetitions)) for repetitions in sampled],
+            curve=[describe(best) for best in curve],
+        ),
+        single_objectives=[_against_single(runs, surface, r) for r in sampled],
+        notes=notes,
+    )
     out = options.out or options.directory / "fit" / metric
-    _make(out)
-    written = _draw(out, samples, surface, curve, result) if options.figures else []
+    make_directory(out, may_exist=True)
+    drawn = _draw(out, fit, results, surface, curve) if options.figures else []
     # Last: who finds it finds the figures that belong to it.
-    write_json(out / "fit.json", result)
-    written.insert(0, out / "fit.json")
-    _print(result)
-    print("\nwritten:", *written, sep="\n  ")
-    return result
+    write_json(out / "fit.json", fit.model_dump())
+    _print(fit)
+    print("\nwritten:", out / "fit.json", *drawn, sep="\n  ")
+    return fit
 
 
 def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
@@ -172,8 +133,8 @@ def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
         )
 
 
-def _samples(runs: list[RunResult], metric: str) -> list[Sample]:
-    without = [run.label for run in runs if run.metric(metric) is None]
+def _fitted_runs(runs: Sequence[RunResult], metric: str) -> list[FittedRun]:
+    without = [run.label for run in runs if metric not in run.metrics]
     if without:
         raise UserError(
             "--metric",
@@ -181,17 +142,22 @@ def _samples(runs: list[RunResult], metric: str) -> list[Sample]:
             "a finite number in every point",
             "evaluate these points, or leave them out with --where",
         )
-    samples = []
+    fitted = []
     for run in runs:
-        value = run.metric(metric)
         alpha = run.recipe.alpha
         if not isinstance(alpha, Fraction):
-            raise UserError(
-                str(run.directory), "alpha is a schedule", "a constant alpha in every point"
+            what = "alpha is a schedule"
+            raise UserError(str(run.directory), what, "a constant alpha in every point")
+        fitted.append(
+            FittedRun(
+                point=run.label,
+                repetitions=run.repetitions,
+                alpha=float(alpha),
+                seed=run.recipe.seed,
+                value=run.metrics[metric],
             )
-        assert value is not None  # checked above
-        samples.append(Sample(run, run.repetitions, float(alpha), run.recipe.seed, value))
-    return samples
+        )
+    return fitted
 
 
 def _curve(sampled: Sequence[float]) -> list[float]:
@@ -202,7 +168,8 @@ def _curve(sampled: Sequence[float]) -> list[float]:
     return sorted([*sampled, *new])
 
 
-def _best_json(best: Best) -> dict[str, Any]:
+def describe(best: Best) -> BestAlpha:
+    """A best alpha as ``fit.json`` has it, with what is to be said about it."""
     notes = []
     at = f"at {counted(best.repetitions, 'repetition')}"
     if best.at_border == "lowest" and best.median > 0:
@@ -219,119 +186,96 @@ def _best_json(best: Best) -> dict[str, Any]:
                     f"{at} the optimum may be at the border, alpha {alpha:g}: it is there in "
                     f"{share:.0%} of the posterior samples"
                 )
-    if best.is_swamped:
+    if best.effect < SWAMPED:
         notes.append(
             f"{at} noise swamps alpha: it changes the metric by {best.effect:.2g} standard "
             f"deviations of a run's noise (below {SWAMPED:g})"
         )
-    return {
-        "repetitions": best.repetitions,
-        "quantiles": {f"{q:g}": a for q, a in zip(QUANTILES, best.quantiles, strict=True)},
-        "ar_passes": best.median * best.repetitions,
-        "value": best.value,
-        "at_border": best.at_border,
-        "noise": best.noise,
-        "effect_in_noise": best.effect,
-        "notes": notes,
-    }
-
-
-def by_seed(samples: Iterable[Sample], repetitions: float, alpha: float) -> dict[int, float]:
-    """The metric of each seed at one (R, alpha)."""
-    return {s.seed: s.value for s in samples if s.repetitions == repetitions and s.alpha == alpha}
+    return BestAlpha(
+        repetitions=best.repetitions,
+        quantiles={f"{q:g}": a for q, a in zip(QUANTILES, best.quantiles, strict=True)},
+        ar_passes=best.median * best.repetitions,
+        value=best.value,
+        at_border=best.at_border,
+        noise=best.noise,
+        effect_in_noise=best.effect,
+        notes=notes,
+    )
 
 
 def _against_single(
-    samples: Sequence[Sample], surface: Surface, repetitions: float
-) -> dict[str, Any]:
+    runs: Sequence[FittedRun], surface: Surface, repetitions: float
+) -> SingleObjectives:
     """Pure AR, pure diffusion, and the sampled mixture that the surface finds best, at one R."""
-    found = sorted({s.alpha for s in samples if s.repetitions == repetitions})
-    mixtures = np.array([alpha for alpha in found if alpha not in (AR, DIFFUSION)])
-    entry: dict[str, Any] = {"repetitions": repetitions}
-    values = {alpha: by_seed(samples, repetitions, alpha) for alpha in found}
-    named = {"ar": AR, "diffusion": DIFFUSION}
+    by_seed: dict[float, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.repetitions == repetitions:
+            by_seed[run.alpha][run.seed] = run.value
+    mixtures = np.array(sorted(by_seed.keys() - {AR, DIFFUSION}))
+    alphas = {"ar": AR, "diffusion": DIFFUSION}
     if len(mixtures):
         # By the surface rather than by the lowest mean, which would owe something to luck.
         means = surface.mean(np.full(len(mixtures), repetitions), mixtures)
         best = int(np.argmin(means) if surface.is_loss else np.argmax(means))
-        named["mixture"] = float(mixtures[best])
-    for name, alpha in named.items():
-        if alpha in values:
-            numbers = list(values[alpha].values())
-            entry[name] = {
-                "alpha": alpha,
-                "value": float(np.mean(numbers)),
-                "seeds": len(numbers),
-                "interval": _interval(over_seeds(numbers)),
-            }
+        alphas["mixture"] = float(mixtures[best])
+    found = {
+        name: _seed_mean(list(by_seed[alpha].values()), alpha)
+        for name, alpha in alphas.items()
+        if alpha in by_seed
+    }
     for name in ("ar", "diffusion"):
-        if name in entry and "mixture" in entry:
-            differences = paired(values[named["mixture"]], values[named[name]])
+        if name in found and "mixture" in found:
+            differences = paired(by_seed[alphas["mixture"]], by_seed[alphas[name]])
             if differences:
-                entry[f"mixture_minus_{name}"] = {
-                    "value": float(np.mean(differences)),
-                    "seeds": len(differences),
-                    "interval": _interval(over_seeds(differences)),
-                }
-    return entry
+                found[f"mixture_minus_{name}"] = _seed_mean(differences)
+    return SingleObjectives(repetitions=repetitions, **found)
 
 
-def _interval(estimate: Estimate | None) -> list[float] | None:
-    return None if estimate is None else [estimate.low, estimate.high]
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"{out} cannot be made: {error.strerror}"
-        raise UserError("--out", what, "a directory", "choose another place") from None
+def _seed_mean(values: Sequence[float], alpha: float | None = None) -> SeedMean:
+    mean = over_seeds(values)
+    return SeedMean(
+        alpha=alpha,
+        value=float(np.mean(values)),
+        seeds=len(values),
+        interval=None if mean is None else [mean.low, mean.high],
+    )
 
 
 def _draw(
     out: Path,
-    samples: Sequence[Sample],
+    fit: Fit,
+    results: Sequence[RunResult],
     surface: Surface,
     curve: Sequence[Best],
-    result: dict[str, Any],
 ) -> list[Path]:
-    metric = unit(result["metric"])
-    figure = figures.draw_surface(surface, curve, metric=metric)
-    files = figures.save(figure, out, "surface")
-    panels = _panels(samples, result["metric"])
+    metric = unit(fit.metric)
+    files = figures.save(figures.draw_surface(surface, curve, metric=metric), out, "surface")
+    panels = _panels(fit, results)
     if panels:
         files += figures.save(figures.draw_curves(panels, metric=metric), out, "curves")
-    groups = {
-        f"R = {entry['repetitions']:g}": _bars(entry) for entry in result["single_objectives"]
-    }
-    better = "lower" if surface.is_loss else "higher"
-    return files + figures.save(
-        figures.draw_bars(groups, metric=metric, better=better), out, "objectives"
-    )
+    groups = {f"R = {entry.repetitions:g}": _bars(entry) for entry in fit.single_objectives}
+    better = "lower" if fit.is_loss else "higher"
+    bars = figures.draw_bars(groups, metric=metric, better=better)
+    return files + figures.save(bars, out, "objectives")
 
 
-def _bars(entry: dict[str, Any]) -> list[Bar]:
+def _bars(entry: SingleObjectives) -> list[Bar]:
     labels = {
-        "ar": "AR only (α = 1)",
-        "mixture": "best mixture",
-        "diffusion": "diffusion only (α = 0)",
+        "AR only (α = 1)": entry.ar,
+        "best mixture": entry.mixture,
+        "diffusion only (α = 0)": entry.diffusion,
     }
-    bars = []
-    for name, label in labels.items():
-        if name in entry:
-            interval, value = entry[name]["interval"], entry[name]["value"]
-            bars.append(Bar(label, value, None if interval is None else tuple(interval)))
-    return bars
+    return [Bar(label, mean.value, mean.interval) for label, mean in labels.items() if mean]
 
 
-def _panels(samples: Sequence[Sample], metric: str) -> dict[float, list[Curves]]:
+def _panels(fit: Fit, results: Sequence[RunResult]) -> dict[float, list[Curves]]:
     """The metric by step, for each R and alpha; empty where evaluations during runs lack it."""
-    key = metric.removeprefix("best.")
+    key = fit.metric.removeprefix("best.")
     cells: dict[tuple[float, float], list[RunResult]] = defaultdict(list)
-    for s in samples:
-        cells[s.repetitions, s.alpha].append(s.run)
+    for run, result in zip(fit.runs, results, strict=True):
+        cells[run.repetitions, run.alpha].append(result)
     panels: dict[float, list[Curves]] = defaultdict(list)
-    for (repetitions, alpha), runs in sorted(cells.items()):
+    for (repetitions, alpha), runs in sorted(cells.items(), key=lambda item: item[0]):
         held_out = line_of([run.evals for run in runs], key)
         if held_out is not None:
             trained = line_of([run.steps for run in runs], "ar_loss") if key == "ar_nll" else None
@@ -349,37 +293,32 @@ def line_of(histories: Sequence[Sequence[dict[str, Any]]], key: str) -> Line | N
     return Line(np.array(steps, dtype=float), values.mean(0), values.min(0), values.max(0))
 
 
-def _print(result: dict[str, Any]) -> None:
-    digits = ".4f" if result["is_loss"] else ".2f"
-    print(f"{result['metric']} of {len(result['runs'])} runs in {result['sweep']}")
-    left_out = result["left_out"]
-    of_what = " of log losses" if result["axes"]["metric"] == "log" else ""
+def _print(fit: Fit) -> None:
+    digits = ".4f" if fit.is_loss else ".2f"
+    of_what = " of log losses" if fit.axes.metric == "log" else ""
+    print(f"{fit.metric} of {len(fit.runs)} runs in {fit.sweep}")
     print(
-        f"R² {result['r_squared']:.4f}{of_what}; with all runs of a point left out "
-        f"{left_out['r_squared']:.4f}, error {left_out['rmse']:{digits}}"
+        f"R² {fit.r_squared:.4f}{of_what}; with all runs of a point left out "
+        f"{fit.left_out.r_squared:.4f}, error {fit.left_out.rmse:{digits}}"
     )
-    print(f"kernel {result['kernel']}\n")
+    print(f"kernel {fit.kernel}\n")
     best_alpha = ("best α", "5 %", "95 %", "AR passes")
     table = new_table("R", *best_alpha, "mixture", "mixture − AR", "mixture − diffusion")
-    singles = {entry["repetitions"]: entry for entry in result["single_objectives"]}
-    for best in result["best_alpha"]["sampled"]:
-        entry, quantiles = singles[best["repetitions"]], best["quantiles"]
+    for best, single in zip(fit.best_alpha.sampled, fit.single_objectives, strict=True):
+        mixture = single.mixture
         table.add_row(
-            f"{best['repetitions']:g}",
-            *(f"{quantiles[q]:.3g}" for q in ("0.5", "0.05", "0.95")),
-            f"{best['ar_passes']:.3g}",
-            as_share(entry["mixture"]["alpha"]) if "mixture" in entry else "-",
-            *(
-                _difference(entry.get(f"mixture_minus_{name}"), digits)
-                for name in ("ar", "diffusion")
-            ),
+            f"{best.repetitions:g}",
+            *(f"{best.quantiles[q]:.3g}" for q in ("0.5", "0.05", "0.95")),
+            f"{best.ar_passes:.3g}",
+            "-" if mixture is None or mixture.alpha is None else as_share(mixture.alpha),
+            _difference(single.mixture_minus_ar, digits),
+            _difference(single.mixture_minus_diffusion, digits),
         )
-    notes = [note for best in result["best_alpha"]["sampled"] for note in best["notes"]]
-    show(table, [*result["notes"], *notes])
+    show(table, [*fit.notes, *(note for best in fit.best_alpha.sampled for note in best.notes)])
 
 
-def _difference(entry: dict[str, Any] | None, digits: str) -> str:
-    if entry is None:
+def _difference(mean: SeedMean | None, digits: str) -> str:
+    if mean is None:
         return "-"
-    text = with_interval(entry["value"], entry["interval"], f"+{digits}")
-    return text if entry["interval"] is not None else f"{text} (one seed)"
+    text = with_interval(mean.value, mean.interval, f"+{digits}")
+    return text if mean.interval is not None else f"{text} (one seed)"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dualtrain.sweep import figures
 from dualtrain.sweep.definition import in_words
 from dualtrain.sweep.figures import Bar
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
+from dualtrain.sweep.output import make_directory, new_table, show, with_interval
 from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
@@ -27,26 +28,11 @@ from dualtrain.sweep.results import (
     setting,
     unit,
 )
-from dualtrain.sweep.tables import new_table, show, with_interval
+
+if TYPE_CHECKING:
+    from dualtrain.sweep.command import CompareOptions
 
 SEED, AXES = "seed", ("repetitions", "alpha")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asks for.
-
-    Attributes:
-        metrics: As ``results`` names them.
-        to: Conditions on the group that the others are compared with; none: the first.
-        out: Directory to make; None: nothing is written.
-    """
-
-    directory: Path
-    metrics: Sequence[str] = ("ar_nll",)
-    where: Sequence[str] = ()
-    to: Sequence[str] = ()
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +49,13 @@ class Group:
 
     def metric(self, name: str) -> dict[int, float]:
         """The metric of each seed."""
-        found = {seed: run.metric(name) for seed, run in self.runs.items()}
-        bad = [self.runs[seed].label for seed, value in found.items() if value is None]
+        bad = [run.label for run in self.runs.values() if name not in run.metrics]
         if bad:
             raise UserError("--metric", f"{name} is not there, or not finite, in {named(bad)}")
-        return {seed: value for seed, value in found.items() if value is not None}
+        return {seed: run.metrics[name] for seed, run in self.runs.items()}
 
 
-def compare_groups(options: Options) -> dict[str, Any]:
+def compare_groups(options: CompareOptions) -> dict[str, Any]:
     """Compare groups of points over their seeds; show it, and write it if a place is given.
 
     Returns:
@@ -80,10 +65,14 @@ def compare_groups(options: Options) -> dict[str, Any]:
         UserError: The directory is no sweep's; conditions that hold for nothing; fewer than two
             groups; a metric that is not there.
     """
-    found = read_sweep(options.directory)
+    if any(option is not None for option in (options.sequences, options.device, options.seed)):
+        expected = "two or more runs; the intervals of a sweep are over its seeds"
+        raise UserError("--sequences, --device, --seed", "are for runs", expected)
+    (directory,) = options.runs
+    found = read_sweep(directory)
     keys, notes = found.keys, found.notes()
     runs = finished(restrict(found.runs, keys, options.where), notes)
-    metrics = [choose_metric(metric, runs) for metric in options.metrics]
+    metrics = [choose_metric(metric, runs) for metric in options.metric or ["ar_nll"]]
     usual = _usual(runs, keys)
     groups = make_groups(runs, usual)
     if len(groups) < 2:
@@ -96,8 +85,8 @@ def compare_groups(options: Options) -> dict[str, Any]:
         notes.append(ONE_SEED)
     result = {
         "format": 1,
-        "sweep": str(options.directory),
-        "where": list(options.where),
+        "sweep": str(directory),
+        "where": options.where,
         "to": reference.label,
         "metrics": {
             metric: {group.label: _entry(group, reference, metric) for group in groups}
@@ -207,25 +196,12 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        what = f"{out} cannot be made: {error.strerror}"
-        raise UserError("--out", what, "a directory that is not there") from None
+    make_directory(out)
+    write_json(out / "comparison.json", result)
     written = [out / "comparison.json"]
-    write_json(written[0], result)
     for metric, groups in result["metrics"].items():
-        bars = {
-            metric: [
-                Bar(
-                    label,
-                    entry["mean"],
-                    None if not entry["interval"] else tuple(entry["interval"]),
-                )
-                for label, entry in groups.items()
-            ]
-        }
+        bars = [Bar(label, entry["mean"], entry["interval"]) for label, entry in groups.items()]
         better = "higher" if rises(metric) else "lower"
-        figure = figures.draw_bars(bars, metric=unit(metric), better=better)
+        figure = figures.draw_bars({metric: bars}, metric=unit(metric), better=better)
         written += figures.save(figure, out, metric)
     print("written:", *written, sep="\n  ")

@@ -55,6 +55,11 @@ class RunResult:
         """What to call it."""
         return self.directory.name
 
+    @property
+    def state(self) -> str:
+        """finished, failed, or unfinished."""
+        return self.outcome.state if self.outcome else "unfinished"
+
     @cached_property
     def evals(self) -> list[dict[str, Any]]:
         """Its evaluation records, oldest first."""
@@ -85,10 +90,6 @@ class RunResult:
         if self.recipe.repetitions is not None:
             return self.recipe.repetitions
         return round(self.steps[-1]["epoch"] * self.steps[-1]["steps"] / self.steps[-1]["step"], 6)
-
-    def metric(self, name: str) -> float | None:
-        """A number of the run; None where it has none of that name, or it is not finite."""
-        return self.metrics.get(name)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -200,14 +201,12 @@ def finished(runs: Sequence[RunResult], notes: list[str]) -> list[RunResult]:
     Raises:
         UserError: None has.
     """
-    failed = [run.label for run in runs if run.outcome and run.outcome.state == "failed"]
-    if failed:
-        notes.append(f"left out, because they failed: {named(failed)}")
-    rest = [run for run in runs if run.label not in failed]
-    unfinished = [run.label for run in rest if not run.is_finished]
-    if unfinished:
-        notes.append(f"left out, because they are not finished: {named(unfinished)}")
+    rest = [run for run in runs if run.state != "failed"]
     kept = [run for run in rest if run.is_finished]
+    if failed := [run.label for run in runs if run.state == "failed"]:
+        notes.append(f"left out, because they failed: {named(failed)}")
+    if unfinished := [run.label for run in rest if not run.is_finished]:
+        notes.append(f"left out, because they are not finished: {named(unfinished)}")
     if not kept:
         raise UserError("sweep", f"no point is finished: {'; '.join(notes)}", "finished points")
     return kept
@@ -219,11 +218,10 @@ def table_text(keys: Sequence[str], runs: Sequence[RunResult], metrics: Sequence
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*keys, "state", "step", *metrics])
     for run in runs:
-        state = run.outcome.state if run.outcome else "unfinished"
+        settings = [in_words(setting(run, key)) for key in keys]
         step = run.steps[-1]["step"] if run.steps else 0
-        numbers = [run.metric(metric) for metric in metrics]
-        shown = ["" if number is None else repr(number) for number in numbers]
-        writer.writerow([*(in_words(setting(run, key)) for key in keys), state, step, *shown])
+        numbers = [repr(run.metrics[m]) if m in run.metrics else "" for m in metrics]
+        writer.writerow([*settings, run.state, step, *numbers])
     return out.getvalue()
 
 

@@ -35,7 +35,7 @@ REASON_LINES = 12
 
 
 @dataclass
-class Job:
+class PointJob:
     """A point as the runner sees it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Job:
             (another process is running it).
         began: When it was started here, ``time.monotonic()``.
         claim: What keeps other sweeps from the point, while that lasts.
-        told: How many of this process's signals its run was told of.
+        signals: How many of this process's signals its run has been sent.
     """
 
     point: Point
@@ -52,7 +52,7 @@ class Job:
     began: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     claim: IO[str] | None = field(default=None, repr=False)
-    told: int = 0
+    signals: int = 0
 
 
 class Runner:
@@ -73,16 +73,16 @@ class Runner:
         ranks: int | None = None,
         devices: Sequence[str] = (),
         retry_failed: bool = False,
-        on_change: Callable[[Job], None] = lambda job: None,
+        on_change: Callable[[PointJob], None] = lambda job: None,
         on_poll: Callable[[], None] = lambda: None,
     ) -> None:
-        self.jobs = [Job(point) for point in points]
+        self.jobs = [PointJob(point) for point in points]
         self._parallel, self._ranks = parallel, ranks
         self._devices = devices
         self._retry_failed = retry_failed
         self._on_change, self._on_poll = on_change, on_poll
         self._signals = StopSignals(lambda number: self._pass_on())
-        self._places: list[Job | None] = [None] * parallel
+        self._places: list[PointJob | None] = [None] * parallel
 
     @property
     def is_stopping(self) -> bool:
@@ -116,14 +116,14 @@ class Runner:
                 return
             time.sleep(POLL_S)
 
-    def _is_to_run(self, job: Job) -> bool:
+    def _is_to_run(self, job: PointJob) -> bool:
         outcome = read_outcome(job.point.directory)
         if outcome is None or (outcome.state == "failed" and self._retry_failed):
             return True
         self._change(job, outcome.state, outcome.reason)
         return False
 
-    def _start(self, job: Job, place: int) -> Job | None:
+    def _start(self, job: PointJob, place: int) -> PointJob | None:
         """Start a point; None where another process has it, or has ended it meanwhile."""
         directory = job.point.directory
         job.claim = claim(directory)
@@ -166,7 +166,7 @@ class Runner:
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
         return env
 
-    def _ended(self, job: Job, code: int) -> None:
+    def _ended(self, job: PointJob, code: int) -> None:
         job.process = None
         code = code if code >= 0 else 128 - code
         # A signal may have come before the run could answer to it; then it died of it.
@@ -180,18 +180,18 @@ class Runner:
         _release(job)  # not before it can be seen that the point has ended
         self._change(job, state, reason)
 
-    def _change(self, job: Job, state: str, reason: str = "") -> None:
+    def _change(self, job: PointJob, state: str, reason: str = "") -> None:
         job.state, job.reason = state, reason
         self._on_change(job)
 
     def _pass_on(self) -> None:
-        """Tell the runs of signals that they were not told of."""
+        """Send the runs the signals that they have not been sent."""
         for job in self._running():
-            if job.told < self._signals.count and job.process is not None:
+            if job.signals < self._signals.count and job.process is not None:
                 _send(job.process, signal.SIGTERM if self._signals.count == 1 else signal.SIGKILL)
-                job.told = self._signals.count
+                job.signals = self._signals.count
 
-    def _running(self) -> list[Job]:
+    def _running(self) -> list[PointJob]:
         return [job for job in self._places if job is not None and job.process is not None]
 
 
@@ -203,7 +203,7 @@ def share_devices(devices: Sequence[str], place: int, places: int) -> Sequence[s
     return devices[place * size : (place + 1) * size]
 
 
-def _release(job: Job) -> None:
+def _release(job: PointJob) -> None:
     if job.claim is not None:
         job.claim.close()
         job.claim = None
@@ -214,7 +214,7 @@ def _send(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _reason(job: Job, code: int) -> str:
+def _reason(job: PointJob, code: int) -> str:
     """What a failed run said last."""
     text = (job.point.directory / LOG).read_text(errors="replace").rstrip()
     lines = text.splitlines()[-REASON_LINES:]

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,7 @@ class Best:
     repetitions: float
     quantiles: tuple[float, ...]
     value: float
-    at_border: str | None
+    at_border: Literal["lowest", "highest"] | None
     noise: float
     effect: float
     samples: Floats
@@ -78,11 +78,6 @@ class Best:
     def median(self) -> float:
         """Of the distribution."""
         return self.quantiles[QUANTILES.index(0.5)]
-
-    @property
-    def is_swamped(self) -> bool:
-        """Whether noise is as large as what alpha changes."""
-        return self.effect < SWAMPED
 
 
 class RelativeNoise(WhiteKernel):
@@ -245,7 +240,7 @@ class Surface:
             ends=(float(alphas[0]), float(alphas[-1])),
         )
 
-    def _border(self, repetitions: float, best: float) -> str | None:
+    def _border(self, repetitions: float, best: float) -> Literal["lowest", "highest"] | None:
         """Whether the best alpha is beyond those sampled near this R, or the last of them."""
         distance = np.abs(np.log2(self.repetitions) - np.log2(repetitions))
         near = self.alphas[distance <= distance.min() + 1e-9]

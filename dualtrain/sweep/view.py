@@ -17,8 +17,7 @@ from rich.table import Table
 
 from dualtrain.common import formatting
 from dualtrain.progress.metrics import FILE_NAME
-from dualtrain.sweep.definition import cell
-from dualtrain.sweep.runner import Job
+from dualtrain.sweep.runner import PointJob
 
 REFRESH_S = 1.0
 LINE_S = 60.0
@@ -63,7 +62,7 @@ class Latest:
         )
 
 
-class View:
+class SweepView:
     """Follows the jobs of a runner.
 
     Args:
@@ -78,18 +77,18 @@ class View:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal and not plain
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._jobs: Sequence[Job] = ()
-        self._ended: list[Job] = []
+        self._jobs: Sequence[PointJob] = ()
+        self._ended: list[PointJob] = []
         self._shown = self._lined = self._began = time.monotonic()
 
-    def start(self, jobs: Sequence[Job]) -> None:
+    def start(self, jobs: Sequence[PointJob]) -> None:
         """Begin to follow jobs."""
         self._jobs = jobs
         self._began = time.monotonic()
         if self._is_live:
             self._live.start()
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> SweepView:
         return self
 
     def __exit__(
@@ -105,7 +104,7 @@ class View:
         """Show a line."""
         self._console.print(text, markup=False)
 
-    def change(self, job: Job) -> None:
+    def change(self, job: PointJob) -> None:
         """A job has another state."""
         label = job.point.label
         if job.state == "running":
@@ -174,20 +173,18 @@ class View:
         running = [job for job in self._jobs if job.state == "running"]
         for job in [*self._ended[-ROWS_ENDED:], *running]:
             latest = Latest.of(job.point.directory)
-            values = job.point.values
-            speed = latest.tokens_per_second
             table.add_row(
-                *(cell(values[key]) if key in values else "" for key in self._keys),
+                *job.point.cells(self._keys),
                 MARKS.get(job.state, job.state),
                 f"{latest.step}/{latest.steps or '?'}",
-                "-" if speed is None else formatting.count(speed),
+                formatting.count(latest.tokens_per_second),
                 _nats(latest.ar),
                 _nats(latest.diffusion),
             )
         return table
 
 
-def _losses(job: Job) -> str:
+def _losses(job: PointJob) -> str:
     latest = Latest.of(job.point.directory)
     return f"held-out ar {_nats(latest.ar)}, diffusion {_nats(latest.diffusion)} nats/token"
 

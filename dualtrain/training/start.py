@@ -50,11 +50,11 @@ def show(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None) -> N
 
     recipe = loaded.recipe
     total = _count(ranks, hostfile)
-    _examine(recipe, total)
+    examine(recipe, total)
     check_run_directory(recipe)
     check_dataset(recipe)
     corpus = read_corpus(recipe)
-    derived = _derive(recipe, corpus, total)
+    derived = derive_run(recipe, corpus, total)
     _check_data(recipe, corpus)
     _check_origin(loaded, corpus)
     print_dry_run(loaded, derived)
@@ -88,10 +88,10 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
     if hostfile is None:
         ranks = ranks or default_ranks()
     total = _count(ranks, hostfile)
-    _examine(recipe, total)  # before hours are spent on a dataset
+    examine(recipe, total)  # before hours are spent on a dataset
     corpus = read_corpus(recipe)
     if corpus is not None or recipe.unique_tokens != "all":
-        derived = _derive(recipe, corpus, total)
+        derived = derive_run(recipe, corpus, total)
         if hostfile is None:
             check_memory(derived, ranks=total or 1)
     _build_dataset(recipe)
@@ -116,7 +116,7 @@ def _count(ranks: int | None, hostfile: Path | None) -> int | None:
     return sum(ranks or machine.slots for machine in read_hostfile(hostfile, ranks=ranks))
 
 
-def _examine(recipe: Recipe, ranks: int | None) -> None:
+def examine(recipe: Recipe, ranks: int | None) -> None:
     """Refuse what is wrong whatever the dataset is."""
     if ranks is not None:
         check_world_size(recipe, ranks)
@@ -136,7 +136,7 @@ def _examine(recipe: Recipe, ranks: int | None) -> None:
         check_tensorboard()
 
 
-def _derive(recipe: Recipe, corpus: CorpusFacts | None, ranks: int | None) -> Derived:
+def derive_run(recipe: Recipe, corpus: CorpusFacts | None, ranks: int | None) -> Derived:
     """What follows from a recipe; refuses what does not go with the dataset, or with DeepSpeed."""
     derived = derive(recipe, corpus=corpus, world_size=ranks)
     per_rank = derived.slots_per_step // derived.world_size

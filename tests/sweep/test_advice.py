@@ -125,15 +125,32 @@ def test_a_share_is_none_of_the_ends_however_near_it_is():
 
 
 def write_fit(path, entries):
+    numbers = {"ar_passes": 4.0, "value": 3.0, "at_border": None, "noise": 0.1}
     curve = [
         {
             "repetitions": r,
             "quantiles": {"0.05": low, "0.5": median, "0.95": high},
             "notes": notes,
+            "effect_in_noise": 9.0,
         }
+        | numbers
         for r, low, median, high, notes in entries
     ]
-    fit = {"format": 1, "metric": "ar_nll", "best_alpha": {"curve": curve}}
+    fit = {
+        "format": 1,
+        "metric": "ar_nll",
+        "is_loss": True,
+        "sweep": "sweeps/made",
+        "where": [],
+        "axes": {"repetitions": "log2(R)", "alpha": "x", "epsilon": 0.1, "metric": "log"},
+        "kernel": "Matern",
+        "r_squared": 0.9,
+        "left_out": {"r_squared": 0.9, "rmse": 0.1},
+        "runs": [],
+        "best_alpha": {"sampled": [], "curve": curve},
+        "single_objectives": [{"repetitions": 4.0}],
+        "notes": [],
+    }
     path.write_text(json.dumps(fit))
     return path
 

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
-from dualtrain.sweep.command import print_results
+from dualtrain.sweep.command import FitOptions
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import check, is_busy, prepare, read_outcome
-from dualtrain.sweep.fit import Options, fit_sweep
+from dualtrain.sweep.fit import fit_sweep
 from dualtrain.sweep.reading import read_sweep
+from dualtrain.sweep.run import print_results
 
 FIRST = "repetitions=4,alpha=0,seed=0"
 
@@ -104,7 +105,7 @@ def test_a_number_that_no_float_holds_is_not_finite(made: Path) -> None:
     with (made / FIRST / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "eval", "step": 40, "ar_nll": 1' + 400 * "0" + "}\n")
     with pytest.raises(UserError, match="ar_nll is not there, or not finite, in repetitions=4"):
-        fit_sweep(Options(directory=made, figures=False))
+        fit_sweep(FitOptions(directory=made, figures=False))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +141,8 @@ def test_points_that_are_gone_are_said_in_table_and_fit(
     shutil.rmtree(made / FIRST)
     print_results(made)
     assert f"note: not begun, or gone: {FIRST}" in capsys.readouterr().out
-    result = fit_sweep(Options(directory=made, figures=False))
-    assert f"left out, because they have not begun, or are gone: {FIRST}" in result["notes"]
+    result = fit_sweep(FitOptions(directory=made, figures=False))
+    assert f"left out, because they have not begun, or are gone: {FIRST}" in result.notes
 
 
 def test_a_point_without_its_asked_recipe_still_counts(made: Path) -> None:

@@ -12,13 +12,14 @@ from helpers.sweeps import FILE, loss, make_sweep
 
 from dualtrain.common.errors import UserError
 from dualtrain.sweep.advice import by_fit
+from dualtrain.sweep.command import FitOptions
 from dualtrain.sweep.directory import Outcome, write_outcome
-from dualtrain.sweep.fit import Options, _best_json, fit_sweep
+from dualtrain.sweep.fit import describe, fit_sweep
 from dualtrain.sweep.surface import Best
 
 
 def fit(directory, **options):
-    return fit_sweep(Options(directory=directory, figures=False, **options))
+    return fit_sweep(FitOptions(directory=directory, figures=False, **options)).model_dump()
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +72,14 @@ def test_what_is_said_about_an_optimum(median, at_zero, border, effect, notes):
         samples=samples,
         ends=(0.0, 1.0),
     )
-    found = _best_json(best)
-    assert len(found["notes"]) == len(notes)
-    assert all(part in note for part, note in zip(notes, found["notes"], strict=True))
-    assert found["ar_passes"] == 8 * median
+    found = describe(best)
+    assert len(found.notes) == len(notes)
+    assert all(part in note for part, note in zip(notes, found.notes, strict=True))
+    assert found.ar_passes == 8 * median
 
 
 def test_figures_have_labels_units_and_a_legend(made):
-    fit_sweep(Options(directory=made))
+    fit_sweep(FitOptions(directory=made))
     out = made / "fit" / "ar_nll"
     for name in ("surface", "curves", "objectives"):
         picture = (out / f"{name}.png").read_bytes()

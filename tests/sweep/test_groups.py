@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
-from dualtrain.sweep.groups import Options, compare_groups
+from dualtrain.sweep.command import CompareOptions
+from dualtrain.sweep.groups import compare_groups
 
 MORE = """  list:
     - {repetitions: 16, alpha: 1, seed: 0, optim.weight_decay: 0.8}
@@ -31,8 +32,8 @@ def made(tmp_path_factory):
 
 def test_groups_are_compared_over_their_seeds(made, capsys):
     result = compare_groups(
-        Options(
-            directory=made,
+        CompareOptions(
+            runs=[made],
             where=["repetitions=16", "optim.weight_decay=0.1", "algorithms=[]"],
             to=["alpha=1"],
         )
@@ -54,11 +55,11 @@ def test_groups_are_compared_over_their_seeds(made, capsys):
 def test_a_group_is_named_by_what_is_unusual_about_it(made, tmp_path):
     out = tmp_path / "out"
     result = compare_groups(
-        Options(
-            directory=made,
+        CompareOptions(
+            runs=[made],
             where=["repetitions=16", "alpha=1"],
             to=["algorithms=[{use: input_masking}]"],
-            metrics=("ar_nll", "best.ar_nll"),
+            metric=["ar_nll", "best.ar_nll"],
             out=out,
         )
     )
@@ -79,14 +80,14 @@ def test_a_group_is_named_by_what_is_unusual_about_it(made, tmp_path):
     ("options", "message"),
     [
         ({"where": ["repetitions=16", "alpha=1/2"]}, "one group of points only"),
-        ({"metrics": ("ar_nlll",)}, "did you mean ar_nll"),
+        ({"metric": ["ar_nlll"]}, "did you mean ar_nll"),
         ({"to": ["alpha=0.3"]}, "--to: no point has alpha=0.3"),
         ({"to": ["alpha=1"]}, "alpha=1 holds for 3 groups: repetitions=4, alpha=1, "),
     ],
 )
 def test_what_makes_no_comparison_is_refused(made, options, message):
     with pytest.raises(UserError, match=message):
-        compare_groups(Options(directory=made, **options))
+        compare_groups(CompareOptions(runs=[made], **options))
 
 
 def test_options_of_a_sweep_are_refused_for_runs(made):

@@ -18,7 +18,7 @@ import pytest
 from helpers.sweeps import FILE
 
 from dualtrain.common.errors import EXIT_DONE, EXIT_SAVED_AFTER_SIGNAL, UserError
-from dualtrain.sweep.command import Options, _summary, run_sweep
+from dualtrain.sweep.command import SweepOptions
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import (
     Outcome,
@@ -29,6 +29,7 @@ from dualtrain.sweep.directory import (
     read_outcome,
     write_outcome,
 )
+from dualtrain.sweep.run import _summary, run_sweep
 from dualtrain.sweep.runner import Runner
 
 WAITS = "trap 'echo saved; exit 75' TERM\necho training\nwhile :; do sleep 0.05; done"
@@ -190,4 +191,4 @@ def test_a_sweep_is_no_rank_of_a_launcher(tmp_path, monkeypatch, ranks):
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="was started by a launcher of ranks"):
-        run_sweep(Options(file=str(tmp_path / "sweep.yaml")))
+        run_sweep(SweepOptions(file=str(tmp_path / "sweep.yaml")))

@@ -8,7 +8,7 @@ from sklearn.base import clone
 from sklearn.gaussian_process.kernels import Matern
 
 from dualtrain.common.errors import UserError
-from dualtrain.sweep.surface import QUANTILES, RelativeNoise, Surface
+from dualtrain.sweep.surface import QUANTILES, SWAMPED, RelativeNoise, Surface
 
 REPETITIONS = np.array([1.0, 4.0, 16.0, 64.0])
 ALPHAS = np.array([0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 1])
@@ -103,7 +103,7 @@ def test_a_known_optimum_is_recovered(losses):
         assert best.quantiles == tuple(sorted(best.quantiles))
         assert abs(np.log2(best.median * repetitions / 16)) < 0.5
         assert best.value == pytest.approx(4, abs=0.05)
-        assert best.at_border is None and not best.is_swamped
+        assert best.at_border is None and best.effect >= SWAMPED
         assert len(best.samples) == 4000
 
 
@@ -132,7 +132,7 @@ def test_noise_that_swamps_the_effect_is_said(losses):
     repetitions, alphas, _ = losses
     values = 4 + 0.1 * np.random.default_rng(3).standard_normal(len(alphas))
     best = Surface(repetitions, alphas, values, is_loss=True).best(32)
-    assert best.is_swamped
+    assert best.effect < SWAMPED
     low, high = np.array(best.quantiles)[[0, QUANTILES.index(0.95)]]
     assert low < 0.2 and high > 0.8
 

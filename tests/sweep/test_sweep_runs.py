@@ -10,11 +10,12 @@ from experiments.kill_sweeps import disturb, sweep, sweep_file
 from helpers.runs import environment
 
 from dualtrain.common.errors import UserError
-from dualtrain.sweep.command import Options as Asked
-from dualtrain.sweep.command import choose_points, run_sweep
-from dualtrain.sweep.compare import Options, compare_runs
+from dualtrain.sweep.command import CompareOptions, SweepOptions
+from dualtrain.sweep.compare import compare_runs
 from dualtrain.sweep.definition import load_sweep
 from dualtrain.sweep.directory import Outcome, prepare, write_outcome, write_recipe
+from dualtrain.sweep.plan import choose_points
+from dualtrain.sweep.run import run_sweep
 from dualtrain.sweep.runner import Runner, share_devices
 from dualtrain.training.prepare import lock_run_directory
 
@@ -94,7 +95,7 @@ def test_the_dry_run_lists_points_tokens_and_time(swept, tmp_path, capsys):
         (tmp_path / "new", "4 points", "when the first point has ended"),
         (directory, "finished", "by the points that have ended"),
     ):
-        assert run_sweep(Asked(file=str(file), directory=place, dry_run=True)) == 0
+        assert run_sweep(SweepOptions(file=str(file), directory=place, dry_run=True)) == 0
         shown = capsys.readouterr().out
         assert "4 points, 8,192 tokens" in shown and basis in shown and state in shown
     assert not (tmp_path / "new").exists()
@@ -103,7 +104,7 @@ def test_the_dry_run_lists_points_tokens_and_time(swept, tmp_path, capsys):
 def test_comparing_runs(swept, tmp_path, capsys):
     _, directory, _ = swept
     runs = [directory / name for name in ("alpha=1_2", "alpha=0", "alpha=1")]
-    result = compare_runs(Options(runs=runs, sequences=100, out=tmp_path / "out"))
+    result = compare_runs(CompareOptions(runs=runs, sequences=100, out=tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
     assert (tmp_path / "out" / "losses.png").stat().st_size > 10_000
     found = result["differences"]["runs"]
@@ -132,16 +133,16 @@ def test_comparing_runs(swept, tmp_path, capsys):
 def test_what_cannot_be_compared_is_refused(swept, tmp_path, names, message):
     runs = [swept[1] / name for name in names]
     with pytest.raises(UserError, match=message):
-        compare_runs(Options(runs=runs, out=tmp_path / "out"))
+        compare_runs(CompareOptions(runs=runs, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_too_few_documents_give_no_interval(swept, tmp_path):
     runs = [swept[1] / name for name in ("alpha=0", "alpha=1")]
-    result = compare_runs(Options(runs=runs, sequences=1, out=tmp_path / "out"))
+    result = compare_runs(CompareOptions(runs=runs, sequences=1, out=tmp_path / "out"))
     assert result["differences"]["runs"] == {} and "too few" in result["notes"][0]
     with pytest.raises(UserError, match="is there already"):
-        compare_runs(Options(runs=runs, out=tmp_path / "out"))
+        compare_runs(CompareOptions(runs=runs, out=tmp_path / "out"))
 
 
 def test_a_directory_of_another_recipe_or_of_none_is_refused(swept, tmp_path):

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from dualtrain.sweep import view as view_module
 from dualtrain.sweep.definition import load_sweep
-from dualtrain.sweep.runner import Job
-from dualtrain.sweep.view import Latest, View
+from dualtrain.sweep.runner import PointJob
+from dualtrain.sweep.view import Latest, SweepView
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def jobs(tmp_path_factory):
     directory = make_sweep(folder, text=text, leave_out=lambda p: p.number > 2)
     points = load_sweep(str(folder / "sweep.yaml"), directory=directory).points
     # One ended here, one before, one has failed, one is running and has just begun.
-    found = [Job(point) for point in points]
+    found = [PointJob(point) for point in points]
     for job in (found[0], found[2], found[3]):
         job.began = 1.0
     return found
@@ -32,7 +32,7 @@ def show(jobs, *, is_terminal: bool, monkeypatch) -> str:
     monkeypatch.setattr(view_module, "LINE_S", 0.0)
     out = io.StringIO()
     console = Console(file=out, force_terminal=is_terminal, width=120, highlight=False)
-    with View(["repetitions", "alpha", "seed"], console=console) as view:
+    with SweepView(["repetitions", "alpha", "seed"], console=console) as view:
         view.start(jobs)
         for job, state, reason in (
             (jobs[1], "finished", ""),
@@ -80,7 +80,7 @@ def test_a_file_in_the_middle_of_a_write_is_no_harm(jobs):
 
 def test_points_that_another_process_runs_are_said_and_count_as_done(jobs, monkeypatch):
     out = io.StringIO()
-    with View(["alpha"], console=Console(file=out, width=120)) as view:
+    with SweepView(["alpha"], console=Console(file=out, width=120)) as view:
         view.start(jobs)
         monkeypatch.setattr(jobs[5], "state", "elsewhere")
         view.change(jobs[5])

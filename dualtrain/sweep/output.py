@@ -1,12 +1,15 @@
-"""Tables of ``sweep``, ``fit`` and ``compare`` on the terminal."""
+"""What ``sweep``, ``fit`` and ``compare`` leave: tables on the terminal, and a directory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from dualtrain.common.errors import UserError
 
 WIDEST = 10_000
 
@@ -44,3 +47,19 @@ def with_interval(value: float | None, interval: Sequence[float] | None, form: s
     if interval is None:
         return f"{value:{form}}"
     return f"{value:{form}} ({interval[0]:{form}}, {interval[1]:{form}})"
+
+
+def make_directory(out: Path, *, may_exist: bool = False) -> None:
+    """Make the directory that ``--out`` asks for.
+
+    Raises:
+        UserError: It is there already, or cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=may_exist)
+    except FileExistsError:
+        what = f"{out} is there already"
+        raise UserError("--out", what, "a directory that is not there") from None
+    except OSError as error:
+        what = f"{out} cannot be made: {error.strerror}"
+        raise UserError("--out", what, "a directory", "choose another place") from None

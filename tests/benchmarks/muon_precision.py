@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  before torch: its settings
 import torch
 from deepspeed.runtime.zero.muon import original_muon as kernels
-from helpers.ranks import newton_schulz
+from helpers.paper_optimizer import newton_schulz
 
 from dualtrain.derived.cost import optimizer_groups
 from dualtrain.network.arithmetic import model_sizes

@@ -54,7 +54,7 @@ def plain_loop(overrides: list[str], steps: int) -> dict[str, float]:
     sys.path.insert(0, str(HERE.parent))
     import torch
     import torch.nn.functional as F
-    from helpers.ranks import PaperOptimizer
+    from helpers.paper_optimizer import PaperOptimizer
 
     from dualtrain.data.batches import TrainingData
     from dualtrain.data.dataset import TokenDataset

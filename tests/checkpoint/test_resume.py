@@ -31,7 +31,7 @@ RESUMED: tuple[tuple[str, ...], ...] = (
         "optim.schedule.shape=one_minus_sqrt",
     ),
     (
-        "algorithms=[{use: helpers.run_workers:Average}, {use: input_masking}]",
+        "algorithms=[{use: helpers.algorithms:Average}, {use: input_masking}]",
         "alpha={name: phases, phases: [{until: 1/2, alpha: 1}, {until: 1, alpha: 1/4}]}",
     ),
 )
@@ -65,10 +65,10 @@ def test_frozen_parameters_buffers_and_steps_without_an_update_are_restored(tiny
     assert train_on(2, tmp_path, source) == [0]
     start = f"checkpoint.resume=weights:{source.recipe.directory / 'step-00000002'}"
     spoilt = ", ".join(
-        f"{{use: helpers.run_workers:Spoil, args: {{step: {step}}}}}" for step in range(2)
+        f"{{use: helpers.algorithms:Spoil, args: {{step: {step}}}}}" for step in range(2)
     )
     common = (*COMMON, "checkpoint.interval_steps=2", "engine.skip_non_finite=2", start)
-    algorithms = f"algorithms=[{spoilt}, {{use: helpers.run_workers:Surgeon}}]"
+    algorithms = f"algorithms=[{spoilt}, {{use: helpers.algorithms:Surgeon}}]"
     recipes = [
         tiny(*common, algorithms, f"engine.deepspeed={engine}", name=f"surgeon-{number}")
         for number, engine in enumerate(("zero0", "zero1", "zero3", without_persistence(tmp_path)))
@@ -172,7 +172,7 @@ def test_run_goes_on_with_any_ranks_and_stage_and_back(tiny, tmp_path):
     common = (
         *COMMON,
         "checkpoint.interval_steps=2",
-        "algorithms=[{use: helpers.run_workers:Recorder}]",
+        "algorithms=[{use: helpers.algorithms:Recorder}]",
     )
     whole = [tiny(*common, f"engine.deepspeed=zero{s}", name=f"whole{s}") for s in range(4)]
     assert train_on(2, tmp_path, *whole) == [0] * 4
@@ -205,7 +205,7 @@ def assert_same_run(one: LoadedRecipe, other: LoadedRecipe) -> None:
 
 
 def test_what_would_be_another_run_is_refused(tiny, tmp_path):
-    first, other_state = tiny(name="first"), "algorithms=[{use: helpers.run_workers:RankState}]"
+    first, other_state = tiny(name="first"), "algorithms=[{use: helpers.algorithms:RankState}]"
     stateful = tiny(other_state, name="stateful")
     assert train_on(2, tmp_path, first, stateful) == [0, 0]
     checkpoint = tmp_path / "first" / "step-00000008"
@@ -261,7 +261,7 @@ def flip_a_bit(file: Path) -> None:
 
 def test_branch_goes_on_with_the_data_and_only_then_differs(tiny, tmp_path):
     """A run of 8 steps is extended to 12 from before its cooldown, and ends as one of 12 does."""
-    record = "algorithms=[{use: helpers.run_workers:Recorder}]"
+    record = "algorithms=[{use: helpers.algorithms:Recorder}]"
     common = (*COMMON, "checkpoint.interval_steps=3", record, "optim.schedule.cooldown=0.25")
     parent = tiny(*common, "steps=8", name="parent")
     longer = tiny(*common, "steps=12", name="longer")
@@ -376,7 +376,7 @@ def test_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path):
     assert train_on(2, tmp_path, whole) == [0]
     largest = max(f.stat().st_size for f in (tmp_path / "whole").rglob("*") if f.is_file())
     at = f"{{rank: 1, first: 3, last: 7, size: {largest // 4}}}"
-    limit = f"helpers.run_workers:FileSizeLimit, args: {at}"
+    limit = f"helpers.algorithms:FileSizeLimit, args: {at}"
     hit = tiny(*common, f"algorithms=[{{use: {limit}}}]", name="hit")
     end = tiny(*common, f"algorithms=[{{use: {limit.replace('last: 7', 'last: 8')}}}]", name="end")
     outcomes = train_on(2, tmp_path, hit, end)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.datasets import distinct_documents, write_dataset
 from helpers.ranks import on_ranks
-from helpers.run_workers import train_all
+from helpers.runs import train_all
 from torch.utils.data import DataLoader, Dataset
 
 from dualtrain.common.errors import UserError
@@ -36,7 +36,7 @@ data: {{path: {data}, prefetch_steps: 1}}
 model: {{layers: 1, width: 16, heads: 2, mlp_width: 16}}
 engine: {{deepspeed: zero1, precision: fp32, timeout_s: 600}}
 sample: {{tokens: 0, infill: ''}}
-algorithms: [{{use: "helpers.run_workers:ShardRemover", args: {{shard: {shard}}}}}]
+algorithms: [{{use: "helpers.algorithms:ShardRemover", args: {{shard: {shard}}}}}]
 """
 
 

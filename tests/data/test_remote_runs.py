@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.object_store import LENGTHS, hashed_dataset, new_bucket, s3_server
 from helpers.ranks import on_ranks
-from helpers.run_workers import train_all
+from helpers.runs import train_all
 
 from data_tools.remote import upload_dataset
 from dualtrain.common.errors import UserError

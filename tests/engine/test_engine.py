@@ -1,32 +1,45 @@
 """Parameter groups by value, and DeepSpeed's updates against the paper's in plain PyTorch."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.engine_workers import (
-    LEARNING_RATES,
-    MUON,
-    partitioned_models,
-    slot_tokens,
-    tiny_model,
-    train_cases,
-)
-from helpers.ranks import PaperOptimizer, on_ranks
+import torch.distributed as dist
+from helpers.models import MUON, slot_tokens, tiny_model
+from helpers.paper_optimizer import PaperOptimizer
+from helpers.ranks import on_ranks
+from safetensors.torch import save_file
+from torch import nn
 
+from dualtrain.checkpoint.store import load_weights
 from dualtrain.common.errors import UserError
 from dualtrain.derived.cost import optimizer_groups
-from dualtrain.engine.build import build_optimizer
+from dualtrain.engine.build import (
+    build_engine,
+    build_optimizer,
+    set_learning_rate,
+    whole_parameters,
+)
+from dualtrain.engine.config import merge_settings
 from dualtrain.engine.groups import group_parameters, muon_scale
 from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes
-from dualtrain.engine.process import check_precision
+from dualtrain.engine.process import (
+    check_precision,
+    init_distributed,
+    leave_distributed,
+    prepare_process,
+)
+from dualtrain.model.build import build_model
 from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import load_recipe
-from dualtrain.recipe.schema import OptimSection
+from dualtrain.recipe.schema import ModelSection, OptimSection
 
 SLOTS = 4
+LEARNING_RATES = (7e-3, 7e-3, 5e-3, 2e-3, 1e-3)
 
 
 def reference(name: str) -> dict[str, torch.Tensor]:
@@ -41,6 +54,47 @@ def reference(name: str) -> dict[str, torch.Tensor]:
         gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
         optimizer.step(gradients, learning_rate)
     return {key: value.detach() for key, value in parameters.items()}
+
+
+def train_cases(cases: list[tuple[int, str, str]], slots: int) -> list[dict[str, torch.Tensor]]:
+    """Train the tiny model once for each (stage, precision, optimizer); return final parameters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = []
+    for stage, precision, name in cases:
+        model = tiny_model()
+        shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+        groups = group_parameters(shapes, MUON if name == "muon" else ())
+        optim = OptimSection(name=name, newton_schulz="gram")
+        config = ds_config(stage, precision, slots=slots, world=world)
+        engine = build_engine(model, build_optimizer(model, groups, optim), config)
+        for step, learning_rate in enumerate(LEARNING_RATES):
+            set_learning_rate(engine, learning_rate)
+            for slot in range(rank, slots, world):
+                engine.backward(engine(slot_tokens(step, slot)))
+                engine.step()
+        final = {}
+        for key, parameter in engine.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            final[key] = (parameter if full is None else full).detach().float().clone()
+        results.append(final)
+        engine.destroy()
+        del engine
+    leave_distributed()
+    return results
+
+
+def ds_config(stage: int, precision: str, *, slots: int, world: int) -> dict[str, object]:
+    return merge_settings(
+        f"zero{stage}",
+        precision=precision,
+        micro_batch=1,
+        accumulation=slots // world,
+        world_size=world,
+    )
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -59,6 +113,74 @@ def test_updates_are_the_papers_at_every_stage(ranks, tmp_path):
                 # bf16: gradients have 8 bits, and Adam's first steps divide them by themselves.
                 tolerance = 1e-4 if precision == "fp32" else 0.2
                 assert difference <= tolerance * moved, (stage, precision, name, key)
+
+
+def partitioned_models(precisions: list[str], folder: str) -> list[dict[str, object]]:
+    """Build the same model whole and partitioned from the start, and train both a little.
+
+    Returns:
+        For each precision, by name: `values` (whole, partitioned), `groups` (likewise), `trained`
+        (likewise), `loaded` (what was loaded, partitioned) and the `largest` number of elements
+        that a parameter had in memory while the model was partitioned.
+    """
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = [_whole_and_partitioned(p, Path(folder), rank, world) for p in precisions]
+    leave_distributed()
+    return results
+
+
+def _whole_and_partitioned(precision: str, folder: Path, rank: int, world: int) -> dict:
+    info = SimpleNamespace(vocab_size=60, bos_id=0, eos_id=1, pad_id=2, mask_id=3)
+    recipe = SimpleNamespace(
+        model=ModelSection(layers=3, width=12, heads=2, mlp_width=20, head="paper"),
+        seed=5,
+        sequence_length=8,
+    )
+    config = ds_config(3, precision, slots=2 * world, world=world)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    models = [build_model(recipe, info), build_model(recipe, info, config)]
+    result = {"largest": max(parameter.numel() for parameter in models[1].parameters())}
+    result["values"] = [whole_values(model) for model in models]
+    result["groups"] = [
+        group_parameters(parameter_shapes(model), muon_parameter_names(model)) for model in models
+    ]
+    result["trained"] = [
+        _train_dual(model, groups, config, rank)
+        for model, groups in zip(models, result["groups"], strict=True)
+    ]
+    changed = {name: value.float() + 0.3 for name, value in result["values"][0].items()}
+    if rank == 0:
+        save_file(changed, folder / "weights.safetensors")
+    dist.barrier()
+    again = build_model(recipe, info, config)
+    load_weights(folder, again)
+    result["loaded"] = [changed, whole_values(again)]
+    return result
+
+
+def whole_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    with whole_parameters(model.parameters()):
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def _train_dual(model: nn.Module, groups: list, config: dict, rank: int) -> dict:
+    """Two steps of two slots on numbers that are no text."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    engine = build_engine(model, build_optimizer(model, groups, OptimSection()), config)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(4):
+        tokens = torch.randint(60, (1, 9), generator=generator)
+        engine.backward(engine(tokens[:, :-1], targets=tokens[:, 1:]).loss)
+        engine.step()
+    final = {
+        name: safe_get_full_fp32_param(parameter).clone()
+        for name, parameter in engine.module.named_parameters()
+    }
+    engine.destroy()
+    return final
 
 
 def test_model_built_partitioned_is_the_same_model(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fidelity_workers import (
+from helpers.fidelity import (
     MARKS,
     Cell,
     Trained,

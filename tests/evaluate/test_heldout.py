@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.held_out import (
     LENGTH,
     OPTIONS,
@@ -19,7 +21,6 @@ from helpers.held_out import (
     held_out,
     knowing_nothing,
     losses_by_hand,
-    score,
     texts,
     tiny_model,
     validation,
@@ -27,8 +28,16 @@ from helpers.held_out import (
 from helpers.ranks import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from dualtrain.evaluate.heldout import document_losses, held_out_losses, in_prompt, mean_and_error
+from dualtrain.evaluate.heldout import (
+    HeldOut,
+    document_losses,
+    held_out_losses,
+    in_prompt,
+    mean_and_error,
+)
+from dualtrain.network.transformer import DualLM
 
 TARGETS = pytest.mark.parametrize("target", ["next", "in_place"])
 SIMILAR = {"rel": 2e-5, "abs": 1e-6}
@@ -231,6 +240,34 @@ def test_another_seed_has_other_masks():
     second = held_out_losses(model, data, micro_batch=2, seed=1, **OPTIONS)
     assert first.ar_nll == second.ar_nll
     assert first.diffusion_nll != second.diffusion_nll
+
+
+class Counting:
+    """Count the passes of a model, and remember their shapes."""
+
+    def __init__(self, model: DualLM) -> None:
+        self.module = model
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids: Tensor, **options):
+        assert not self.module.training and not torch.is_grad_enabled()
+        self.shapes.append(tuple(input_ids.shape))
+        return self.module(input_ids, **options)
+
+
+def score(counts: list[int], store: str) -> list[tuple[HeldOut, list[tuple[int, ...]]]]:
+    """The losses of so many sequences, and the shapes of this rank's passes, for each count."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    found = []
+    for count in counts:
+        forward = Counting(tiny_model())
+        losses = held_out_losses(
+            forward, held_out(count), micro_batch=2, rank=rank, world_size=world, **OPTIONS
+        )
+        found.append((losses, forward.shapes))
+    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.parametrize(("world", "counts"), [(2, [8, 5]), (3, [3])])

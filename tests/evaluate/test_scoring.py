@@ -6,7 +6,7 @@ from math import comb, exp, fsum, sqrt
 import numpy as np
 import pytest
 import torch
-from helpers.scoring_workers import (
+from helpers.scoring import (
     MASK,
     OPEN_VOCAB,
     VOCAB,

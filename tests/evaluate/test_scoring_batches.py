@@ -1,28 +1,30 @@
 """What does not change a score: batches, memory, ranks; and what becomes of unfit requests."""
 
+import gc
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.ranks import on_ranks
-from helpers.scoring_workers import (
+from helpers.scoring import (
     CONTEXT,
     OPEN_VOCAB,
     VOCAB,
     Recorder,
     make_model,
     make_scorer,
-    score_on_ranks,
     some_requests,
 )
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dualtrain.common.errors import UserError
+from dualtrain.engine.process import init_distributed, prepare_process
 from dualtrain.evaluate.masks import Masking
 from dualtrain.evaluate.packing import Row, make_batches
 from dualtrain.evaluate.request import Passage
-from dualtrain.evaluate.scoring import MODES, Request, Scorer, encode_pair
+from dualtrain.evaluate.scoring import MODES, Request, Score, Scorer, encode_pair
 from dualtrain.model.memory import is_out_of_memory
 from dualtrain.network.output import DualOutput
 
@@ -260,6 +262,52 @@ def test_other_failures_are_not_taken_for_memory(model):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 52)
     assert is_out_of_memory(caught.value)
+
+
+def score_on_ranks(modes: list[str], limit: int) -> tuple[list[list[Score]], list[str]]:
+    """Score on all ranks, with memory on rank 1 for ``limit`` tokens only, then with ZeRO-3."""
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ranks = {"rank": rank, "world_size": world_size}
+    notes: list[str] = []
+
+    def fail(input_ids):
+        if rank == 1 and input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small = Recorder(make_model(), fail=fail)
+    scorer = make_scorer(small, tokens_per_batch=4 * limit, on_note=notes.append, **ranks)
+    results = [scorer.score(some_requests(), mode) for mode in modes]
+    engine = sharded_engine()
+    scorer = make_scorer(engine, dtype=torch.float32, tokens_per_batch=limit, **ranks)
+    results += [scorer.score(some_requests()[:15], mode) for mode in modes]
+    engine.destroy()
+    del engine, scorer
+    # In this order, or the interpreter may abort when it exits.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    return results, notes
+
+
+def sharded_engine():
+    """A ZeRO-3 engine around the model, in which nothing is small enough to stay whole."""
+    import deepspeed
+
+    model = make_model(torch.float32)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
 
 
 def test_ranks_share_the_work(tmp_path):

@@ -38,7 +38,7 @@ SETTINGS = (
     "eval.interval_steps=7",
     "steps=24",
     "sample={tokens: 0, infill: ''}",
-    "algorithms=[{use: helpers.run_workers:Slow, args: {seconds: 0.03}}]",
+    "algorithms=[{use: helpers.algorithms:Slow, args: {seconds: 0.03}}]",
 )
 KINDS = (
     ("engine.deepspeed=zero1",),

@@ -1,7 +1,7 @@
 """The whole fidelity matrix, as a Markdown table: ``parity.py [--ranks 1 2 4]``.
 
 Every cell trains the real model with DeepSpeed and compares its parameters, after 1, 5 and 20
-steps, with one plain-PyTorch process that computes all slots (see fidelity_workers). The figure is
+steps, with one plain-PyTorch process that computes all slots (helpers/fidelity.py). The figure is
 the largest deviation of a parameter relative to how far it has moved. Exit code 1 if a cell exceeds
 its tolerance. Takes some minutes.
 """
@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import conftest  # noqa: F401  before torch: its settings
-from helpers.fidelity_workers import (
+from helpers.fidelity import (
     MARKS,
     Cell,
     Trained,

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from helpers.ranks import on_ranks
-from helpers.run_workers import train_all
-from helpers.runs import rewind, slots, tiny_loader
+from helpers.runs import rewind, slots, tiny_loader, train_all
 from safetensors.torch import load_file
 
 from dualtrain.recipe.load import LoadedRecipe
@@ -30,7 +29,7 @@ SETTINGS = (
     "checkpoint.interval_steps=4",
     "progress.interval_steps=3",
     "sample={tokens: 0, infill: ''}",
-    "algorithms=[{use: helpers.run_workers:Recorder}]",
+    "algorithms=[{use: helpers.algorithms:Recorder}]",
 )
 
 

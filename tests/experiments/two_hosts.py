@@ -33,7 +33,7 @@ SETTINGS = (
     "checkpoint.interval_steps=5",
     "eval.sequences=4",
     "sample={tokens: 0, infill: ''}",
-    "algorithms=[{use: helpers.run_workers:Slow, args: {seconds: 0.1}}]",
+    "algorithms=[{use: helpers.algorithms:Slow, args: {seconds: 0.1}}]",
 )
 
 

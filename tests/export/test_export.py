@@ -253,7 +253,8 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 for precision in ("fp32", "bf16"):
-    dualtrain.export.export.export_checkpoint(sys.argv[1], to=sys.argv[2] + precision, precision=precision)
+    to = sys.argv[2] + precision
+    dualtrain.export.export.export_checkpoint(sys.argv[1], to=to, precision=precision)
     print(peak() - before)
 """
 

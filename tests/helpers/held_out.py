@@ -1,22 +1,19 @@
-"""A tiny model, held-out text and its losses by hand, and what test_heldout.py runs on ranks."""
+"""A tiny model, held-out text and its losses by hand."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.datasets import InMemory
 from torch import Tensor
 
 from dualtrain.data.batches import Batch, ValidationData
-from dualtrain.evaluate.heldout import HeldOut, held_out_losses
 from dualtrain.method.objectives import MaskingNoise, validation_noise
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
@@ -175,31 +172,3 @@ def entropies(
     with torch.no_grad():
         logits = model(torch.tensor([ids]), attention=plan, positions=places[None]).logits
     return (-F.log_softmax(logits[0].double(), dim=-1)).tolist()
-
-
-class Counting:
-    """Count the passes of a model, and remember their shapes."""
-
-    def __init__(self, model: DualLM) -> None:
-        self.module = model
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __call__(self, input_ids: Tensor, **options):
-        assert not self.module.training and not torch.is_grad_enabled()
-        self.shapes.append(tuple(input_ids.shape))
-        return self.module(input_ids, **options)
-
-
-def score(counts: list[int], store: str) -> list[tuple[HeldOut, list[tuple[int, ...]]]]:
-    """The losses of so many sequences, and the shapes of this rank's passes, for each count."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = []
-    for count in counts:
-        forward = Counting(tiny_model())
-        losses = held_out_losses(
-            forward, held_out(count), micro_batch=2, rank=rank, world_size=world, **OPTIONS
-        )
-        found.append((losses, forward.shapes))
-    dist.destroy_process_group()
-    return found

@@ -1,26 +1,22 @@
-"""Functions run as real ranks, and the paper's optimizer in plain PyTorch."""
+"""Functions of test files, run as real ranks."""
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import inspect
 import os
 import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from types import ModuleType
 
 from dualtrain.launch.world import free_port
 
-CALL = """
-import importlib, pickle, sys
-name, function, arguments, result = sys.argv[1:]
-value = getattr(importlib.import_module(name), function)(*pickle.load(open(arguments, "rb")))
-pickle.dump(value, open(result, "wb"))
-"""
+TESTS = Path(__file__).parents[1]
+CALL = "import sys; from helpers.ranks import call; call(*sys.argv[1:])"
 
 
 def on_ranks(
@@ -29,33 +25,35 @@ def on_ranks(
     ranks: int,
     tmp_path: Path,
 ) -> list:
-    """Call an importable function in ``ranks`` new processes that share a process group's address.
+    """Call a function in ``ranks`` new processes that share a process group's address.
+
+    Args:
+        function: Of a test file or of a helper; its file is loaded there.
 
     Returns:
         What it returned, by rank. A rank that fails fails the test with its output.
     """
-    folder = Path(__file__).parents[1]
     given = tmp_path / "arguments.pickle"
     given.write_bytes(pickle.dumps(arguments))
     port = free_port()
+    command = [sys.executable, "-c", CALL, str(inspect.getsourcefile(function))]
+    command += [function.__module__, function.__name__, str(given)]
     processes, results = [], []
     for rank in range(ranks):
         result = tmp_path / f"result-{rank}.pickle"
         result.unlink(missing_ok=True)
         results.append(result)
-        env = os.environ | {
+        env = environment() | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-c", CALL, function.__module__, function.__name__]
         processes.append(
             subprocess.Popen(
-                [*command, str(given), str(result)],
+                [*command, str(result)],
                 env=env,
                 stdout=(tmp_path / f"output-{rank}").open("w"),
                 stderr=subprocess.STDOUT,
@@ -73,55 +71,29 @@ def on_ranks(
     return [pickle.loads(result.read_bytes()) for result in results]
 
 
-def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Orthogonalise a matrix by the quintic Newton-Schulz iteration, in the matrix's own dtype."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+def environment() -> dict[str, str]:
+    """That of a new process, which finds the helpers."""
+    # Nothing behind a separator would mean the current directory.
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
-class PaperOptimizer:
-    """The paper's Muon and AdamW on full fp32 parameters, written independently of DeepSpeed."""
+def call(file: str, module: str, function: str, arguments: str, result: str) -> None:
+    """Be a rank: call a function with pickled arguments, and pickle what it returns."""
+    found = getattr(load_file(Path(file), module), function)
+    value = found(*pickle.loads(Path(arguments).read_bytes()))
+    Path(result).write_bytes(pickle.dumps(value))
 
-    def __init__(
-        self,
-        parameters: dict[str, torch.Tensor],
-        muon_names: Iterable[str],
-        *,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        newton_schulz_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.parameters, self.muon_names = parameters, set(muon_names)
-        self.weight_decay, self.momentum, self.betas, self.eps = weight_decay, momentum, betas, eps
-        self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self.newton_schulz_dtype = newton_schulz_dtype
-        self.updates = 0
 
-    @torch.no_grad()
-    def step(self, gradients: dict[str, torch.Tensor], lr: float) -> None:
-        self.updates += 1
-        for name, parameter in self.parameters.items():
-            gradient = gradients[name]
-            parameter.mul_(1 - lr * self.weight_decay)
-            if name in self.muon_names:
-                buffer = self.first[name]
-                buffer.mul_(self.momentum).add_(gradient)
-                # Any factor will do but for the rounding to bf16: this one is DeepSpeed's.
-                nesterov = (gradient + self.momentum * buffer) * (1 - self.momentum)
-                direction = newton_schulz(nesterov.to(self.newton_schulz_dtype)).float()
-                parameter.sub_(lr * 0.2 * math.sqrt(max(parameter.shape)) * direction)
-                continue
-            beta1, beta2 = self.betas
-            self.first[name].lerp_(gradient, 1 - beta1)
-            self.second[name].lerp_(gradient**2, 1 - beta2)
-            mean = self.first[name] / (1 - beta1**self.updates)
-            scale = (self.second[name] / (1 - beta2**self.updates)).sqrt() + self.eps
-            parameter.sub_(lr * mean / scale)
+def load_file(file: Path, name: str) -> ModuleType:
+    """Load a module from its file under the name it has in pytest, by which pickles know it."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    parts = name.split(".")
+    # Whoever unpickles imports the packages of that name, too; pytest has them without files.
+    for length in range(1, len(parts)):
+        package = ".".join(parts[:length])
+        sys.modules.setdefault(package, ModuleType(package))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

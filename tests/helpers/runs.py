@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers.ranks import on_ranks
-from helpers.run_workers import train_all
+from helpers.ranks import environment, on_ranks
 
+from dualtrain.common.errors import UserError
 from dualtrain.progress.progress import read_metrics
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 
-TESTS = Path(__file__).parents[1]
 TINY = """
 name: tiny
 seed: 3
@@ -54,6 +53,28 @@ def train_on(ranks: int, tmp_path: Path, *recipes: LoadedRecipe) -> list[int | s
     return results[0]
 
 
+def train_all(texts: list[str]) -> list[int | str]:
+    """Train resolved recipes one after another on these ranks; exit codes, or users' errors."""
+    import yaml
+
+    from dualtrain.engine.process import init_distributed, leave_distributed, prepare_process
+    from dualtrain.recipe.schema import Recipe
+    from dualtrain.training.train import train
+
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    outcomes: list[int | str] = []
+    for text in texts:
+        try:
+            outcomes.append(train(Recipe.model_validate(yaml.safe_load(text)), view="none"))
+        except UserError as error:
+            outcomes.append(str(error))
+            # The engine must be out of reach before the process group goes.
+            traceback.clear_frames(error.__traceback__)
+    leave_distributed()
+    return outcomes
+
+
 def records(recipe: LoadedRecipe, kind: str = "train") -> list[dict]:
     found = read_metrics(recipe.recipe.directory / "metrics.jsonl")
     return [dict(record) for record in found if record["kind"] == kind]
@@ -82,12 +103,6 @@ def command(recipe: LoadedRecipe, *options: str) -> list[str]:
     file = recipe.recipe.directory.with_suffix(".yaml")
     file.write_text(recipe.text)
     return ["-m", "dualtrain", "run", str(file), "--plain", *options]
-
-
-def environment() -> dict[str, str]:
-    # Nothing behind a separator would mean the current directory.
-    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

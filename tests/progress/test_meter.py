@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.meter_workers import measure
+import torch.distributed as dist
 from helpers.ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dualtrain.progress.meter import Meter, train_record
+from dualtrain.progress.meter import Interval, Meter, train_record
 from dualtrain.progress.peaks import peak_flops
 
 
@@ -210,6 +211,28 @@ def test_record_holds_interval_and_position():
     assert (record["kind"], record["step"], record["ar_loss"]) == ("train", 3, 1.5)
     assert record["diffusion_loss"] is None and record["mfu"] is None
     assert record["logged"] == {"x": 2.0}
+
+
+def measure(store: str) -> tuple[Interval, Interval]:
+    """Two ranks with different slots: a full interval and an empty one."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    meter = Meter("cpu", flops_per_token={"ar": 1.0, "diffusion": 1.0}, peak_flops=1.0)
+    if rank == 0:
+        meter.add("ar", torch.tensor(1.0), tokens=10)
+        meter.add("ar", torch.tensor(4.0), tokens=10)
+        meter.log("only_rank_0", 5.0)
+    else:
+        meter.add("ar", torch.tensor(7.0), tokens=10)
+        meter.add("diffusion", torch.tensor(3.0), tokens=10)
+    meter.log("both", float(rank))
+    meter.add_update(torch.tensor(2.0))
+    meter.add_update(torch.tensor(5.0))
+    full = meter.interval(data_wait_s=0.5 + 0.25 * rank)
+    empty = meter.interval()
+    dist.barrier()
+    dist.destroy_process_group()
+    return full, empty
 
 
 def test_means_are_over_all_ranks(tmp_path: Path):

@@ -77,8 +77,8 @@ def pair(tiny_dataset, tasks_dir, tmp_path_factory) -> dict[str, LoadedRecipe]:
     folder = tmp_path_factory.mktemp("pair")
     load = tiny_loader(tiny_dataset, folder)
     often = OFTEN.replace("TASKS", str(tasks_dir))
-    keeper = "algorithms=[{use: helpers.in_training_workers:Keeper}]"
-    stop = "algorithms=[{use: helpers.in_training_workers:Signal, args: {step: 1}}]"
+    keeper = "algorithms=[{use: helpers.algorithms:Keeper}]"
+    stop = "algorithms=[{use: helpers.algorithms:Signal, args: {step: 1}}]"
     changes = {
         "without": ["eval={sequences: 10, interval_steps: 2}"],
         "with": [often, keeper],

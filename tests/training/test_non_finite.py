@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.non_finite_workers import run_all, vote
+import torch.distributed as dist
+import yaml
 from helpers.ranks import on_ranks
 from helpers.runs import records, tiny_loader
 from safetensors.torch import load_file
 
+from dualtrain.algorithms.events import Algorithm, Event, Logger, State
 from dualtrain.data.batches import Batch
+from dualtrain.engine.process import init_distributed, leave_distributed, prepare_process
+from dualtrain.launch.vote import StepVote
 from dualtrain.method.mixing import Slot
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
+from dualtrain.recipe.schema import Recipe
+from dualtrain.training.assemble import assemble
 from dualtrain.training.non_finite import LossWatch
+from dualtrain.training.train import finish_step, train, train_step
 
 SETTINGS = (
     "steps=6",
@@ -28,6 +36,66 @@ SETTINGS = (
 # In bf16, stage 1 has an optimizer of its own, stages 0 and 2 keep fp32 weights under autocast.
 ENGINES = [*((f"zero{stage}", "fp32") for stage in range(4)), ("zero1", "bf16"), ("zero2", "bf16")]
 SKIPPED_BY_DEEPSPEED = [("zero0", "fp32"), ("zero3", "fp32"), ("zero1", "bf16")]
+
+
+class AtSlot(Algorithm):
+    """Acts at one event of the given steps, on one slot."""
+
+    event = Event.AFTER_LOSS
+
+    def __init__(self, *, step: int, slot: int) -> None:
+        self.step, self.slot = step, slot
+
+    def match(self, event: Event, state: State) -> bool:
+        if event is not self.event or state.step != self.step:
+            return False
+        return state.slot is not None and state.slot.index == self.slot
+
+
+class SpoilLoss(AtSlot):
+    """Make a loss NaN after the model, and log a NaN beside it."""
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        state.loss = state.loss * torch.nan
+        logger.log("spoilt", float("nan"))
+
+
+class SpoilInput(AtSlot):
+    """Give the model a token id whose embedding overflows."""
+
+    event = Event.BEFORE_FORWARD
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        weights = state.example.weights.clone()
+        weights.view(-1)[weights.view(-1).nonzero()[0]] = torch.inf
+        state.example.weights = weights
+
+
+class SpoilGradient(AtSlot):
+    """Leave the loss as it is, but give it a slope that is infinite."""
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        state.loss = state.loss + (state.loss - state.loss.detach()).sqrt()
+
+
+class Drift(Algorithm):
+    """Has a state, which every slot changes, and draws from torch's global generator."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.AFTER_LOSS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        self.mean = 0.9 * self.mean + 0.1 * state.slot.index + float(torch.rand(()))
+        state.loss = state.loss * (1 + 0.01 * self.mean)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        self.mean = state_dict["mean"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +111,7 @@ def tiny(tiny_dataset, tmp_path_factory):
 
 def algorithm(name: str, **arguments: int) -> str:
     inner = ", ".join(f"{key}: {value}" for key, value in arguments.items())
-    return f"{{use: helpers.non_finite_workers:{name}, args: {{{inner}}}}}"
+    return f"{{use: {__name__}:{name}, args: {{{inner}}}}}"
 
 
 def engine(stage: str, precision: str) -> list[str]:
@@ -62,6 +130,38 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 def events(recipe: LoadedRecipe) -> list[str]:
     return [record["event"] for record in records(recipe, "event")]
+
+
+def run_all(cases: list[tuple[str, tuple[int, ...]]]) -> list[int]:
+    """Run recipes one after another on these ranks; of some, steps are never taken.
+
+    Args:
+        cases: Resolved recipes, each with the steps that are left out as if they were not there:
+            their data is passed over, nothing is computed.
+    """
+    prepare_process(compile_model=False)
+    init_distributed(timeout_s=600)
+    codes = []
+    for text, without in cases:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+        codes.append(_train_without(recipe, without) if without else train(recipe, view="none"))
+    leave_distributed()
+    return codes
+
+
+def _train_without(recipe, without: tuple[int, ...]) -> int:
+    run = assemble(recipe, view="none")
+    while run.state.step < run.state.steps:
+        if run.state.step in without:
+            for _ in range(run.slots_per_rank):
+                next(run.batches)
+            run.state.step += 1
+        else:
+            train_step(run)
+        finish_step(run, stop=False)
+    run.close()
+    run.engine.destroy()
+    return 0
 
 
 def run_on(ranks: int, tmp_path: Path, *cases: tuple[LoadedRecipe, tuple[int, ...]]) -> list[int]:
@@ -185,6 +285,22 @@ def test_steps_left_out_are_counted_across_a_resume(tiny, tmp_path):
         for number, recipe in enumerate(recipes)
     ]
     assert run_on(1, tmp_path, *((recipe, ()) for recipe in edited)) == [0, 0]
+
+
+def vote() -> list[tuple[bool, bool]]:
+    """Vote with rank 1 alone asking for a stop, then rank 0 alone having a bad slot."""
+    init_distributed(timeout_s=600)
+    rank, ballot = dist.get_rank(), StepVote(timeout_s=600)
+    verdicts = []
+    if rank == 1:
+        ballot.signals.count = 1
+    verdicts.append(ballot.take(non_finite=False))
+    ballot.signals.count = 0
+    verdicts.append(ballot.take(non_finite=rank == 0))
+    verdicts.append(ballot.take(non_finite=False))
+    del ballot
+    leave_distributed()
+    return [(verdict.stop, verdict.non_finite) for verdict in verdicts]
 
 
 def test_one_rank_is_enough_for_a_vote(tmp_path):

@@ -22,7 +22,7 @@ from dualtrain.training.prepare import lock_run_directory
 
 def test_any_number_of_ranks_and_any_stage_train_the_same(tiny, tmp_path):
     """The same slots to the bit; the same losses up to the order of float32 additions."""
-    record = "algorithms=[{use: helpers.run_workers:Recorder}]"
+    record = "algorithms=[{use: helpers.algorithms:Recorder}]"
     alone = tiny(record, "engine.deepspeed=zero0", name="alone")
     assert train_on(1, tmp_path, alone) == [0]
     pair = [tiny(record, f"engine.deepspeed=zero{s}", name=f"pair-{s}") for s in range(4)]
@@ -110,7 +110,7 @@ GOLDEN = [6.298, 6.413, 6.52, 6.358, 6.311, 6.691, 6.199, 6.828]
 
 def test_not_finite_loss_stops_with_code_3_and_saves_nothing(tiny, tmp_path):
     spoilt = tiny(
-        "algorithms=[{use: helpers.run_workers:Spoil, args: {step: 3}}]",
+        "algorithms=[{use: helpers.algorithms:Spoil, args: {step: 3}}]",
         "checkpoint.interval_steps=2",
         "progress.interval_steps=100",
     )
@@ -121,7 +121,7 @@ def test_not_finite_loss_stops_with_code_3_and_saves_nothing(tiny, tmp_path):
 
 
 def test_signal_saves_and_the_same_command_continues(tiny, tmp_path):
-    slow = "algorithms=[{use: helpers.run_workers:Slow, args: {seconds: 0.15}}]"
+    slow = "algorithms=[{use: helpers.algorithms:Slow, args: {seconds: 0.15}}]"
     whole, stopped = tiny(slow, name="whole"), tiny(slow, name="stopped")
     assert train_on(2, tmp_path, whole) == [0]
     process = subprocess.Popen(
@@ -148,7 +148,7 @@ def test_signal_saves_and_the_same_command_continues(tiny, tmp_path):
 
 
 def test_failing_rank_is_shown_once_and_ends_the_run(tiny):
-    recipe = tiny("algorithms=[{use: helpers.run_workers:Fail, args: {rank: 1, step: 2}}]")
+    recipe = tiny("algorithms=[{use: helpers.algorithms:Fail, args: {rank: 1, step: 2}}]")
     finished = run(command(recipe, "--ranks", "2"))
     assert finished.returncode == 1
     assert finished.stderr.count("AlgorithmError: Fail failed at STEP_START of step 2") == 1

@@ -12,7 +12,7 @@ from dualtrain.derived.derive import derive
 from dualtrain.engine.groups import list_groups
 from dualtrain.recipe.load import LoadedRecipe
 
-SHIFT = "algorithms=[{use: helpers.engine_workers:Shift}]"
+SHIFT = "algorithms=[{use: helpers.algorithms:Shift}]"
 WEIGHTS = "checkpoint.resume=weights:RUN/step-00000003"
 RUNS = {
     "plain": ("engine.deepspeed=zero0",),

@@ -1,17 +1,11 @@
-"""A tiny model for tests of scoring, and functions that they run on real ranks."""
+"""A tiny model for tests of scoring, its scorer, and requests."""
 
 from __future__ import annotations
-
-import gc
 
 import torch
 
 from dualtrain.checkpoint.trained import Vocab
-from dualtrain.engine.process import (
-    init_distributed,
-    prepare_process,
-)
-from dualtrain.evaluate.scoring import Request, Score, Scorer
+from dualtrain.evaluate.scoring import Request, Scorer
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
@@ -73,51 +67,3 @@ def some_requests() -> list[Request]:
         requests.append(Request(context, (8, 2, 9)))
     requests.append(Request(contexts[3][:2], contexts[3][2:] + (6, 7)))
     return requests + requests[:3]
-
-
-def score_on_ranks(modes: list[str], limit: int) -> tuple[list[list[Score]], list[str]]:
-    """Score on all ranks, with memory on rank 1 for ``limit`` tokens only, then with ZeRO-3."""
-    import torch.distributed as dist
-
-    prepare_process(compile_model=False)
-    init_distributed(timeout_s=600)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    ranks = {"rank": rank, "world_size": world_size}
-    notes: list[str] = []
-
-    def fail(input_ids):
-        if rank == 1 and input_ids.numel() > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    small = Recorder(make_model(), fail=fail)
-    scorer = make_scorer(small, tokens_per_batch=4 * limit, on_note=notes.append, **ranks)
-    results = [scorer.score(some_requests(), mode) for mode in modes]
-    engine = sharded_engine()
-    scorer = make_scorer(engine, dtype=torch.float32, tokens_per_batch=limit, **ranks)
-    results += [scorer.score(some_requests()[:15], mode) for mode in modes]
-    engine.destroy()
-    del engine, scorer
-    # In this order, or the interpreter may abort when it exits.
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-    return results, notes
-
-
-def sharded_engine():
-    """A ZeRO-3 engine around the model, in which nothing is small enough to stay whole."""
-    import deepspeed
-
-    model = make_model(torch.float32)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        config=config,
-        dist_init_required=False,
-    )
-    return engine

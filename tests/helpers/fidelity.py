@@ -1,7 +1,7 @@
 """The real model trained by DeepSpeed and by plain PyTorch, cell by cell of a matrix.
 
-test_fidelity.py and parity.py run :func:`train_cells` on real ranks and compare it with
-:func:`reference`, which is one process, full fp32 parameters and the paper's formulas.
+:func:`train_cells`, on real ranks, is compared with :func:`reference`, which is one process, full
+fp32 parameters and the paper's formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from helpers.ranks import PaperOptimizer
+from helpers.paper_optimizer import PaperOptimizer
 from torch import Tensor, nn
 
 from dualtrain.engine.config import bfloat16_mode, merge_settings

@@ -1,4 +1,4 @@
-"""Functions that test_runs.py calls on real ranks, and algorithms that its recipes name."""
+"""Algorithms that the recipes of several tests name."""
 
 from __future__ import annotations
 
@@ -6,52 +6,17 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from dualtrain.algorithms.events import Algorithm, Event, Logger, State
-from dualtrain.common.errors import UserError
 
 
-def train_all(texts: list[str]) -> list[int | str]:
-    """Train resolved recipes one after another on these ranks; exit codes, or a user's error."""
-    import yaml
-
-    from dualtrain.engine.process import (
-        init_distributed,
-        leave_distributed,
-        prepare_process,
-    )
-    from dualtrain.recipe.schema import Recipe
-    from dualtrain.training.train import train
-
-    prepare_process(compile_model=False)
-    init_distributed(timeout_s=600)
-    outcomes: list[int | str] = []
-    for text in texts:
-        try:
-            outcomes.append(train(Recipe.model_validate(yaml.safe_load(text)), view="none"))
-        except UserError as error:
-            outcomes.append(str(error))
-            # The engine must be out of reach before the process group goes.
-            traceback.clear_frames(error.__traceback__)
-    leave_distributed()
-    return outcomes
-
-
-class _Stateless(Algorithm):
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        return None
-
-
-class Recorder(_Stateless):
+class Recorder(Algorithm):
     """Write what every slot was trained on: its place, its sequences, its exact input."""
 
     def match(self, event: Event, state: State) -> bool:
@@ -87,7 +52,7 @@ class Average(Algorithm):
         self.mean = state_dict["mean"]
 
 
-class Surgeon(_Stateless):
+class Surgeon(Algorithm):
     """Freezes the embedding, and adds a buffer that every loss is scaled by and that changes."""
 
     def match(self, event: Event, state: State) -> bool:
@@ -102,7 +67,7 @@ class Surgeon(_Stateless):
         state.loss = state.loss * state.model.scale.detach()
 
 
-class RankState(_Stateless):
+class RankState(Algorithm):
     """Keeps something else on every rank."""
 
     def match(self, event: Event, state: State) -> bool:
@@ -116,7 +81,7 @@ class RankState(_Stateless):
         return {"rank": torch.tensor([self.rank])}
 
 
-class FileSizeLimit(_Stateless):
+class FileSizeLimit(Algorithm):
     """Let no file of a rank grow beyond a size, from one step to another: a disk that is full."""
 
     def __init__(self, *, rank: int, first: int, last: int, size: int) -> None:
@@ -131,7 +96,7 @@ class FileSizeLimit(_Stateless):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
 
-class Spoil(_Stateless):
+class Spoil(Algorithm):
     """Make the loss NaN in one step."""
 
     def __init__(self, *, step: int) -> None:
@@ -144,7 +109,7 @@ class Spoil(_Stateless):
         state.loss = state.loss * torch.nan
 
 
-class Fail(_Stateless):
+class Fail(Algorithm):
     """Fail on one rank in one step."""
 
     def __init__(self, *, rank: int, step: int) -> None:
@@ -158,7 +123,7 @@ class Fail(_Stateless):
         raise RuntimeError("the reason of the failure")
 
 
-class Slow(_Stateless):
+class Slow(Algorithm):
     """Give the test time to send a signal."""
 
     def __init__(self, *, seconds: float) -> None:
@@ -171,7 +136,7 @@ class Slow(_Stateless):
         time.sleep(self.seconds)
 
 
-class ShardRemover(_Stateless):
+class ShardRemover(Algorithm):
     """Cut a shard to nothing when the first step begins, as a failing disk does."""
 
     def __init__(self, *, shard: str) -> None:
@@ -182,3 +147,40 @@ class ShardRemover(_Stateless):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         os.truncate(self.shard, 0)
+
+
+class Keeper(Algorithm):
+    """Write what an evaluation found."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.EVAL_END and state.rank == 0
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        with Path(state.recipe.run_dir, "found.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.step, **state.metrics}) + "\n")
+
+
+class Signal(Algorithm):
+    """Send one rank a stop signal when a step ends: after the vote of that step."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.STEP_END and state.step == self.step and state.rank == 1
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Shift(Algorithm):
+    """Change initial values at INIT, as a user's algorithm may; keep what it found there."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        weight = state.model.head_projection.weight
+        assert weight.shape == (32, 32)
+        with torch.no_grad():
+            weight.add_(torch.eye(32), alpha=0.5)

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from data_tools.reporting import Progress, shown
+from data_tools.reporting import Progress
 from data_tools.view import View, print_facts, print_histogram, say
 from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.files import in_utf8
 from dualtrain.recipe.schema import BuildSection
 
 app = typer.Typer(
@@ -264,8 +265,8 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
 def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: int | None) -> None:
     """Make a dataset on this machine and upload it, unless it is there."""
     from data_tools.accept import check_made_alike
-    from data_tools.place import disk_errors
     from data_tools.remote import check_destination, fetch_info, upload_dataset
+    from dualtrain.common.files import writing
     from dualtrain.common.locks import locked
 
     there = fetch_info(url)
@@ -276,7 +277,7 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
         return
     check_destination(url)  # before hours of work
     path = local or _upload_directory(url)
-    with disk_errors(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / f".{path.name}.upload.lock", remove=True):
         if local is None and _holds_another(path, build):
@@ -335,7 +336,7 @@ def _build_section(**values: Any) -> BuildSection:
             if isinstance(text, str) and not _is_unicode(text):
                 where = "SOURCES" if name == "source" else "--" + name.replace("_", "-")
                 hint = "give the directory that holds it, or rename it" if name == "source" else ""
-                raise UserError(where, f"'{shown(text)}' is not UTF-8", "text in UTF-8", hint)
+                raise UserError(where, f"'{in_utf8(text)}' is not UTF-8", "text in UTF-8", hint)
     try:
         return BuildSection.model_validate(given)
     except ValidationError as error:

@@ -26,8 +26,7 @@ import numpy as np
 from data_tools.accept import check_made_alike, effective_arguments, recorded
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
-from data_tools.place import check_place, disk_error, disk_errors, locked_place
-from data_tools.reporting import Progress, Report, shown
+from data_tools.reporting import Progress, Report
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
 from data_tools.sources import PYTHON_DOCS, InputFile, Source
 from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
@@ -36,7 +35,18 @@ from data_tools.tokenizers.ranks import find_tokenizer
 from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.train_tokenizer import learn
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import absolute, beside, discard, publish
+from dualtrain.common.files import (
+    absolute,
+    beside,
+    discard,
+    in_utf8,
+    publish,
+    refuse_taken,
+    replacing,
+    reserved,
+    unwritable,
+    writing,
+)
 from dualtrain.data.dataset import (
     DATASET_FILE,
     FORMAT,
@@ -82,14 +92,14 @@ def build_dataset(
         place = absolute(path)
         if (place / DATASET_FILE).exists():  # also where nothing may be written
             return _accept(place, build)
-        with locked_place(place, report):
+        with reserved(place, marker=DATASET_FILE, on_wait=report.wait):
             if (place / DATASET_FILE).exists():
                 return _accept(place, build)
             return _make(build, place, workers, report, shard_bytes, stdin)
     except OSError as error:
         partial = beside(Path(path))
-        kept = f"what is done is kept in {shown(partial)}; {_GOES_ON}"
-        raise disk_error(error, Path(path), kept if os.path.exists(partial) else "") from None
+        kept = f"what is done is kept in {in_utf8(partial)}; {_GOES_ON}"
+        raise unwritable(error, path, hint=kept if os.path.exists(partial) else "") from None
 
 
 def _make(
@@ -109,7 +119,7 @@ def _make(
         info = conversion.run(workers, shard_bytes)
         publish(conversion.dataset, path)
     except KeyboardInterrupt:
-        report.say(f"interrupted: what is done is kept in {shown(partial)}; {_GOES_ON}")
+        report.say(f"interrupted: what is done is kept in {in_utf8(partial)}; {_GOES_ON}")
         raise
     except WorkerDiedError:
         raise
@@ -126,10 +136,10 @@ def check_build(build: BuildSection, path: str | Path) -> None:
     Raises:
         UserError: as there.
     """
-    with disk_errors(path):
+    with writing(path):
         path = absolute(path)
         is_there = (path / DATASET_FILE).exists()
-        check_place(path)
+        refuse_taken(path, marker=DATASET_FILE)
     if is_there:
         check_made_alike(str(path), DatasetInfo.load(path), build)
         return
@@ -264,9 +274,8 @@ class _Conversion:
         # Standard input is kept, or nothing of it would be left to encode.
         open_again = repeatable(self._build, self._stdin, self._work / "standard-input")
         tokenizer = learn(open_again, self._build, hold_out=True, report=self._report)
-        partial = file.with_suffix(".partial")
-        tokenizer.save(partial)
-        partial.replace(file)
+        with replacing(file) as partial:
+            tokenizer.save(partial)
         self._source = open_again()
         return tokenizer
 

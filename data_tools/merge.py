@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.choose import SPLITS
-from data_tools.place import disk_errors, locked_place
-from data_tools.reporting import Progress, Report, shown
+from data_tools.reporting import Progress, Report
 from data_tools.shards import (
     SHARD_BYTES,
     check_split,
@@ -22,7 +20,7 @@ from data_tools.shards import (
 )
 from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import absolute, beside, discard, publish
+from dualtrain.common.files import absolute, made_whole, reserved, writing
 from dualtrain.common.randomness import generator
 from dualtrain.data.dataset import (
     DATASET_FILE,
@@ -76,31 +74,16 @@ def merge_datasets(
         "drop_duplicates": drop_duplicates,
     }
     report = report or Report()
-    with disk_errors(out):
+    with writing(out):
         out = absolute(out)
         if (out / DATASET_FILE).exists():
             return _accept(out, arguments)
-        with locked_place(out, report):
+        with reserved(out, marker=DATASET_FILE, on_wait=report.wait) as directory:
             if (out / DATASET_FILE).exists():
                 return _accept(out, arguments)
-            return _make(
-                out, report, _Merge(paths, infos, arguments, beside(out), report, shard_bytes)
-            )
-
-
-def _make(out: Path, report: Report, merge: _Merge) -> DatasetInfo:
-    partial = beside(out)
-    if partial.exists():
-        report.say(f"starting again: {shown(partial)} was left unfinished")
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        info = merge.run()
-        publish(partial, out)
-    except BaseException:
-        discard(partial)  # made quickly, and needs the room of the whole
-        raise
-    return info
+            # What a killed merge left is not used: it is made quickly, and needs the room.
+            with made_whole(directory, out):
+                return _Merge(paths, infos, arguments, directory, report, shard_bytes).run()
 
 
 def _check_alike(paths: Sequence[str | Path], infos: Sequence[DatasetInfo]) -> None:

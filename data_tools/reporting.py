@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-
-def shown(path: str | Path) -> str:
-    """A path as text that any file and terminal takes: bytes that are not UTF-8 as ``\\xef``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +26,10 @@ class Report:
 
     def show(self, progress: Progress) -> None:
         """Called now and then during a stage."""
+
+    def wait(self) -> None:
+        """Called when another process has the place."""
+        self.show(Progress("waiting for another conversion", 0, 0, "documents"))
 
     def say(self, text: str) -> None:
         """Called with what the user should know though nothing is wrong."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from data_tools.encode import EncodedBlock
 from data_tools.sources import Problem
+from dualtrain.common.files import replacing
 
 _TOKENS = "tokens.spool"
 _DOCUMENTS = "documents.spool"
@@ -103,12 +104,8 @@ class Spool:
         for stream in self._files.values():
             stream.flush()
             os.fsync(stream.fileno())
-        partial = self._directory / f"{_JOURNAL}.partial"
-        with partial.open("w") as stream:
-            json.dump(asdict(self.state), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self._directory / _JOURNAL)
+        with replacing(self._directory / _JOURNAL) as file:
+            file.write_text(json.dumps(asdict(self.state)))
         self._journal_at = time.monotonic() + JOURNAL_S
 
     def table(self) -> np.ndarray:

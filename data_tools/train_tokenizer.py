@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ import numpy as np
 
 from data_tools.choose import may_be_held_out
 from data_tools.encode import text_hash, wanted
-from data_tools.place import disk_errors
-from data_tools.reporting import Progress, Report, shown
+from data_tools.reporting import Progress, Report
 from data_tools.sources import Problem, Source
 from data_tools.sources.build_source import repeatable, say_what_is_left, source_name
 from data_tools.tokenizers.tokenizer import Backend, Tokenizer
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import absolute
+from dualtrain.common.files import absolute, in_utf8, replacing, writing
 from dualtrain.recipe.schema import BuildSection
 
 TRAINING_BYTES = 256 * 2**20
@@ -56,7 +54,7 @@ def train_tokenizer(
     Raises:
         UserError: `out` exists or cannot be written; no text; unusable source.
     """
-    with disk_errors(out):
+    with writing(out):
         return _train(build, absolute(out), stdin, report or Report())
 
 
@@ -64,8 +62,7 @@ def _train(
     build: BuildSection, out: Path, stdin: IO[bytes] | None, report: Report
 ) -> TrainedTokenizer:
     if out.exists():
-        raise UserError(shown(out), "exists", "a new file", "remove it or choose another name")
-    partial = out.with_name(f".{out.name}.partial")
+        raise UserError(in_utf8(out), "exists", "a new file", "remove it or choose another name")
     kept = out.with_name(f".{out.name}.standard-input")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +70,11 @@ def _train(
         say_what_is_left(open_again(), report)
         tokenizer = learn(open_again, build, hold_out=False, report=report)
         measured = _measure(tokenizer, open_again, build)
-        tokenizer.save(partial)
-        os.replace(partial, out)
+        with replacing(out) as file:
+            tokenizer.save(file)
     finally:
-        for file in (partial, kept):
-            with contextlib.suppress(OSError):
-                file.unlink()
+        with contextlib.suppress(OSError):
+            kept.unlink()
     return measured
 
 

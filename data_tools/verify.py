@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_tools.reporting import Progress, Report
 from data_tools.shards import load_text_bytes
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.files import user_path
 from dualtrain.data.dataset import (
     DATASET_FILE,
@@ -44,8 +44,7 @@ def verify_dataset(path: str | Path, *, report: Report | None = None) -> Dataset
         found += _split_errors(user_path(path), split, info, report)
     if len(found) > _SHOWN:
         found = [*found[:_SHOWN], UserError(str(path), f"{len(found) - _SHOWN} more errors")]
-    if found:
-        raise found[0] if len(found) == 1 else UserErrors(found)
+    raise_together(found)
     return info
 
 

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from data_tools.reporting import Progress, Report, shown
+from data_tools.reporting import Progress, Report
+from dualtrain.common.files import in_utf8
 
 if TYPE_CHECKING:
     from data_tools.inspection import Bin
@@ -28,7 +29,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print a line on standard output as it is."""
-    console.print(shown(text), markup=False)
+    console.print(in_utf8(text), markup=False)
 
 
 class View(Report):
@@ -86,7 +87,7 @@ class View(Report):
         )
 
     def say(self, text: str) -> None:
-        self._bars.console.print(shown(text), markup=False)
+        self._bars.console.print(in_utf8(text), markup=False)
 
     def _facts(self, progress: Progress, elapsed_s: float) -> str:
         if not progress.documents:

@@ -12,8 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from data_tools.reporting import shown
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import in_utf8
 
 BLOCK_BYTES = 1 << 20
 """Content of a block: enough to hide the cost of passing it on, little enough to hold many."""
@@ -33,7 +33,7 @@ class InputFile:
     @property
     def name(self) -> str:
         """What messages and ``dataset.json`` call it."""
-        return shown(self.path)
+        return in_utf8(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.reporting import shown
 from data_tools.sources.csv_files import DELIMITERS
 from data_tools.sources.documents import BLOCK_BYTES, Reader, ReaderSource, Source
 from data_tools.sources.files import (
@@ -29,7 +28,7 @@ from data_tools.sources.splits import TRAIN, training_paths
 from data_tools.sources.tables import TableReader
 from dualtrain.common.compression import SUFFIXES
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import user_path
+from dualtrain.common.files import in_utf8, user_path
 from dualtrain.data.dataset import DATASET_FILE
 
 _FORMATS = {
@@ -95,7 +94,7 @@ def open_sources(
     found.check_options()
     return ReaderSource(
         found.readers,
-        ignored=map(shown, found.ignored),
+        ignored=map(in_utf8, found.ignored),
         notes=found.notes,
         at_end=found.check_separator,
         repeatable=found.repeatable,
@@ -182,7 +181,7 @@ class _Found:
                 self._add_path(source)
             except OSError as error:
                 what = f"cannot be read: {error.strerror or error}"
-                raise UserError(shown(error.filename or source), what) from None
+                raise UserError(in_utf8(error.filename or source), what) from None
 
     def _add_path(self, source: str) -> None:
         path = user_path(source)
@@ -227,11 +226,11 @@ class _Found:
         if len(self.readers) == before:
             if (directory / DATASET_FILE).is_file():
                 what, hint = "is a dataset already", "`dualtrain data merge` joins datasets"
-                raise UserError(shown(directory), what, "text", hint)
+                raise UserError(in_utf8(directory), what, "text", hint)
             suffixes = ", ".join(f".{suffix}" for suffix in _FORMATS)
             hint = "say with --format what files of other names are"
             raise UserError(
-                shown(directory), "the directory has no text", f"{suffixes} files", hint
+                in_utf8(directory), "the directory has no text", f"{suffixes} files", hint
             )
 
     def _add_shard(self, directory: Path, shard: dict[str, Any], source: str) -> None:
@@ -246,14 +245,14 @@ class _Found:
     def _add_file(self, path: Path, source: str) -> None:
         if _kind(path)[0] is None and self.format is None:
             raise UserError(
-                shown(path),
+                in_utf8(path),
                 f"cannot read '{''.join(path.suffixes[-2:])}' files",
                 ", ".join(f".{suffix}" for suffix in _FORMATS),
                 "or say what it is with --format",
             )
         if _CACHE.fullmatch(path.name):
             raise UserError(
-                shown(path),
+                in_utf8(path),
                 "is what Dataset.map left in a cache, beside the text that it read",
                 "files of text",
                 "give the directory, which leaves it out, or save it with save_to_disk",
@@ -288,13 +287,13 @@ class _Found:
         return StandardInput(stream, kind=kind, options=self.options)
 
     def _once(self, path: str | Path, source: str) -> None:
-        name, identity = shown(path), os.path.realpath(path)
+        name, identity = in_utf8(path), os.path.realpath(path)
         if identity in self.origins:
             other = self.origins[identity]
             what = "is named twice among the sources"
             if other != name:
                 what += f": it is the same file as {other}"
-            raise UserError(name, what, "each text once", f"found in '{shown(source)}'")
+            raise UserError(name, what, "each text once", f"found in '{in_utf8(source)}'")
         self.origins[identity] = name
 
 
@@ -331,8 +330,8 @@ def _walk(directory: Path, source: str, format: str | None) -> Iterator[_Unit]:
     seen: set[str] = set()
 
     def fail(error: OSError) -> None:
-        name, what = shown(error.filename), f"cannot be searched: {error.strerror}"
-        raise UserError(name, what, hint=f"found in '{shown(source)}'")
+        name, what = in_utf8(error.filename), f"cannot be searched: {error.strerror}"
+        raise UserError(name, what, hint=f"found in '{in_utf8(source)}'")
 
     for top, directories, names in os.walk(directory, onerror=fail, followlinks=True):
         here, real = Path(top), os.path.realpath(top)
@@ -365,7 +364,7 @@ def _dataset(directory: Path) -> _Unit | None:
         {path.name for path in files} | METADATA | {path.parent.name for path in files} | {*left}
     )
     ignored = [str(path) for path in sorted(directory.iterdir()) if path.name not in known]
-    notes = [f"{shown(directory)}: only the split {TRAIN} is read, not {', '.join(left)}"]
+    notes = [f"{in_utf8(directory)}: only the split {TRAIN} is read, not {', '.join(left)}"]
     return _Unit(
         directory, files=files, ignored=ignored, notes=notes if left else [], is_saved=True
     )

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.reporting import shown
 from data_tools.sources.cutting import gather
 from data_tools.sources.documents import Failure, InputFile, Piece, Problem, Reader
 from data_tools.sources.fields import no_field
 from data_tools.sources.tables import Rows
 from dualtrain.common.compression import BrokenFile, Content
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import in_utf8
 from dualtrain.data.dataset import INDEX_FILE
 
 _COMPRESSIONS = {"zstd": "zstandard", "gz": "gzip", "bz2": "bzip2"}
@@ -37,7 +37,7 @@ def mds_shards(directory: Path) -> list[dict[str, Any]] | None:
     try:
         index = json.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(shown(file), f"cannot be read: {error.strerror}") from None
+        raise UserError(in_utf8(file), f"cannot be read: {error.strerror}") from None
     except ValueError:
         return None  # a file of this name may be anything
     shards = index.get("shards") if isinstance(index, dict) else None
@@ -72,12 +72,12 @@ class MdsReader(Reader):
             self._encodings = list(shard["column_encodings"])
             self._sizes = list(shard["column_sizes"])
         except (KeyError, TypeError, AttributeError) as error:
-            file = shown(directory / INDEX_FILE)
+            file = in_utf8(directory / INDEX_FILE)
             raise UserError(file, f"is not an MDS index: {error!r}") from None
         try:
             self.file = InputFile(str(path), path.stat().st_size)
         except OSError as error:
-            raise UserError(shown(path), f"cannot be read: {error.strerror}") from None
+            raise UserError(in_utf8(path), f"cannot be read: {error.strerror}") from None
         self._path = path
         self._field = field
         self._block_bytes = block_bytes

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_tools.reporting import shown
 from data_tools.sources.splits import TRAIN
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import in_utf8
 
 _STATE = "state.json"
 _INFO = "dataset_info.json"
@@ -37,7 +37,7 @@ def saved_dataset_files(directory: Path) -> list[Path] | None:
     state = _read(file)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(
-            shown(directory),
+            in_utf8(directory),
             "is a selection or shuffle of rows that are stored in another order",
             "a dataset whose rows are stored in their order",
             "save it again after `dataset.flatten_indices()`",
@@ -45,10 +45,10 @@ def saved_dataset_files(directory: Path) -> list[Path] | None:
     try:
         files = [directory / entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError):
-        raise UserError(shown(file), "does not list the dataset's files") from None
+        raise UserError(in_utf8(file), "does not list the dataset's files") from None
     for path in files:
         if not path.is_file():
-            raise UserError(shown(path), "is missing", f"a file, as {_STATE} lists it")
+            raise UserError(in_utf8(path), "is missing", f"a file, as {_STATE} lists it")
     return files
 
 
@@ -63,7 +63,7 @@ def _splits(directory: Path) -> list[str]:
     file = directory / _SPLITS
     splits = _read(file).get("splits")
     if not isinstance(splits, list) or not splits:
-        raise UserError(shown(file), "does not list the splits of the dataset")
+        raise UserError(in_utf8(file), "does not list the splits of the dataset")
     return [str(split) for split in splits]
 
 
@@ -71,15 +71,15 @@ def _split(directory: Path) -> str:
     splits = _splits(directory)
     if len(splits) > 1 and TRAIN not in splits:
         raise UserError(
-            shown(directory),
+            in_utf8(directory),
             f"is a dataset with {len(splits)} splits, and none is '{TRAIN}'",
             "one split",
-            "give " + " or ".join(shown(directory / split) for split in splits),
+            "give " + " or ".join(in_utf8(directory / split) for split in splits),
         )
     split = TRAIN if TRAIN in splits else splits[0]
     if not (directory / split / _STATE).is_file():
         what = "is missing or no saved dataset"
-        raise UserError(shown(directory / split), what, f"as {_SPLITS} says")
+        raise UserError(in_utf8(directory / split), what, f"as {_SPLITS} says")
     return split
 
 
@@ -87,9 +87,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(shown(file), f"cannot be read: {error.strerror}") from None
+        raise UserError(in_utf8(file), f"cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(shown(file), f"is not JSON: {error}") from None
+        raise UserError(in_utf8(file), f"is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(shown(file), "is not a JSON object")
+        raise UserError(in_utf8(file), "is not a JSON object")
     return content

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.reporting import shown
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import in_utf8
 
 TRAIN = "train"
 _WORDS = {
@@ -50,15 +50,15 @@ def training_paths(directory: Path, paths: Sequence[Path]) -> tuple[set[Path], s
         return set(paths), ""
     train = {path for path in paths if split[path] == TRAIN}
     if not train:
-        first = held_out[0]
+        first, where = held_out[0], in_utf8(directory)
         raise UserError(
-            shown(directory),
-            f"has text of a split '{split[first]}', {shown(first)}, and none of a split '{TRAIN}'",
+            where,
+            f"has text of a split '{split[first]}', {in_utf8(first)}, and none of '{TRAIN}'",
             "text for training",
-            f"name the files to read, or give a pattern: '{shown(directory)}/**/*{first.suffix}'",
+            f"name the files to read, or give a pattern: '{where}/**/*{first.suffix}'",
         )
     note = (
-        f"{shown(directory)}: only the split {TRAIN} is read, {len(train):,} of {len(paths):,} "
-        f"files; not, for one, {shown(held_out[0])}"
+        f"{in_utf8(directory)}: only the split {TRAIN} is read, {len(train):,} of {len(paths):,} "
+        f"files; not, for one, {in_utf8(held_out[0])}"
     )
     return train, note

@@ -8,7 +8,6 @@ An extra algorithm is named in the recipe by its name in :data:`REGISTRY`, or as
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from dualtrain.algorithms.dual_objective import DualObjective
 from dualtrain.algorithms.events import Algorithm
 from dualtrain.algorithms.input_masking import InputMasking
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, nearest, raise_together
 
 if TYPE_CHECKING:
     from dualtrain.recipe.schema import AlgorithmEntry, Recipe
@@ -67,8 +66,7 @@ def build_algorithms(recipe: Recipe) -> list[Algorithm]:
             extra.append(build_extra(entry, where=f"algorithms.{i}"))
         except UserError as error:
             errors.append(error)
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+    raise_together(errors)
     return [DualObjective(seed=recipe.seed, objective=recipe.objective), *extra]
 
 
@@ -105,12 +103,11 @@ def _find(use: str, where: str) -> type[Algorithm]:
         )
     module, colon, name = use.partition(":")
     if not colon:
-        near = difflib.get_close_matches(use, [*REGISTRY, *ALWAYS], n=1)
         raise UserError(
             where,
             f"no algorithm `{use}`",
             f"{', '.join(REGISTRY)}, or module:Class of your own",
-            f"did you mean {near[0]}?" if near else "",
+            nearest(use, [*REGISTRY, *ALWAYS]),
         )
     kind = _import(module, name, where)
     missing = [method for method in METHODS if not _implements(kind, method)]
@@ -151,12 +148,11 @@ def _import(module: str, name: str, where: str) -> object:
         raise _import_error(module, where, error) from error
     if not hasattr(found, name):
         classes = [key for key, value in vars(found).items() if inspect.isclass(value)]
-        near = difflib.get_close_matches(name, classes, n=1)
         raise UserError(
             where,
             f"module `{module}` has no `{name}`",
             f"a class that {found.__file__} defines",
-            f"did you mean {near[0]}?" if near else "",
+            nearest(name, classes),
         )
     return getattr(found, name)
 
@@ -201,10 +197,9 @@ def _check_arguments(kind: type[Algorithm], args: Mapping[str, object], where: s
         problems.append(f"no argument `{'`, `'.join(unknown)}`")
     if missing:
         problems.append(f"`{'`, `'.join(missing)}` missing")
-    near = difflib.get_close_matches(unknown[0], accepted, n=1) if unknown else []
     raise UserError(
         where,
         f"{kind.__name__}: {' and '.join(problems)}",
         ", ".join(accepted) or "no arguments",
-        f"did you mean {near[0]}?" if near else "",
+        nearest(unknown[0], accepted) if unknown else "",
     )

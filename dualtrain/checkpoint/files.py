@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from dualtrain.common.files import sync
+from dualtrain.common.files import replacing, sync
 
 MARKER = "complete.json"
 FORMAT = 2
@@ -135,12 +135,8 @@ def write_marker(directory: Path, facts: dict[str, FileFacts]) -> None:
         },
         indent=1,
     )
-    partial = directory / (MARKER + ".partial")
-    with partial.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(directory / MARKER)
+    with replacing(directory / MARKER) as file:
+        file.write_text(text + "\n")
     for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
         sync(path)
 

@@ -6,6 +6,7 @@ traceback, and leaves with :data:`EXIT_USER_ERROR`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -52,7 +53,13 @@ class UserErrors(UserError):
 
 
 def raise_together(errors: Iterable[UserError]) -> None:
-    """Raise what was found, if anything was: a single error as it is, several as one."""
+    """Raise all that was found wrong at once; nothing if nothing was."""
     found = list(errors)
     if found:
         raise found[0] if len(found) == 1 else UserErrors(found)
+
+
+def nearest(word: object, candidates: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """A hint at the candidate that a word was meant to be; empty if none is near."""
+    near = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else ""

@@ -25,7 +25,7 @@ from typing import BinaryIO, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.file_kinds import find_foreign, refuse_foreign
 from dualtrain.common.files import user_path
 from dualtrain.data.token_bytes import token_bytes
@@ -374,8 +374,7 @@ class TokenDataset:
                 str(self.directory), f"{len(errors) - _SHOWN_SHARDS} more shards are damaged"
             )
             errors = [*errors[:_SHOWN_SHARDS], more]
-        if errors:
-            raise errors[0] if len(errors) == 1 else UserErrors(errors)
+        raise_together(errors)
 
     def check_documents(self) -> None:
         """Raise UserError if documents spread over the split do not fit dtype and vocabulary."""

@@ -7,7 +7,6 @@ all of them. Files only save time: whatever is missing is built again, with the 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO
 import numpy as np
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import replacing
 from dualtrain.common.locks import claim, locked, remove_unclaimed
 
 Build = Callable[[], np.ndarray]
@@ -101,17 +101,11 @@ class PlanFiles:
             directory.mkdir(parents=True, exist_ok=True)
             with locked(directory / f"{kind}.lock"):
                 if not file.exists():
-                    self._write(file, build())
+                    # What a killed builder left has the same name, and is overwritten.
+                    partial = directory / f"{kind}.partial"
+                    with replacing(file, beside=partial), partial.open("wb") as stream:
+                        np.save(stream, build(), allow_pickle=False)
         return np.load(file, mmap_mode="r", allow_pickle=False)
-
-    def _write(self, file: Path, array: np.ndarray) -> None:
-        # The lock is ours, so one fixed name will do, and a killed builder's rest is overwritten.
-        partial = file.parent / f"{file.name.partition('-')[0]}.partial"
-        with partial.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
 
 
 def _unwritable(directory: Path, error: OSError) -> UserError:

@@ -8,18 +8,15 @@ it, and it comes in beside its place, so that a shard that is there is whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import sync, user_path
-from dualtrain.common.locks import flock
+from dualtrain.common.locks import locked
 from dualtrain.data.dataset import Shard, Split
 from dualtrain.data.remote import STATE_DIR, Remote, unwritable
 
@@ -137,7 +134,7 @@ class ShardCache:
             return
         incoming = self._incoming / _key(split, shard)
         try:
-            with self._locked(incoming.name, wait=wait):
+            with locked(self._locks / incoming.name, wait=wait):
                 if self.is_local(split, shard):
                     return
                 shutil.rmtree(incoming, ignore_errors=True)  # of a process that died
@@ -158,17 +155,6 @@ class ShardCache:
             raise
         except OSError as error:
             raise unwritable(self.path, error) from None
-
-    @contextmanager
-    def _locked(self, key: str, *, wait: bool) -> Iterator[None]:
-        # A descriptor of its own each time: that way threads exclude each other as processes do.
-        descriptor = os.open(self._locks / key, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-            flock(descriptor, operation, path=self._locks / key)
-            yield
-        finally:
-            os.close(descriptor)
 
 
 def _key(split: Split, shard: Shard) -> str:

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.engine.ds_rules import RULES, Rule, Value
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.shipped import find_ds_config
 from dualtrain.recipe.yaml_source import Located, Plain, parse, shown
@@ -95,7 +94,7 @@ def merge_settings(
         **precision_settings(precision, given.stage),
     }
     mode = bfloat16_mode(precision, given.stage)
-    _raise_all([*_conflicts(given.tree, settings), *_check_types(given, mode)])
+    raise_together([*_conflicts(given.tree, settings), *_check_types(given, mode)])
     free = given.tree.plain()
     assert isinstance(free, dict)
     for key, rule in RULES.items():
@@ -170,14 +169,14 @@ def read_ds_config(path_or_name: str) -> DsConfig:
     tree, errors = parse(text.replace("\t", " "), file)
     if not isinstance(tree.value, dict):
         raise UserError(file, f"is {shown(tree.plain())}", "a JSON object")
-    _raise_all([*errors, *_check(tree, "")])
+    raise_together([*errors, *_check(tree, "")])
     zero = tree.child("zero_optimization")
     stage = zero.child("stage") if zero else None
     if stage is None or not isinstance(stage.value, int):
         where = f"{zero.place if zero else tree.place}: zero_optimization.stage"
         raise UserError(where, "is missing", "0, 1, 2 or 3")
     assert zero is not None
-    _raise_all(_check_stage(zero, stage.value))
+    raise_together(_check_stage(zero, stage.value))
     optimizer, parameters = (
         _is_offloaded(zero, section) for section in ("offload_optimizer", "offload_param")
     )
@@ -294,9 +293,3 @@ def _agrees(given: Plain | Value, made: object) -> bool:
             _agrees(value, made.get(key, _NOTHING)) for key, value in given.items()
         )
     return isinstance(given, bool) == isinstance(made, bool) and given == made
-
-
-def _raise_all(errors: Iterator[UserError] | list[UserError]) -> None:
-    found = list(errors)
-    if found:
-        raise found[0] if len(found) == 1 else UserErrors(found)

@@ -21,7 +21,7 @@ from dualtrain.checkpoint.trained import (
     read_vocab,
     tokenizer_file,
 )
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.files import user_path
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
@@ -33,7 +33,6 @@ from dualtrain.evaluate.tasks import SHIPPED, Task, load_tasks, score_task
 from dualtrain.evaluate.tokenizer_differences import tokenizer_differences
 from dualtrain.evaluate.view import View
 from dualtrain.model.memory import is_out_of_memory
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 
 DEFAULT_SEQUENCES = 256

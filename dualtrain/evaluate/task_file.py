@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors, nearest
 from dualtrain.common.input_files import InputFile
 from dualtrain.evaluate.templates import Templates, compile_expression, compile_template
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.yaml_source import Located, Plain, dotted, parse, shown
 from dualtrain.recipe.yaml_source import Path as KeyPath
 

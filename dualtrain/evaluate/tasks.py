@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors, nearest
 from dualtrain.common.files import user_path
 from dualtrain.evaluate.task_data import find_data, read_file, read_hub
 from dualtrain.evaluate.task_file import (
@@ -24,7 +24,6 @@ from dualtrain.evaluate.task_file import (
 )
 from dualtrain.evaluate.task_result import ItemResult, TaskResult
 from dualtrain.evaluate.templates import Item
-from dualtrain.recipe.describe import nearest
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.scoring import Mode, Request, Score

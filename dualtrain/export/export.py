@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from transformers import PretrainedConfig
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.checkpoint.trained import find_source, tokenizer_file
 from dualtrain.common.errors import UserError
-from dualtrain.common.file_kinds import read_object
+from dualtrain.common.file_kinds import check_name, read_object
+from dualtrain.common.files import absolute, made_whole, reserved, writing
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.export.model_card import write_model_card
-from dualtrain.export.place import made_whole
 from dualtrain.export.weights import write_weights
 from dualtrain.model.build import CONFIG, model_config, read_config
 from dualtrain.model.exported import CODE, exported_config, exported_import
@@ -116,7 +117,7 @@ def export_checkpoint(
     else:
         given = read_object(file, "a model's configuration")
         values = exported_import(given, **facts)
-    with made_whole(to) as directory:
+    with _made_whole(to) as directory:
         _write(directory / CONFIG, values)
         _write(directory / "generation_config.json", _generation(config, info))
         names = write_tokenizer(
@@ -143,6 +144,17 @@ def export_checkpoint(
         parameters=parameters,
         files=files,
     )
+
+
+@contextmanager
+def _made_whole(directory: Path | str) -> Iterator[Path]:
+    """Give a directory to write into, which takes its place only if nothing goes wrong."""
+    where = f"--to {directory}"
+    with writing(directory, where=where, hint="nothing is left of it"):
+        place = absolute(directory)
+        check_name(place)
+        with reserved(place, where=where) as partial, made_whole(partial, place):
+            yield partial
 
 
 def _generation(config: PretrainedConfig, info: DatasetInfo) -> dict[str, object]:

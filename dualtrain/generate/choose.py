@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, raise_together
 
 GREEDY_BELOW = 1e-6
 """Temperature below which the likeliest token is taken: float32 tells no closer logits apart."""
@@ -57,8 +57,7 @@ class Sampling:
             penalty = f"{self.repetition_penalty:g}"
             expected = f"{least:g} to {most:g}; 1 changes nothing, try 1.2"
             wrong.append(UserError("--repetition-penalty", penalty, expected))
-        if wrong:
-            raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
+        raise_together(wrong)
 
     @property
     def is_greedy(self) -> bool:

@@ -14,12 +14,12 @@ from typing import cast
 from rich.console import Console
 
 from dualtrain.checkpoint.trained import Precision, TrainedModel, open_trained
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.common.input_files import check_unicode
 from dualtrain.generate.autoregressive import Stop
 from dualtrain.generate.files import ResultFile, read_prompts, record, refuse_existing
 from dualtrain.generate.prompts import has_gap
-from dualtrain.generate.settings import Settings, Wishes, raise_all, read_settings
+from dualtrain.generate.settings import Settings, Wishes, read_settings
 from dualtrain.generate.text_model import TextModel
 from dualtrain.generate.texts import ROWS_AT_ONCE, Text, generate_texts, prepare
 from dualtrain.generate.view import (
@@ -30,7 +30,6 @@ from dualtrain.generate.view import (
     UnmaskView,
     View,
 )
-from dualtrain.recipe.describe import nearest
 
 _STOPS: dict[Stop, str] = {
     "end": "ended by the model",
@@ -128,7 +127,7 @@ def _check(request: Request, settings: Settings) -> None:
         wrong.append(UserError("--trace", "shows what --out writes elsewhere", "one of both"))
     if request.out:
         refuse_existing(request.out)
-    raise_all(wrong)
+    raise_together(wrong)
 
 
 def _view(request: Request, settings: Settings, trained: TrainedModel, total: int) -> View:

@@ -9,12 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.common.input_files import InputFile, check_unicode, parse_object
 from dualtrain.generate.prompts import Tokenizer
-from dualtrain.generate.settings import Settings, raise_all
+from dualtrain.generate.settings import Settings
 from dualtrain.generate.texts import Text
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.yaml_source import shown
 
 _KEY = "prompt"
@@ -50,7 +49,7 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
         else:
             prompts.append(prompt)
             places.append(place)
-    raise_all(wrong)
+    raise_together(wrong)
     if not prompts:
         raise UserError(file.name, "has no prompts", "one on each line")
     return prompts, places

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeVar, cast
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.generate.choose import Sampling
 from dualtrain.generate.diffusion import ORDERS, Order
-from dualtrain.recipe.describe import nearest
 
 Mode = Literal["ar", "prefix", "diffusion"]
 MODES: tuple[Mode, ...] = ("ar", "prefix", "diffusion")
@@ -63,7 +62,7 @@ class Settings:
         if self.samples > 1 and self.is_certain:
             sure = f"{self.samples} texts of temperature 0 would be one and the same"
             wrong.append(UserError("--samples", sure, "1, or a temperature above 0"))
-        raise_all(wrong)
+        raise_together(wrong)
 
     @property
     def is_diffusion(self) -> bool:
@@ -117,7 +116,7 @@ def read_settings(wishes: Wishes, *, gaps: Sequence[str], prompts: int) -> Setti
     wrong: list[UserError] = []
     mode = _word("--mode", wishes.mode or ("diffusion" if gaps else "ar"), MODES, wrong)
     order = _word("--order", wishes.order or "confidence", ORDERS, wrong)
-    raise_all(wrong)
+    raise_together(wrong)
     if mode == "diffusion":
         if wishes.repetition_penalty is not None:
             wrong.append(_out_of_place("repetition_penalty", mode, "ar or prefix"))
@@ -129,7 +128,7 @@ def read_settings(wishes: Wishes, *, gaps: Sequence[str], prompts: int) -> Setti
         names = ("steps", "order", "block")
         given = [name for name in names if getattr(wishes, name) is not None]
         wrong += [_out_of_place(name, mode, "diffusion") for name in given]
-    raise_all(wrong)
+    raise_together(wrong)
     temperature, penalty = wishes.temperature, wishes.repetition_penalty
     sampling = Sampling(
         temperature=TEMPERATURE if temperature is None else temperature,
@@ -147,12 +146,6 @@ def read_settings(wishes: Wishes, *, gaps: Sequence[str], prompts: int) -> Setti
         order=order,
         block=wishes.block,
     )
-
-
-def raise_all(errors: list[UserError]) -> None:
-    """Raise what was found, if anything was, all at once."""
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def _word(option: str, word: str, words: Sequence[Word], wrong: list[UserError]) -> Word:

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dualtrain.common import randomness
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, raise_together
 from dualtrain.generate.autoregressive import Stop, continue_prompts
 from dualtrain.generate.decode import Piece, label_pieces
 from dualtrain.generate.diffusion import Filled, fill_masks, plan_passes
 from dualtrain.generate.prompts import Tokenizer, encode_prompt, has_gap, parse_gaps
-from dualtrain.generate.settings import Settings, raise_all
+from dualtrain.generate.settings import Settings
 from dualtrain.generate.text_model import TextModel
 from dualtrain.model.memory import is_out_of_memory
 
@@ -130,7 +130,7 @@ def prepare(
             prompts.append(_prepare(number, text, settings, model, tokenizer, where))
         except UserError as error:
             wrong.append(error)
-    raise_all(wrong)
+    raise_together(wrong)
     return prompts
 
 

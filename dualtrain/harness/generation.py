@@ -14,10 +14,9 @@ from typing import Any, Literal
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from dualtrain.checkpoint.trained import TrainedModel
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.randomness import generator
 from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt
-from dualtrain.recipe.describe import nearest
 
 CACHED_TOKENS = 8192
 """Tokens in the cache at once, unless a number is given."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from dualtrain.checkpoint.trained import Precision, open_trained
-from dualtrain.common.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from dualtrain.common.errors import EXIT_DONE, EXIT_USER_ERROR, UserError, nearest
 from dualtrain.evaluate.scoring import (
     MASKING_MODES,
     MODES,
@@ -31,7 +31,6 @@ from dualtrain.evaluate.scoring import (
     Scorer,
     encode_pair,
 )
-from dualtrain.recipe.describe import nearest
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.file_kinds import read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox")
@@ -64,9 +64,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> PretrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UserError(where, f"is not a configuration of {family}: {reason}") from None
     _check_sizes(config, where)
-    obstacles = _obstacles(config, values, where)
-    if obstacles:
-        raise obstacles[0] if len(obstacles) == 1 else UserErrors(obstacles)
+    raise_together(_obstacles(config, values, where))
     return config
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Literal, TypedDict, cast
 
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import DISK_FULL
+from dualtrain.common.files import DISK_FULL, replacing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -252,14 +252,10 @@ class MetricsFile:
         kept = [r for r in records if r["kind"] == "event" or r["step"] <= step]
         if len(kept) == len(records):
             return 0
-        temporary = self.path.with_name(self.path.name + ".new")
         try:
-            with temporary.open("wb") as file:
-                file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
+            with replacing(self.path) as file:
+                file.write_text("".join(json.dumps(record) + "\n" for record in kept))
             self._file.close()
-            os.replace(temporary, self.path)
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise self._unwritable(error) from None

@@ -5,11 +5,11 @@ Used by the messages about wrong values and by the reference, so that both say t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from dualtrain.common.errors import nearest
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Path, shown
 
@@ -62,17 +62,10 @@ def keys(path: Path) -> list[str]:
 def nearest_key(path: Path) -> str:
     """A hint at the key that an unknown one was meant to be; empty if none is near."""
     *parents, key = path
-    near = difflib.get_close_matches(str(key), keys(tuple(parents)), n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]}?"
+    if hint := nearest(key, keys(tuple(parents)), cutoff=0.6):
+        return hint
     elsewhere = [f.path for f in fields() if f.path.split(".")[-1] == key and "[]" not in f.path]
     return f"did you mean {elsewhere[0]}?" if elsewhere else ""
-
-
-def nearest(word: object, candidates: Sequence[str]) -> str:
-    """A hint at the candidate that a word was meant to be; empty if none is near."""
-    near = difflib.get_close_matches(str(word), candidates, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else ""
 
 
 @cache

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors, raise_together
 from dualtrain.recipe.problems import validate
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.shipped import find_recipe
@@ -83,8 +83,8 @@ class RecipeTree:
         errors = list(self.errors)
         recipe, problems = validate(self.tree)
         errors += [problem.error() for problem in sorted(problems, key=lambda p: p.place)]
-        if errors or recipe is None:
-            raise errors[0] if len(errors) == 1 else UserErrors(errors)
+        raise_together(errors)
+        assert recipe is not None  # or there are problems
         origins = {dotted(path): str(place) for path, place in self.tree.leaves()}
         return LoadedRecipe(recipe, self.source, origins)
 

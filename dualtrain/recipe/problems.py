@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.recipe import describe
 from dualtrain.recipe.checks import find_conflicts
 from dualtrain.recipe.schema import REMOVED, Recipe
@@ -169,7 +169,7 @@ def _explain(path: Path, detail: ErrorDetails, values: Plain, tree: Located) -> 
     words = describe.options(path)
     if isinstance(value, str) and words:
         what = f"{shown(value)} is not known"
-        return Problem(place, path, what, expected, describe.nearest(value, words))
+        return Problem(place, path, what, expected, nearest(value, words))
     if kind == "value_error":
         reason = detail.get("ctx", {}).get("error")
         return Problem(place, path, f"{shown(value)} {reason}", expected)

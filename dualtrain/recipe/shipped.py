@@ -6,10 +6,9 @@ installed wheel they lie in ``dualtrain/_shipped``.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.files import LONGEST_SHOWN, file_problem, user_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -103,6 +102,5 @@ def _shipped_name(path_or_name: str) -> str:
 def _unknown(where: str, name: str, what: str, kind: str, names: list[str]) -> UserError:
     # The last part alone, too: `470m` is near `paper/470m`.
     last = [other for other in names if other.rpartition("/")[2] == name.rpartition("/")[2]]
-    near = last or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else ""
+    hint = f"did you mean {last[0]}?" if last else nearest(name, names)
     return UserError(where, what, f"{kind} or one of {', '.join(names)}", hint)

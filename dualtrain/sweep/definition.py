@@ -27,11 +27,10 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
-from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.common.errors import UserError, UserErrors, nearest, raise_together
 from dualtrain.common.files import user_path
 from dualtrain.data.corpus import read_corpus
 from dualtrain.derived.derive import run_length
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.load import COMMAND_LINE, LoadedRecipe, RecipeTree, read_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Located, Place, Plain, shown
@@ -118,16 +117,14 @@ def load_sweep(
         )
     asked, errors = _read_section(section)
     errors += _without_effect(overrides, asked)
-    if errors:
-        # What was wrong in the text comes first: it is left out, and would be missed here.
-        raise _together(whole.errors or errors)
+    # What was wrong in the text comes first: it is left out, and would be missed here.
+    raise_together(errors and (whole.errors or errors))
     base = whole.without(SECTION)
     keys = tuple(dict.fromkeys(key for values in asked for key in values))
     folder = directory or _directory(section, base)
     points, errors = _make_points(base, asked, folder)
     errors = errors or _duplicates(points, asked) or _unequal_budgets(points)
-    if errors:
-        raise _together(errors)
+    raise_together(errors)
     return Sweep(whole.source, folder, keys, tuple(points))
 
 
@@ -180,10 +177,6 @@ def _in_name(value: Plain) -> str:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _together(errors: Sequence[UserError]) -> UserError:
-    return errors[0] if len(errors) == 1 else UserErrors(list(errors))
 
 
 def _directory(section: Located, base: RecipeTree) -> Path:

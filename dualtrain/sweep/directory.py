@@ -8,7 +8,6 @@ renamed, so that a sweep which is killed at any moment goes on where it was.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json, write_text
-from dualtrain.common.locks import flock
+from dualtrain.common.locks import acquire, is_held, locked
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.recipe.yaml_source import load, shown
 from dualtrain.sweep.definition import Point, Sweep
@@ -121,8 +120,7 @@ def prepare(sweep: Sweep) -> None:
     try:
         sweep.directory.mkdir(parents=True, exist_ok=True)
         # Jobs of an array begin at once, perhaps with different forms of the sweep.
-        with (sweep.directory / _LOCK).open("a+") as lock:
-            flock(lock, fcntl.LOCK_EX, path=sweep.directory / _LOCK)
+        with locked(sweep.directory / _LOCK):
             before = read_listing(sweep.directory) if path.is_file() else before
             points = list(dict.fromkeys([*before.points, *(p.label for p in sweep.points)]))
             now = Listing(
@@ -181,7 +179,7 @@ def write_recipe(point: Point) -> Path:
     return path
 
 
-def claim(directory: Path) -> IO[str] | None:
+def claim(directory: Path) -> IO[bytes] | None:
     """Take a point for this process, until what is returned is closed; None if another has it.
 
     Raises:
@@ -189,36 +187,21 @@ def claim(directory: Path) -> IO[str] | None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / _LOCK).open("a+")
+        lock = acquire(directory / _LOCK, wait=False)
+    except BlockingIOError:
+        return None
     except OSError as error:
         raise UserError(str(directory), f"cannot be written to: {error.strerror}") from None
     # Its run may outlive a sweep that was killed, or be somebody's `dualtrain run`.
-    if _is_locked(file) or _is_held(directory / RUN_LOCK):
-        file.close()
+    if is_held(directory / RUN_LOCK):
+        lock.close()
         return None
-    return file
+    return lock
 
 
 def is_busy(directory: Path) -> bool:
     """Whether a process is running the point; leaves nothing behind."""
-    return _is_held(directory / _LOCK) or _is_held(directory / RUN_LOCK)
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with path.open("r+") as file:
-            return _is_locked(file)
-    except OSError:  # there is no such file, or what is wrong with it the run will say
-        return False
-
-
-def _is_locked(file: IO[str]) -> bool:
-    """Whether another process has the lock; takes it otherwise, until the file is closed."""
-    try:
-        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path=Path(file.name))
-    except BlockingIOError:
-        return True
-    return False
+    return is_held(directory / _LOCK) or is_held(directory / RUN_LOCK)
 
 
 def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:

@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.progress.metrics import Record, prefix_difference
-from dualtrain.recipe.describe import nearest
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Plain, parse
 from dualtrain.sweep.definition import in_words, value_at

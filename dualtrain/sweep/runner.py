@@ -51,7 +51,7 @@ class PointJob:
     reason: str = ""
     began: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    claim: IO[str] | None = field(default=None, repr=False)
+    claim: IO[bytes] | None = field(default=None, repr=False)
     signals: int = 0
 
 

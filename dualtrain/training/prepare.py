@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import user_path
-from dualtrain.common.locks import flock
+from dualtrain.common.locks import acquire, holder
 from dualtrain.recipe.load import read_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import Plain
@@ -125,7 +123,7 @@ def _unwritable(run_dir: Path, why: str | None) -> UserError:
     )
 
 
-def lock_run_directory(recipe: Recipe) -> TextIO:
+def lock_run_directory(recipe: Recipe) -> IO[bytes]:
     """Claim the run directory for this process, until the returned file is closed.
 
     The kernel gives the lock back when the process ends, however it ends.
@@ -134,20 +132,12 @@ def lock_run_directory(recipe: Recipe) -> TextIO:
         UserError: when another process is at work there.
     """
     path = recipe.directory / RUN_LOCK
-    file = path.open("a+")
     try:
-        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path=path)
+        return acquire(path, wait=False)
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
         raise UserError(
             "run_dir",
-            f"{recipe.directory} is in use by another run (process {owner})",
+            f"{recipe.directory} is in use by another run (process {holder(path)})",
             "a directory that no other run writes to",
             "wait for it, stop it, or set run_dir=PATH",
         ) from None
-    os.ftruncate(file.fileno(), 0)
-    with suppress(OSError):  # only for messages; a disk that is full will be said by what matters
-        os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}\n".encode())
-    return file

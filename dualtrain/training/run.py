@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -78,7 +78,7 @@ class Run:
     last_scores: list[TasksRecord]
     last_saved: Path | None
     notes: tuple[str, ...]
-    lock: TextIO | None
+    lock: IO[bytes] | None
     _began: float = field(default_factory=time.monotonic)
     _waited_s: float = 0.0
 

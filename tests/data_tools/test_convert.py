@@ -164,14 +164,14 @@ def test_dataset_is_accepted_where_nothing_can_be_written(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = build_dataset(section(corpus), tmp_path / "data")
-    monkeypatch.setattr(convert, "locked_place", lambda *_, **__: pytest.fail("wrote a lock file"))
+    monkeypatch.setattr(convert, "reserved", lambda *_, **__: pytest.fail("wrote a lock file"))
     assert build_dataset(section(corpus), tmp_path / "data") == info
 
 
 def test_anything_else_in_the_way_is_left_alone(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("the only copy")
-    with pytest.raises(UserError, match="is in the way"):
+    with pytest.raises(UserError, match=r"is not empty and has no dataset\.json"):
         build_dataset(section(corpus), tmp_path / "data")
     assert (tmp_path / "data" / "thesis.txt").read_text() == "the only copy"
     (tmp_path / "empty").mkdir()
@@ -313,7 +313,7 @@ def test_place_may_be_a_link(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_place_where_a_volume_is_mounted(corpus: Path) -> None:
-    with pytest.raises(UserError, match="is where a volume is mounted"):
+    with pytest.raises(UserError, match="a volume is mounted there"):
         build_dataset(section(corpus), "/dev")
 
 
@@ -333,7 +333,7 @@ def test_mistake_in_the_same_command_keeps_what_is_done(tmp_path: Path, corpus: 
 
 def test_place_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file is a file — expected a new or empty directory"):
         build_dataset(section(corpus), tmp_path / "file" / "data")
 
 

@@ -144,4 +144,4 @@ def test_command_accepts_what_it_made_and_refuses_the_rest(
     assert isinstance(refused.exception, UserError)
     assert "made differently" in str(refused.exception)
     in_the_way = CliRunner().invoke(app, [*command[:-1], str(tmp_path)])
-    assert "is in the way" in str(in_the_way.exception)
+    assert "has no dataset.json" in str(in_the_way.exception)

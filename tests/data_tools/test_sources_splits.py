@@ -67,7 +67,7 @@ def test_directory_without_held_out_text_is_read_as_a_whole(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("names", [["test/a.jsonl"], ["a.jsonl", "dev.jsonl"]])
 def test_held_out_text_alone_is_refused(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(UserError, match="none of a split 'train'.*name the files") as caught:
+    with pytest.raises(UserError, match="none of 'train'.*name the files") as caught:
         opened(tmp_path, *names)
     assert f"'{tmp_path}/**/*.jsonl'" in caught.value.hint
 

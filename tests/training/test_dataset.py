@@ -66,7 +66,7 @@ def test_dry_run_refuses_what_the_run_would_before_it_makes_a_dataset(tmp_path: 
     cases = {
         "no such file": ["data.build.source=nowhere.jsonl"],
         "has no effect": [f"data.build.source={tmp_path}/a.txt", "data.build.text_field=body"],
-        "is in the way": [f"data.path={tmp_path}/other"],
+        "has no dataset.json": [f"data.path={tmp_path}/other"],
         "tokenizer": ["data.build.tokenizer=nowhere.json"],
     }
     for message, overrides in cases.items():

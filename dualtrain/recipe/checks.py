@@ -40,11 +40,7 @@ GAP = re.compile(r"<mask(:[1-9]\d*)?>")
 
 @dataclass(frozen=True)
 class Conflict:
-    """Fields of a recipe that do not go together.
-
-    Attributes:
-        what: What is wrong, with all values.
-    """
+    """Fields of a recipe that do not go together."""
 
     path: Path
     involved: tuple[Path, ...]
@@ -98,15 +94,12 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
 
 def check_length(recipe: Recipe) -> Iterator[Conflict]:
     """Two of the three that fix the length of the run; a third may only agree."""
-    given = {
-        name: getattr(recipe, name)
-        for name in ("steps", "unique_tokens", "repetitions")
-        if getattr(recipe, name) is not None
-    }
-    paths: tuple[Path, ...] = (("steps",), ("unique_tokens",), ("repetitions",))
-    if len(given) < 2:
-        missing = [name for name in ("steps", "unique_tokens", "repetitions") if name not in given]
-        only = f"only {next(iter(given))} is given" if given else "none of them is given"
+    names = ("steps", "unique_tokens", "repetitions")
+    paths: tuple[Path, ...] = tuple((name,) for name in names)
+    missing = [name for name in names if getattr(recipe, name) is None]
+    if len(missing) > 1:
+        given = [name for name in names if name not in missing]
+        only = f"only {given[0]} is given" if given else "none of them is given"
         yield Conflict(
             (missing[0],),
             paths,
@@ -114,7 +107,7 @@ def check_length(recipe: Recipe) -> Iterator[Conflict]:
             "two of steps, unique_tokens and repetitions; the third follows",
             f"add {' or '.join(missing)}",
         )
-    elif len(given) == 3 and isinstance(recipe.unique_tokens, int):
+    elif not missing and isinstance(recipe.unique_tokens, int):
         assert recipe.steps is not None and recipe.repetitions is not None
         per_step = recipe.global_batch * recipe.sequence_length
         total = Fraction(str(recipe.repetitions)) * recipe.unique_tokens

@@ -177,6 +177,8 @@ def _one_in_words(node: Schema, with_article: bool) -> str:
         return f"{name} of {len(node['prefixItems'])} times {inner}"
     if kind == "string" and "pattern" in node:
         return f"{name} of letters, digits and ._- only"
+    if node.get("minItems"):
+        return f"{name} of at least one item"
     return " ".join(part for part in (name, _range(node)) if part)
 
 
@@ -184,14 +186,18 @@ def _range(node: Schema) -> str:
     """The bounds of a number: ``>= 1``, ``in [0, 1)``."""
     lowest, above = node.get("minimum"), node.get("exclusiveMinimum")
     highest, below = node.get("maximum"), node.get("exclusiveMaximum")
-    low = above if lowest is None else lowest
-    high = below if highest is None else highest
-    if isinstance(high, int) and high >= 2**32:
-        high = f"2^{high.bit_length() - 1}"
-    if low is not None and high is not None:
+    low = _short(above if lowest is None else lowest)
+    high = _short(below if highest is None else highest)
+    if low and high:
         return f"in {'(' if lowest is None else '['}{low}, {high}{')' if highest is None else ']'}"
-    if low is not None:
+    if low:
         return f"{'>' if lowest is None else '>='} {low}"
-    if high is not None:
-        return f"{'<' if highest is None else '<='} {high}"
-    return ""
+    return f"{'<' if highest is None else '<='} {high}" if high else ""
+
+
+def _short(number: float | None) -> str:
+    """A bound in few characters: ``2^24``, ``10^8``, ``1e6``."""
+    if isinstance(number, int) and number >= 10_000:
+        power = number.bit_length() - 1
+        return f"2^{power}" if number == 2**power else f"10^{len(str(number)) - 1}"
+    return "" if number is None else f"{number:g}".replace("e+0", "e")

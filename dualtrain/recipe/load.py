@@ -80,11 +80,11 @@ class RecipeTree:
         Raises:
             UserError: Something is wrong with them, or was before; everything at once.
         """
-        errors = list(self.errors)
-        recipe, problems = validate(self.tree)
-        errors += [problem.error() for problem in sorted(problems, key=lambda p: p.place)]
-        raise_together(errors)
-        assert recipe is not None  # or there are problems
+        recipe, mistakes = validate(self.tree)
+        # What could not be read stands there as null, of which nothing more is to be said.
+        places = {error.where for error in self.errors}
+        raise_together([*self.errors, *(e for e in mistakes if e.where not in places)])
+        assert recipe is not None  # or there are mistakes
         origins = {dotted(path): str(place) for path, place in self.tree.leaves()}
         return LoadedRecipe(recipe, self.source, origins)
 
@@ -112,7 +112,8 @@ def read_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> RecipeTree:
     """
     file = find_recipe(path_or_name)
     tree, errors = _read_chain(file, ())
-    for override in overrides:
+    # A list or a text has no keys to change; that it is no recipe is said when it is checked.
+    for override in overrides if tree.value is None or isinstance(tree.value, dict) else ():
         try:
             tree = _override(tree, override)
         except UserError as error:
@@ -157,6 +158,8 @@ def _read_chain(file: Path, below: tuple[Path, ...]) -> tuple[Located, list[User
     try:
         parent = _parent(file, tree.value["extends"], below)
         base, more = _read_chain(parent, (*below, file))
+        if base.value is not None and not isinstance(base.value, dict):
+            raise UserError(str(base.place), f"holds {shown(base.plain())}", "a recipe")
     except UserError as error:
         # Without the base, whatever it provides would be reported as missing.
         raise UserErrors([*errors, error]) if errors else error from None

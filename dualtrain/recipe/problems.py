@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -27,56 +26,44 @@ MANY_KEYS = 8
 """More keys than this are not listed beside a key that is near."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One mistake in a recipe, in order of place."""
-
-    place: Place
-    path: Path
-    what: str
-    expected: str = ""
-    hint: str = ""
-
-    def error(self) -> UserError:
-        """The problem as it is shown."""
-        where = f"{self.place}: {dotted(self.path)}" if self.path else str(self.place)
-        return UserError(where, self.what, self.expected, self.hint)
-
-
-def validate(tree: Located) -> tuple[Recipe | None, list[Problem]]:
+def validate(tree: Located) -> tuple[Recipe | None, list[UserError]]:
     """Check the values of a recipe.
 
     Args:
         tree: What the files and the command line say, merged.
 
     Returns:
-        The recipe, or None and the problems.
+        The recipe, or None and all mistakes, in order of place.
     """
     values = tree.plain()
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds {shown(values)}"
-        return None, [Problem(tree.place, (), what, "a recipe: `name: ...`, `alpha: ...`, ...")]
-    refused: set[Path] = set()
-    problems = [
-        Problem(tree.locate(path), path, f"is no setting any more: {why}", hint="remove it")
+        expected = "a recipe: `name: ...`, `alpha: ...`, ..."
+        return None, [UserError(str(tree.place), what, expected)]
+    found: list[tuple[Place, Path, str, str, str]] = [
+        (tree.locate(path), path, f"is no setting any more: {why}", "", "remove it")
         for path, why in REMOVED.items()
         if (given := tree.at(path)) is not None and given.value is not None
     ]
+    refused: set[Path] = set()
     recipe = _build(values)
     if isinstance(recipe, ValidationError):
         for path, detail in _by_path(recipe, values).items():
             refused.add(path)
-            problems.append(_explain(path, detail, values, tree))
+            found.append((tree.locate(path), path, *_explain(path, detail)))
         recipe = _build_without(values, refused)
-    if recipe is not None:
-        for conflict in find_conflicts(recipe):
-            involved = {conflict.path, *conflict.involved}
-            if not any(_overlap(path, bad) for path in involved for bad in refused):
-                place = _first_place(tree, (conflict.path, *conflict.involved))
-                problems.append(
-                    Problem(place, conflict.path, conflict.what, conflict.expected, conflict.hint)
-                )
-    return (None if problems else recipe), problems
+    for conflict in find_conflicts(recipe) if recipe is not None else ():
+        involved = (conflict.path, *conflict.involved)
+        if not any(_overlap(path, bad) for path in involved for bad in refused):
+            # Where the recipe says something of it; some of the values are defaults.
+            there = (tree.at(path) for path in involved)
+            place = next((node.place for node in there if node is not None), tree.place)
+            found.append((place, conflict.path, conflict.what, conflict.expected, conflict.hint))
+    errors = [
+        UserError(f"{place}: {dotted(path)}", *parts)
+        for place, path, *parts in sorted(found, key=lambda problem: problem[0])
+    ]
+    return (None if errors else recipe), errors
 
 
 def _build(values: dict[str, Plain]) -> Recipe | ValidationError:
@@ -151,39 +138,36 @@ def _recipe_path(detail: ErrorDetails, values: Plain) -> Path:
     return tuple(path)
 
 
-def _explain(path: Path, detail: ErrorDetails, values: Plain, tree: Located) -> Problem:
-    place, kind, value = tree.locate(path), detail["type"], detail.get("input")
-    expected = describe.expectation(path)
+def _explain(path: Path, detail: ErrorDetails) -> tuple[str, str, str]:
+    """What is wrong with the value at a path, what is expected, and a hint."""
+    kind, value, expected = detail["type"], detail.get("input"), describe.expectation(path)
     if path == ("sweep",):
         what = "stands for many runs, and this is about one"
-        return Problem(place, path, what, "`dualtrain sweep` with this file")
+        return what, "`dualtrain sweep` with this file", ""
     if kind == "extra_forbidden":
         siblings, hint = describe.keys(path[:-1]), describe.nearest_key(path)
         many = len(siblings) > MANY_KEYS and hint
-        expected = "" if many else f"one of {', '.join(siblings)}"
-        return Problem(place, path, "unknown key", expected, hint)
+        return "unknown key", "" if many else f"one of {', '.join(siblings)}", hint
     if kind in ("missing", "union_tag_not_found"):
-        return Problem(place, path, "is missing", expected)
+        return "is missing", expected, ""
     if kind == "union_tag_invalid" and isinstance(value, dict):
         value = value["name"]
     words = describe.options(path)
     if isinstance(value, str) and words:
-        what = f"{shown(value)} is not known"
-        return Problem(place, path, what, expected, nearest(value, words))
+        return f"{shown(value)} is not known", expected, nearest(value, words)
     if kind == "value_error":
-        reason = detail.get("ctx", {}).get("error")
-        return Problem(place, path, f"{shown(value)} {reason}", expected)
+        return f"{shown(value)} {detail.get('ctx', {}).get('error')}", expected, ""
+    if kind.endswith("too_short") and not value:
+        return "is empty", expected, ""
     if kind in ("too_short", "too_long", "string_pattern_mismatch") or "than" in kind:
-        return Problem(place, path, f"{shown(value)} is not allowed", expected)
-    return Problem(place, path, _mismatch(value), expected, _type_hint(value, expected))
+        return f"{shown(value)} is not allowed", expected, ""
+    return _mismatch(value), expected, _type_hint(value, expected)
 
 
 def _mismatch(value: object) -> str:
     if value is None or isinstance(value, (dict, list, bool)):
         return f"is {shown(value)}"
-    if isinstance(value, str):
-        return f"{shown(value)} is text"
-    return f"{shown(value)} is not allowed"
+    return f"{shown(value)} is {'text' if isinstance(value, str) else 'not allowed'}"
 
 
 def _type_hint(value: object, expected: str) -> str:
@@ -205,11 +189,3 @@ def _overlap(one: Path, other: Path) -> bool:
     """Whether one of the paths leads to the other or to a part of it."""
     shorter = min(len(one), len(other))
     return one[:shorter] == other[:shorter]
-
-
-def _first_place(tree: Located, paths: Iterable[Path]) -> Place:
-    """The place of the first of the values that stands in the recipe; some are defaults."""
-    for path in paths:
-        if tree.at(path) is not None:
-            return tree.locate(path)
-    return tree.place

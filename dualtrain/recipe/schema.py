@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,12 +23,15 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
     Tag,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 LARGEST_STEPS = 10**8
 LARGEST_TEMPERATURE = 1e3
@@ -78,25 +82,43 @@ Share = Annotated[
 ]
 
 
-def _limited(lowest: float, highest: float, why: str) -> AfterValidator:
-    """Refuse numbers that no machine could work with; those that make no sense have bounds."""
+@dataclass(frozen=True)
+class Limits:
+    """Refuses numbers that no machine could work with, and says why; 0 is for the field to refuse.
 
-    def check(number: float) -> float:
-        if number > highest or 0 < number < lowest:
-            raise ValueError(f"is outside [{lowest:.10g}, {highest:.10g}]: {why}")
+    Numbers that make no sense have bounds of the field instead.
+    """
+
+    lowest: float
+    highest: float
+    why: str
+
+    def check(self, number: float) -> float:
+        """The number; ValueError if it is beyond the limits."""
+        if number > self.highest or 0 < number < self.lowest:
+            raise ValueError(f"is out of range: {self.why}")
         return number
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler):
+        return no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler):
+        node = handler(schema)
+        node["maximum"] = min(self.highest, node.get("maximum", self.highest))
+        if node.get("exclusiveMinimum") == 0:
+            del node["exclusiveMinimum"]
+            node["minimum"] = self.lowest
+        return node
 
 
-_FACTOR = _limited(1e-30, 1e6, "fp32 has to hold it, its products and their squares")
-_TEMPERATURE = _limited(0, LARGEST_TEMPERATURE, "all tokens are equally likely long before")
-_SECONDS = _limited(
-    1, 1e6, "ranks need a moment to answer, and the libraries count milliseconds in 32 bits"
+_FACTOR = Limits(1e-30, 1e6, "fp32 has to hold it, its products and their squares")
+_TEMPERATURE = Limits(0, LARGEST_TEMPERATURE, "all tokens are equally likely long before")
+_SECONDS = Limits(
+    1, 10**6, "ranks need a moment to answer, and the libraries count milliseconds in 32 bits"
 )
-_STEPS = _limited(1, LARGEST_STEPS, "a step a millisecond would take a day")
-_COUNT = _limited(1, 10**15, "nobody has as much text")
-_SIZE = _limited(1, 2**24, "products of two sizes have to fit into 64 bits")
+_STEPS = Limits(1, LARGEST_STEPS, "a step a millisecond would take a day")
+_COUNT = Limits(1, 10**15, "nobody has as much text")
+_SIZE = Limits(1, 2**24, "products of two sizes have to fit into 64 bits")
 
 Factor = Annotated[float, _FACTOR]
 Steps = Annotated[int, _STEPS]

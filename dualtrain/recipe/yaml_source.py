@@ -11,16 +11,11 @@ text. PyYAML alone follows YAML 1.1, where ``1e-3`` is text and ``no`` is false.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
-from yaml.parser import Parser
-from yaml.reader import Reader
-from yaml.resolver import BaseResolver
-from yaml.scanner import Scanner
 
 from dualtrain.common.errors import UserError
 
@@ -30,6 +25,8 @@ Path = tuple[str | int, ...]
 """Keys and list indices from the root, such as ``("optim", "lr")``."""
 
 TAG = "tag:yaml.org,2002:"
+MOST_REPEATED = 10_000
+"""Values that aliases may stand for, together; a few lines of them could stand for billions."""
 
 
 @dataclass(frozen=True, order=True)
@@ -58,27 +55,15 @@ class Located:
             return [child.plain() for child in self.value]
         return self.value
 
-    def locate(self, path: Path) -> Place:
-        """The place of the value at a path, or of its nearest enclosing section that is there."""
-        node = self
-        for key in path:
-            child = node.child(key)
-            if child is None:
-                break
-            node = child
-        return node.place
+    def children(self) -> Mapping[str | int, Located]:
+        """A section's values by their keys, or a list's items by their indices."""
+        if isinstance(self.value, list):
+            return dict(enumerate(self.value))
+        return {**self.value} if isinstance(self.value, dict) else {}
 
-    def leaves(self, path: Path = ()) -> Iterator[tuple[Path, Place]]:
-        """Every value that is neither a section nor a list, with its path; empty ones, too."""
-        pairs: list[tuple[Path, Located]] = []
-        if isinstance(self.value, dict):
-            pairs = [((*path, key), child) for key, child in self.value.items()]
-        elif isinstance(self.value, list):
-            pairs = [((*path, index), child) for index, child in enumerate(self.value)]
-        if not pairs:
-            yield path, self.place
-        for inner, child in pairs:
-            yield from child.leaves(inner)
+    def child(self, key: str | int) -> Located | None:
+        """A value or an item; None if it is not there."""
+        return self.children().get(key)
 
     def at(self, path: Path) -> Located | None:
         """What stands at a path; None where nothing does."""
@@ -87,13 +72,17 @@ class Located:
             node = None if node is None else node.child(key)
         return node
 
-    def child(self, key: str | int) -> Located | None:
-        """A section's value by its key, or a list's item by its index; None if it is not there."""
-        if isinstance(self.value, dict):
-            return self.value.get(str(key))
-        if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
-            return self.value[key]
-        return None
+    def locate(self, path: Path) -> Place:
+        """The place of the value at a path, or of its nearest enclosing section that is there."""
+        there = (self.at(path[:length]) for length in range(len(path), -1, -1))
+        return next(node.place for node in there if node is not None)
+
+    def leaves(self, path: Path = ()) -> Iterator[tuple[Path, Place]]:
+        """Every value that is neither a section nor a list, with its path; empty ones, too."""
+        if not self.children():
+            yield path, self.place
+        for key, child in self.children().items():
+            yield from child.leaves((*path, key))
 
 
 def parse(
@@ -111,10 +100,14 @@ def parse(
         duplicate keys (the first counts), keys that are not text, tags.
 
     Raises:
-        UserError: It is not YAML.
+        UserError: It is not YAML, or its aliases stand for too much.
     """
+    walk = _Walk(file, line)
     try:
-        return _Converter(file, line).convert_document(_Loader(text).get_single_node(), path)
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            return Located(None, Place(file, line or 1)), []
+        return walk.convert(node, path, walk.place(node)), walk.problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(file, line if line is not None else (mark.line + 1 if mark else 1))
@@ -152,7 +145,7 @@ def load(text: str) -> Any:
 
 def dotted(path: Path) -> str:
     """A path as users write it: ``algorithms.0.use``."""
-    return ".".join(str(key) for key in path)
+    return ".".join(map(str, path))
 
 
 def is_unicode(text: str) -> bool:
@@ -172,30 +165,10 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class _Resolver(BaseResolver):
-    """Scalar types of the YAML 1.2 core schema."""
+class _Loader(yaml.SafeLoader):
+    """Takes scalars for what the YAML 1.2 core schema says."""
 
-
-_SCALARS: tuple[tuple[str, str, Sequence[str | None]], ...] = (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-)
-
-
-class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
-    def __init__(self, text: str) -> None:
-        Reader.__init__(self, text)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-        Composer.__init__(self)
-        _Resolver.__init__(self)
+    yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -209,58 +182,77 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence(f"{TAG}seq", data, flow_style=is_flat)
 
 
+def _integer(text: str) -> int:
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _float(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_READERS: dict[str, Callable[[str], Scalar]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": _integer,
+    "float": _float,
+    "str": str,
+}
+_TAGS = {yaml.ScalarNode: tuple(_READERS), yaml.SequenceNode: ("seq",), yaml.MappingNode: ("map",)}
+_SCALARS: tuple[tuple[str, str, Sequence[str | None]], ...] = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+)
+
 _Dumper.add_representer(list, _Dumper.represent_list)
 for _name, _pattern, _first in _SCALARS:
-    _Resolver.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
+    _Loader.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
     _Dumper.add_implicit_resolver(TAG + _name, re.compile(_pattern), _first)
 
 
-_TAGS: dict[type[yaml.Node], tuple[str, ...]] = {
-    yaml.ScalarNode: ("str", *(name for name, _, _ in _SCALARS)),
-    yaml.SequenceNode: ("seq",),
-    yaml.MappingNode: ("map",),
-}
-
-
-class _Converter:
-    """From PyYAML's nodes to :class:`Located` values."""
+class _Walk:
+    """From PyYAML's nodes to :class:`Located` values: each once, or as often as aliases say."""
 
     def __init__(self, file: str, line: int | None) -> None:
         self._file, self._line = file, line
-        self._problems: list[UserError] = []
+        self._begun: set[int] = set()
         self._open: set[int] = set()
+        self._repeated = 0
+        self.problems: list[UserError] = []
 
-    def convert_document(
-        self, node: yaml.Node | None, path: Path
-    ) -> tuple[Located, list[UserError]]:
-        if node is None:
-            return Located(None, Place(self._file, self._line or 1)), []
-        return self._convert(node, path, self._place(node)), self._problems
-
-    def _place(self, node: yaml.Node) -> Place:
+    def place(self, node: yaml.Node) -> Place:
         line = self._line if self._line is not None else node.start_mark.line + 1
         return Place(self._file, line)
 
-    def _report(self, place: Place, path: Path, what: str, expected: str = "") -> None:
-        where = f"{place}: {dotted(path)}" if path else str(place)
-        self._problems.append(UserError(where, what, expected))
-
-    def _convert(self, node: yaml.Node, path: Path, place: Place) -> Located:
+    def convert(self, node: yaml.Node, path: Path, place: Place) -> Located:
         if id(node) in self._open:
             self._report(place, path, "an alias inside its own anchor")
             return Located(None, place)
-        if node.tag.removeprefix(TAG) not in _TAGS[type(node)]:
+        kind = node.tag.removeprefix(TAG)
+        if kind not in _TAGS[type(node)]:
             self._report(place, path, f"the tag {node.tag!r} has no meaning here", "a plain value")
             return Located(None, place)
+        self._repeated += id(node) in self._begun
+        if self._repeated > MOST_REPEATED:
+            what = f"aliases stand for more than {MOST_REPEATED:,} values"
+            raise UserError(str(place), what, "the values themselves")
+        self._begun.add(id(node))
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
                 return Located(self._mapping(node, path), place)
             if isinstance(node, yaml.SequenceNode):
                 items = enumerate(node.value)
-                children = [self._convert(n, (*path, i), self._place(n)) for i, n in items]
-                return Located(children, place)
-            return Located(self._scalar(node, path, place), place)
+                return Located(
+                    [self.convert(item, (*path, i), self.place(item)) for i, item in items], place
+                )
+            return Located(self._scalar(kind, node.value, path, place), place)
         finally:
             self._open.discard(id(node))
 
@@ -268,45 +260,37 @@ class _Converter:
         children: dict[str, Located] = {}
         for key_node, value_node in node.value:
             # A value's place is the line of its key: there the reader looks for it.
-            place = self._place(key_node)
+            place, key = self.place(key_node), key_node.value
             if key_node.tag != f"{TAG}str":
-                self._report(place, path, f"the key {key_node.value!r} is not text", "a name")
-                continue
-            key = key_node.value
-            if not is_unicode(key):
+                self._report(place, path, f"the key {key!r} is not text", "a name")
+            elif not is_unicode(key):
                 self._report(place, path, f"the key {shown(key)} has half of a character")
-                continue
-            if key == "<<" and key_node.style is None:
+            elif key == "<<" and key_node.style is None:
                 what = "merging with << is not part of YAML 1.2, and nothing would come of it"
                 self._report(place, path, what, "the keys themselves, or `extends`")
-                continue
-            child = self._convert(value_node, (*path, key), place)
-            if key in children:
-                line = children[key].place.line
-                first = f"; the first is on line {line}" if line else ""
-                self._report(place, (*path, key), "duplicate key", f"each key once{first}")
-                continue
-            children[key] = child
+            else:
+                child = self.convert(value_node, (*path, key), place)
+                first = children.setdefault(key, child)
+                if first is not child:
+                    line = first.place.line
+                    expected = f"each key once{f'; the first is on line {line}' * bool(line)}"
+                    self._report(place, (*path, key), "duplicate key", expected)
         return children
 
-    def _scalar(self, node: yaml.Node, path: Path, place: Place) -> Scalar:
-        kind, text = node.tag.removeprefix(TAG), node.value
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
+    def _scalar(self, kind: str, text: str, path: Path, place: Place) -> Scalar:
         try:
-            if kind == "int":
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-            if kind == "float":
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            value = _READERS[kind](text)
         except ValueError:
             self._report(place, path, f"{shown(text)} is not a number that can be read")
             return None
-        if not is_unicode(text):
+        if isinstance(value, str) and not is_unicode(value):
             self._report(place, path, f"{shown(text)} has half of a character", "Unicode text")
             return ""
-        return text
+        return value
+
+    def _report(self, place: Place, path: Path, what: str, expected: str = "") -> None:
+        where = f"{place}: {dotted(path)}" if path else str(place)
+        self.problems.append(UserError(where, what, expected))
 
 
 def _syntax_hint(what: str) -> str:

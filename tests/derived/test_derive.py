@@ -1,4 +1,4 @@
-"""Numbers that follow from a recipe: by hand, by brute force, and from the paper."""
+"""Tests of: dualtrain.derived.derive, reasons, cost: by hand, by brute force, from the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of: dualtrain.recipe.schema, checks, derive: numbers of a legal type that are absurd."""
+"""Tests of: dualtrain.recipe.schema, recipe.checks, derived: legal types, absurd numbers."""
 
 from __future__ import annotations
 

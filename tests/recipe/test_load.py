@@ -1,4 +1,4 @@
-"""Recipes from files: what they extend, what the command line changes, and everything refused."""
+"""Tests of: dualtrain.recipe.load, problems, checks, shipped: files, overrides, what is refused."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def test_shares_are_exact(tmp_path, text, alpha):
         ("alpha={name: fases, phases: []}", "alpha.name: 'fases' is not known"),
         # Wrong types.
         ("seed=one", "seed: 'one' is text — expected an integer in [0, 2^63)"),
-        ("model.layers=2.5", "model.layers: 2.5 is not allowed — expected an integer >= 1"),
+        ("model.layers=2.5", "model.layers: 2.5 is not allowed — expected an integer in [1, 2^24]"),
         ("model.layers='4'", "(write 4, without quotes)"),
-        ("unique_tokens=1e6", "expected all, an integer >= 1 or null (write 1000000)"),
+        ("unique_tokens=1e6", "expected all, an integer in [1, 10^15] or null (write 1000000)"),
         ("unique_tokens=al", "unique_tokens: 'al' is not known"),
         ("unique_tokens=al", "(did you mean all?)"),
         ("steps=1_000", "(write 1000, without _)"),
@@ -117,19 +117,19 @@ def test_shares_are_exact(tmp_path, text, alpha):
         ("optim.betas=[0.9, 1]", "optim.betas.1: 1 is not allowed — expected a number in [0, 1)"),
         ("algorithms=[{use: x, args: {a: [1]}}]", "algorithms.0.args.a: is a list"),
         # Out of range.
-        ("optim.lr=0", "optim.lr: 0 is not allowed — expected a number > 0"),
+        ("optim.lr=0", "optim.lr: 0 is not allowed — expected a number in [1e-30, 1e6]"),
         ("optim.lr=.inf", "optim.lr: inf is not allowed"),
         ("optim.lr=.nan", "optim.lr: nan is not allowed"),
         (
             "objective.corruption={name: span, rate: {start: 0}}",
-            "objective.corruption.rate.start: 0 is not allowed — expected a number in (0, 1]",
+            "objective.corruption.rate.start: 0 is not allowed — expected a number in [1e-30, 1]",
         ),
         (
             "objective.corruption={name: uniform, rate: {end: 15}}",
-            "objective.corruption.rate.end: 15 is not allowed — expected a number in (0, 1]",
+            "objective.corruption.rate.end: 15 is not allowed — expected a number in [1e-30, 1]",
         ),
         ("objective.corruption={name: uniform, rate: 0.2}", "expected a section or null"),
-        ("checkpoint.keep=1", "expected an integer >= 2 or null"),
+        ("checkpoint.keep=1", "expected an integer in [2, 10^8] or null"),
         ("name=a b", "name: 'a b' is not allowed — expected text of letters, digits and ._- only"),
         ("alpha=3/2", "alpha: '3/2' is outside [0, 1] — expected a share in [0, 1] such as 1/8"),
         ("alpha=-0.1", "alpha: -0.1 is outside [0, 1]"),
@@ -138,6 +138,12 @@ def test_shares_are_exact(tmp_path, text, alpha):
         ("alpha=half", "alpha: 'half' is not a number or a fraction"),
         ("alpha='1e-999999999'", "is not a number or a fraction"),
         ("alpha=true", "alpha: true is not a number or a fraction"),
+        ("optim.lr=1e39", "1e+39 is out of range: fp32 has to hold it, its products and their"),
+        ("optim.lr=1e39", "— expected a number in [1e-30, 1e6]"),
+        # Empty.
+        ("eval.modes=[]", "eval.modes: is empty — expected a list of at least one item"),
+        ("alpha={name: linear, phases: []}", "alpha.phases: is empty — expected a list of at"),
+        ("data.build={source: a, separator: ''}", "separator: is empty — expected text or null"),
         # What does not go together.
         ("global_batch=17", "global_batch: 17 is not divisible by micro_batch 8"),
         ("micro_batch=3", "(nearest: global_batch 2049, or micro_batch 2)"),
@@ -242,6 +248,19 @@ def test_no_conflict_is_reported_about_a_value_that_is_refused_itself(tmp_path):
     # Nor about parts of a section that is refused.
     phases = "alpha={name: phases, phases: [{until: 1/2}]}"
     assert "alpha.phases.0.alpha: is missing" in only_error_of(path, phases)
+
+
+def test_what_cannot_be_read_is_said_once(tmp_path):
+    path = write(tmp_path / "r.yaml", MINIMAL + "seed: " + 5000 * "9" + "\n")
+    assert "is not a number that can be read" in only_error_of(path)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text\n"])
+def test_a_file_that_is_no_recipe_is_said_to_be_none_whatever_else_is_asked(tmp_path, text):
+    path = write(tmp_path / "r.yaml", text)
+    assert only_error_of(path, "seed=1", "0=1").startswith("r.yaml:1: holds ")
+    child = write(tmp_path / "child.yaml", "extends: r.yaml\n" + MINIMAL)
+    assert only_error_of(child).startswith("r.yaml:1: holds ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""JSON schema, Markdown reference and the dry run as text."""
+"""Tests of: dualtrain.recipe.reference, describe, derived.dry_run: what is written for readers."""
 
 from __future__ import annotations
 
@@ -58,8 +58,12 @@ def _leaves(node: object, path: str = "") -> list[str]:
         "| `alpha.phases[].until` | share in [0, 1] such as 1/8 | required |",
         "| `objective.corruption.name` | uniform or span | required |",
         "| `objective.corruption.rate` | section or null | `null` |",
-        "| `objective.corruption.rate.end` | number in (0, 1] | `0.15` |",
-        "| `unique_tokens` | all, integer >= 1 or null | `null` |",
+        "| `objective.corruption.rate.end` | number in [1e-30, 1] | `0.15` |",
+        "| `unique_tokens` | all, integer in [1, 10^15] or null | `null` |",
+        "| `optim.lr` | number in [1e-30, 1e6] | `0.007` |",
+        "| `optim.weight_decay` | number in [0, 1e6] | `0.1` |",
+        "| `engine.timeout_s` | number in [1, 10^6] | `1800.0` |",
+        "| `eval.modes` | list of at least one item | `['ar']` |",
         "| `sample.prompt` | text | `''` |",
     ],
 )

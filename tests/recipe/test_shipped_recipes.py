@@ -1,4 +1,4 @@
-"""Every shipped recipe is valid, says what it is, and means what its name says."""
+"""Tests of: recipes/: each is valid, says what it is, and means what its name says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strict YAML: YAML 1.2 scalars, places, duplicate keys, and text that reads back unchanged."""
+"""Tests of: dualtrain.recipe.yaml_source: YAML 1.2 scalars, places, duplicates, the way back."""
 
 from __future__ import annotations
 
@@ -104,6 +104,13 @@ def test_what_is_no_yaml_is_refused_with_its_line(text, where, what):
 def test_yaml_that_a_recipe_has_no_use_for_is_reported(text, what):
     _, problems = parse(text, "f.yaml")
     assert len(problems) == 1 and what in str(problems[0])
+
+
+def test_aliases_that_stand_for_billions_are_refused_at_once():
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{9 * f'*a{i - 1},'}]" for i in range(1, 20))]
+    with pytest.raises(UserError, match=r"f\.yaml:\d+: aliases stand for more than 10,000 values"):
+        parse("\n".join(lines), "f.yaml")
+    assert value_of("a: &a [1]\nb: [*a, *a]\n")["b"] == [[1], [1]]
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"])) | st.sampled_from(

@@ -1,4 +1,4 @@
-"""The paper's rules, what lies between them, and the advice of a fit."""
+"""Tests of: dualtrain.sweep.advice, fit_file: the paper's rules, and the advice of a fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps whose files were changed, removed or damaged: named, with the way out, never guessed."""
+"""Tests of: dualtrain.sweep.directory, reading: files that were changed, removed or damaged."""
 
 from __future__ import annotations
 

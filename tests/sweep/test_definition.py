@@ -1,4 +1,4 @@
-"""Points of a sweep: which there are, what they are called, and what is refused."""
+"""Tests of: dualtrain.sweep.definition: which points there are, their names, what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dualtrain fit` on sweeps of known results: what it says, draws, and refuses."""
+"""Tests of: dualtrain.sweep.fit, figures: on sweeps of known results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dualtrain compare SWEEP_DIR`: groups of points over their seeds."""
+"""Tests of: dualtrain.sweep.groups: points compared over their seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals over seeds and over documents."""
+"""Tests of: dualtrain.sweep.intervals: over seeds and over documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner of a sweep's points: claims, signals, exit codes, and what is divided among points.
+"""Tests of: dualtrain.sweep.runner: claims, signals, exit codes, what is divided among points.
 
 Points here are real processes, of a small program in place of `dualtrain run`: what matters is when
 they end and how. `test_sweep_runs.py` has runs that train.

@@ -1,4 +1,4 @@
-"""The Gaussian process finds what is known to be there, and says where it cannot."""
+"""Tests of: dualtrain.sweep.surface: it finds what is there, and says where it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real sweeps: points as processes, interruptions, failures, and comparing what came out."""
+"""Tests of: dualtrain.sweep.run, plan, compare: real sweeps, interruptions, comparisons."""
 
 from __future__ import annotations
 

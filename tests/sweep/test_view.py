@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs."""
+"""Tests of: dualtrain.sweep.view: what a sweep shows while it runs."""
 
 from __future__ import annotations
 

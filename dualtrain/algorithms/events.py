@@ -15,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -81,21 +82,6 @@ class Event(Enum):
         return self.name.startswith("AFTER_")
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What algorithms need to know of the tokenizer.
-
-    Attributes:
-        size: Number of tokens.
-        mask_id: The mask token.
-        special_ids: All special tokens, the mask token among them.
-    """
-
-    size: int
-    mask_id: int
-    special_ids: tuple[int, ...]
-
-
 @dataclass
 class State:
     """The training at one moment, on one rank.
@@ -110,7 +96,7 @@ class State:
         rank: This process, 0..world_size-1.
         world_size: Processes of the run.
         device: This rank's device.
-        vocabulary: Special tokens.
+        vocabulary: What ids are no text.
         mixture: Which slots a step has. Data is prepared ahead by it, so it never changes.
         model: The bare model; ``engine`` wraps it.
         step: Finished steps; the number of the one that runs.

@@ -9,10 +9,10 @@ another in the layout of Hugging Face, is taken, too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -20,16 +20,16 @@ from torch import nn
 
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.checkpoint.files import MARKER, find_defects
-from dualtrain.common.errors import UserError
+from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.file_kinds import check_name, parse_tokenizer, read_object
 from dualtrain.common.files import user_path
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.model.build import CONFIG, empty_model, read_exported
 from dualtrain.model.exported import exported_append_eos, exported_target
+from dualtrain.model.handle import ModelHandle, Target
 from dualtrain.model.imported import ImportedLM
-from dualtrain.model.inference import inference
 from dualtrain.network.attention import resolve_backend
-from dualtrain.network.output import DualOutput
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
 
@@ -37,45 +37,21 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Vocab:
-    """What has to be known of a tokenizer's ids.
-
-    Attributes:
-        size: Ids from here on are padding of the embedding.
-        bos_id: ``<s>``, which begins each document.
-        eos_id: ``</s>``.
-        mask_id: ``<mask>``; None where the model has none, and then no mode that masks.
-        special_ids: All that are no text; never masked, never produced.
-    """
-
-    size: int
-    bos_id: int
-    eos_id: int
-    mask_id: int | None
-    special_ids: tuple[int, ...]
-
-    @property
-    def stop_ids(self) -> tuple[int, int]:
-        """What ends a text: its own end, or, in imported models, the beginning of the next one."""
-        return self.bos_id, self.eos_id
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, before anything large is read.
+class ModelSource:
+    """Where a model comes from, and what can be known of it before its weights are read.
 
     Attributes:
         path: A checkpoint's directory, or an exported model's.
         recipe: The resolved recipe; None for a model from elsewhere.
-        info: Of the dataset; None likewise.
-        facts: The checkpoint's ``state.json``; empty likewise.
+        info: The facts of its dataset; None for a model from elsewhere.
+        facts: The checkpoint's ``state.json``; empty for a model from elsewhere.
         notes: What the user should be told of how it was found.
     """
 
     path: Path
-    recipe: Recipe | None
-    info: DatasetInfo | None
-    facts: dict[str, Any]
+    recipe: Recipe | None = None
+    info: DatasetInfo | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,43 +71,107 @@ class Source:
         """Where what is found out about the model is written by default."""
         return self.path.parent if self.is_checkpoint else self.path
 
+    @property
+    def append_eos(self) -> bool:
+        """Whether the texts of its training ended with ``</s>``, as far as is known."""
+        if self.recipe is not None:
+            return self.recipe.data.append_eos
+        return exported_append_eos(self._config)
 
-@dataclass
-class TrainedModel:
+    @property
+    def target(self) -> Target:
+        """What its diffusion objective predicts at i: token i+1, or i."""
+        if self.recipe is not None:
+            return self.recipe.objective.target
+        return exported_target(self._config)
+
+    @cached_property
+    def tokenizer_file(self) -> Path:
+        """Its ``tokenizer.json``.
+
+        Raises:
+            UserError: There is none.
+        """
+        own = self.path / TOKENIZER_FILE
+        if own.is_file():
+            return own
+        hint = "export the model again, or add its tokenizer"
+        if self.recipe is not None:
+            dataset = Path(self.recipe.data.path)
+            if (dataset / TOKENIZER_FILE).is_file():
+                return dataset / TOKENIZER_FILE
+            hint = f"copy the tokenizer.json of {dataset}, the run's dataset, there"
+        raise UserError(str(self.path), f"has no {TOKENIZER_FILE}", hint=hint)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Takes text literally: ``<mask>`` in it is no mask."""
+        return parse_tokenizer(self.tokenizer_file)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the ids of its tokenizer mean.
+
+        Raises:
+            UserError: A model from elsewhere has no token to begin a document with.
+        """
+        if self.info is not None:
+            return self.info.vocabulary
+        eos = self._special_id("eos_token_id", "</s>", "<|endoftext|>")
+        bos = self._special_id("bos_token_id", "<s>", "<|endoftext|>")
+        bos = eos if bos is None else bos
+        if bos is None:
+            raise UserError(
+                str(self.path / CONFIG),
+                "names no bos_token_id, nor eos_token_id",
+                "a token that begins documents",
+            )
+        eos = bos if eos is None else eos
+        mask = self._special_id("mask_token_id", "<mask>")
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special} | {bos, eos}
+        return Vocabulary(
+            size=1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values()),
+            special_ids=tuple(sorted(special if mask is None else special | {mask})),
+            bos_id=bos,
+            eos_id=eos,
+            mask=mask,
+            stop_ids=(bos, eos),
+        )
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_object(self.path / CONFIG, "a model's configuration")
+
+    def _special_id(self, key: str, *names: str) -> int | None:
+        """A special token as the configuration has it, else by its name in the tokenizer."""
+        ids = self._config.get(key)
+        # Some models have several ends of a text.
+        found = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(found, int) and found >= 0:
+            return found
+        if found is not None:
+            raise UserError(f"{self.path / CONFIG}: {key}", f"{ids!r}", "the id of a token")
+        known = (self.tokenizer.token_to_id(name) for name in names)
+        return next((number for number in known if number is not None), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(ModelHandle):
     """A model in evaluation mode with all that its use needs.
 
     Attributes:
-        model: ``DualLM``, or a module with the same ``forward``.
         tokenizer: Takes text literally: ``<mask>`` in it is no mask.
-        context: Longest row in tokens: the training's sequence length.
-        target: What its diffusion objective predicts at i: token i+1, or i.
-        precision: Its compute precision; weights are fp32, under autocast for bf16.
-        backend: Attention backend for plans that leave a choice.
     """
 
-    source: Source
     model: nn.Module
+    source: ModelSource
     tokenizer: Tokenizer
-    vocab: Vocab
-    context: int
-    target: Literal["next", "in_place"]
-    device: torch.device
-    precision: Precision
-    backend: str
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Compute type of the attention."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    def __call__(self, *inputs: object, **options: object) -> DualOutput:
-        """Run the model under its precision; use :meth:`inference` around."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(*inputs, **options)
-
-    def inference(self) -> AbstractContextManager[None]:
-        """Without gradients."""
-        return inference(self.model)
+    def precision(self) -> Precision:
+        """Of its passes; the weights are fp32, under autocast for bf16."""
+        return "bf16" if self.autocast else "fp32"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without ``<s>``."""
@@ -147,7 +187,7 @@ class TrainedModel:
         return None if self.source.recipe is None else self.source.recipe.alpha
 
 
-def find_source(path: Path | str, *, step: int | None = None) -> Source:
+def find_source(path: Path | str, *, step: int | None = None) -> ModelSource:
     """Find what a user means by a path: a run, a checkpoint or an exported model.
 
     Args:
@@ -174,7 +214,7 @@ def find_source(path: Path | str, *, step: int | None = None) -> Source:
     if checkpoint.list_checkpoints(path):
         return _newest(path)
     if (path / CONFIG).is_file():
-        return Source(path, None, None, {})
+        return ModelSource(path)
     unfinished = sorted(path.glob("step-*.partial"))
     if unfinished:
         raise UserError(
@@ -192,18 +232,17 @@ def find_source(path: Path | str, *, step: int | None = None) -> Source:
 
 
 def open_trained(
-    source: Source | Path | str,
+    source: ModelSource | Path | str,
     *,
     step: int | None = None,
     device: torch.device | str | None = None,
-    precision: Precision | None = None,
-    on_note: Callable[[str], None] | None = None,
+    precision: str | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> TrainedModel:
     """Load a model.
 
     Args:
         source: From :func:`find_source`, or what it takes.
-        step: Of a run directory, the checkpoint of this step.
         device: By default the first GPU, or the CPU where there is none.
         precision: By default fp32 on a CPU, the run's precision on a GPU.
         on_note: Told what the user should know of how the model was found.
@@ -211,30 +250,45 @@ def open_trained(
     Raises:
         UserError: As :func:`find_source`; also files that do not fit one another.
     """
-    if not isinstance(source, Source):
+    if not isinstance(source, ModelSource):
         source = find_source(source, step=step)
-    if on_note is not None:
-        for note in source.notes:
-            on_note(note)
-    chosen = choose(device)
-    precision = precision or _default_precision(source, chosen)
+    for note in source.notes:
+        on_note(note)
+    chosen, recipe = choose(device), source.recipe
+    check_precision(precision)
+    if precision is None:
+        of_run = "fp32" if recipe is None else recipe.engine.precision
+        precision = "fp32" if chosen.type == "cpu" else of_run
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    asked = "auto" if source.recipe is None else source.recipe.model.attention
     # A backend that the run used elsewhere may not exist here.
-    backend = resolve_backend(asked if chosen.type == "cuda" else "auto", chosen, dtype)
+    asked = "auto" if recipe is None or chosen.type != "cuda" else recipe.model.attention
+    backend = resolve_backend(asked, chosen, dtype)
     model = _load_model(source)
     nn.Module.to(model, chosen)
     return TrainedModel(
         source=source,
         model=model.eval(),
-        tokenizer=load_tokenizer(source),
-        vocab=read_vocab(source),
-        context=context_of(source, model),
-        target=_target_of(source),
+        tokenizer=source.tokenizer,
+        vocabulary=source.vocabulary,
+        context=_context(source, model),
+        target=source.target,
         device=chosen,
-        precision=precision,
+        dtype=dtype,
+        autocast=dtype is torch.bfloat16,
         backend=backend,
     )
+
+
+def check_precision(asked: str | None) -> None:
+    """Refuse a precision that is not known; None leaves it open.
+
+    Raises:
+        UserError: It is another word.
+    """
+    known = get_args(Precision)
+    if asked is not None and asked not in known:
+        what, expected = f"{asked!r} is not known", " or ".join(known)
+        raise UserError("--precision", what, expected, nearest(asked, known))
 
 
 def choose(device: torch.device | str | None) -> torch.device:
@@ -254,96 +308,7 @@ def choose(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def load_tokenizer(source: Source) -> Tokenizer:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: It is not there, or another one than the dataset's.
-    """
-    return parse_tokenizer(tokenizer_file(source))
-
-
-def tokenizer_file(source: Source) -> Path:
-    """Where the model's ``tokenizer.json`` is.
-
-    Raises:
-        UserError: Nowhere.
-    """
-    own = source.path / TOKENIZER_FILE
-    if own.is_file():
-        return own
-    if source.recipe is not None:
-        of_dataset = Path(source.recipe.data.path) / TOKENIZER_FILE
-        if of_dataset.is_file():
-            return of_dataset
-        hint = f"copy the tokenizer.json of {source.recipe.data.path}, the run's dataset, there"
-    else:
-        hint = "export the model again, or add its tokenizer"
-    raise UserError(str(source.path), f"has no {TOKENIZER_FILE}", hint=hint)
-
-
-def read_vocab(source: Source) -> Vocab:
-    """The ids of a model's tokenizer.
-
-    Raises:
-        UserError: A model from elsewhere has no token to begin a document with.
-    """
-    info = source.info
-    if info is not None:
-        return Vocab(info.vocab_size, info.bos_id, info.eos_id, info.mask_id, info.special_ids)
-    tokenizer = load_tokenizer(source)
-    config = read_object(source.path / CONFIG, "a model's configuration")
-    added = tokenizer.get_added_tokens_decoder()
-    special = {number for number, token in added.items() if token.special}
-
-    def find(key: str, *names: str) -> int | None:
-        ids = config.get(key)
-        if isinstance(ids, list):
-            ids = ids[0]
-        if ids is not None:
-            return ids
-        return next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
-
-    eos = find("eos_token_id", "</s>", "<|endoftext|>")
-    bos = find("bos_token_id", "<s>", "<|endoftext|>")
-    bos = eos if bos is None else bos
-    if bos is None:
-        raise UserError(
-            str(source.path / CONFIG),
-            "names no bos_token_id, nor eos_token_id",
-            "a token that begins documents",
-        )
-    mask = find("mask_token_id", "<mask>")
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    named = {token for token in (bos, eos, mask) if token is not None}
-    return Vocab(size, bos, bos if eos is None else eos, mask, tuple(sorted(special | named)))
-
-
-def appends_eos(source: Source) -> bool:
-    """Whether the texts that the model was trained on ended with ``</s>``, as far as is known."""
-    if source.recipe is not None:
-        return source.recipe.data.append_eos
-    return exported_append_eos(read_object(source.path / CONFIG, "a model's configuration"))
-
-
-def context_of(source: Source, model: nn.Module) -> int:
-    """Longest row in tokens."""
-    if source.recipe is not None:
-        return source.recipe.sequence_length
-    if isinstance(model, ImportedLM):
-        return model.longest_row
-    config: Any = model.config
-    return getattr(config, "max_position_embeddings", None) or config.n_positions
-
-
-def _target_of(source: Source) -> Literal["next", "in_place"]:
-    """What the diffusion objective predicts at a position."""
-    if source.recipe is not None:
-        return source.recipe.objective.target
-    return exported_target(read_object(source.path / CONFIG, "a model's configuration"))
-
-
-def _newest(run_dir: Path) -> Source:
+def _newest(run_dir: Path) -> ModelSource:
     """The newest whole checkpoint; newer damaged ones are named."""
     notes = []
     for path in reversed(checkpoint.list_checkpoints(run_dir)):
@@ -366,7 +331,7 @@ def _at_step(run_dir: Path, step: int) -> Path:
     return path
 
 
-def _checkpoint_source(path: Path, notes: tuple[str, ...] = ()) -> Source:
+def _checkpoint_source(path: Path, notes: tuple[str, ...] = ()) -> ModelSource:
     defects = _defects(path)
     if defects:
         raise UserError(
@@ -378,7 +343,7 @@ def _checkpoint_source(path: Path, notes: tuple[str, ...] = ()) -> Source:
     recipe = load_recipe(str(path / checkpoint.RECIPE), []).recipe
     held = (path / DATASET_FILE).is_file()
     info = DatasetInfo.load(path if held else recipe.data.path)
-    return Source(path, recipe, info, checkpoint.read_state(path), notes)
+    return ModelSource(path, recipe, info, checkpoint.read_state(path), notes)
 
 
 def _defects(path: Path) -> list[str]:
@@ -387,18 +352,18 @@ def _defects(path: Path) -> list[str]:
     return find_defects(path, required=checkpoint.REQUIRED, share=(0, 1), only=needed)
 
 
-def _default_precision(source: Source, device: torch.device) -> Precision:
-    if device.type == "cpu" or source.recipe is None:
-        return "fp32"
-    return source.recipe.engine.precision
-
-
-def _load_model(source: Source) -> nn.Module:
+def _load_model(source: ModelSource) -> nn.Module:
     """Build the model and fill it, with no more memory than the weights and one parameter."""
     if not source.is_checkpoint:
         return read_exported(source.path)
-    recipe, info = source.recipe, source.info
-    assert recipe is not None and info is not None
-    model = empty_model(source.path, recipe, info)
+    assert source.recipe is not None and source.info is not None
+    model = empty_model(source.path, source.recipe, source.info)
     checkpoint.load_weights(source.path, model)
     return model
+
+
+def _context(source: ModelSource, model: Any) -> int:
+    """Longest row in tokens."""
+    if source.recipe is not None:
+        return source.recipe.sequence_length
+    return model.longest_row if isinstance(model, ImportedLM) else model.config.sequence_length

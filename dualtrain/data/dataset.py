@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.file_kinds import find_foreign, refuse_foreign
 from dualtrain.common.files import user_path
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.token_bytes import token_bytes
 
 FORMAT = 1
@@ -148,6 +149,17 @@ class DatasetInfo(_Facts):
     def fingerprint(self) -> str:
         """A short hash of all these facts: datasets that differ in any have different ones."""
         return hashlib.blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            size=self.vocab_size,
+            special_ids=self.special_ids,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            mask=self.mask_id,
+            stop_ids=(self.bos_id, self.eos_id),
+        )
 
     @property
     def bos_id(self) -> int:

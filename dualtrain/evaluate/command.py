@@ -9,23 +9,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dualtrain.checkpoint.trained import (
-    Precision,
-    Source,
+    ModelSource,
     TrainedModel,
-    appends_eos,
+    check_precision,
     find_source,
     open_trained,
-    read_vocab,
-    tokenizer_file,
 )
 from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.files import user_path
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import DatasetInfo, TokenDataset
-from dualtrain.evaluate.heldout import HeldOut, held_out_losses
+from dualtrain.evaluate.heldout import held_out_losses
 from dualtrain.evaluate.report import Evaluation, as_json, print_report
 from dualtrain.evaluate.result_files import ResultDirectory
 from dualtrain.evaluate.scoring import MASKING_MODES, MODES, Mode, Scorer, encode_pair
@@ -103,7 +100,6 @@ class _Work:
 
     evaluation: Evaluation
     modes: list[Mode]
-    precision: Precision | None
     held_out: TokenDataset | None
 
 
@@ -114,7 +110,7 @@ def _prepare(options: Options, view: View) -> _Work:
     source = find_source(options.path, step=options.step)
     notes = list(source.notes)
     modes = choose_modes(options.modes, source, notes)
-    precision = _precision(options.precision)
+    check_precision(options.precision)
     evaluation = Evaluation(source, {}, tasks=choose_tasks(options, notes), notes=notes)
     for task in evaluation.tasks:
         evaluation.items[task.name] = task.read(options.limit)
@@ -122,13 +118,13 @@ def _prepare(options: Options, view: View) -> _Work:
     if held_out is None and not evaluation.tasks:
         reason = "; ".join(notes) or "neither held-out losses nor tasks are asked for"
         raise UserError("dualtrain eval", f"there is nothing to do: {reason}")
-    return _Work(evaluation, modes, precision, held_out)
+    return _Work(evaluation, modes, held_out)
 
 
 def _work(work: _Work, options: Options, directory: ResultDirectory, view: View) -> None:
     view.begin("reading the model")
     source = work.evaluation.source
-    trained = open_trained(source, device=options.device, precision=work.precision)
+    trained = open_trained(source, device=options.device, precision=options.precision)
     work.evaluation.settings |= _settings(options, trained, work.modes)
     view.say(f"{source.name}: {source.path}, on {trained.device}, {trained.precision}")
     if work.held_out is not None:
@@ -136,7 +132,7 @@ def _work(work: _Work, options: Options, directory: ResultDirectory, view: View)
     _score_tasks(work.evaluation, trained, work.modes, options, directory, view)
 
 
-def choose_modes(asked: str | None, source: Source, notes: list[str]) -> list[Mode]:
+def choose_modes(asked: str | None, source: ModelSource, notes: list[str]) -> list[Mode]:
     """The modes asked for, or those that the model was trained for.
 
     Args:
@@ -146,7 +142,7 @@ def choose_modes(asked: str | None, source: Source, notes: list[str]) -> list[Mo
         UserError: There is no such mode, or the model cannot be used in it.
     """
     alphas = _alphas(source.recipe)
-    has_mask = read_vocab(source).mask_id is not None
+    has_mask = source.vocabulary.mask is not None
     if asked is None:
         masks = has_mask and (alphas is None or min(alphas) < 1)
         modes: list[Mode] = ["ar", "prefix", "pll"] if masks else ["ar", "prefix"]
@@ -203,13 +199,6 @@ def _mode(name: str) -> Mode:
     )
 
 
-def _precision(asked: str | None) -> Precision | None:
-    precisions: tuple[Precision, ...] = get_args(Precision)
-    if asked is not None and asked not in precisions:
-        raise UserError("--precision", f"{asked!r} is not known", " or ".join(precisions))
-    return next((precision for precision in precisions if precision == asked), None)
-
-
 def _names(text: str, option: str) -> list[str]:
     """What stands between commas, each once."""
     names = [name.strip() for name in text.split(",")]
@@ -238,7 +227,7 @@ def _open_held_out(options: Options, evaluation: Evaluation) -> TokenDataset | N
     source, recipe = evaluation.source, evaluation.source.recipe
     if options.sequences == 0:
         return None
-    if read_vocab(source).mask_id is None:
+    if source.vocabulary.mask is None:
         evaluation.notes.append("no held-out losses: the model has no mask token")
         return None
     path = options.data
@@ -261,8 +250,8 @@ def _open_held_out(options: Options, evaluation: Evaluation) -> TokenDataset | N
     return dataset
 
 
-def _check_tokenizer(path: Path, source: Source) -> None:
-    own, info = tokenizer_file(source), DatasetInfo.load(path)
+def _check_tokenizer(path: Path, source: ModelSource) -> None:
+    own, info = source.tokenizer_file, DatasetInfo.load(path)
     if hashlib.sha256(own.read_bytes()).hexdigest() == info.tokenizer_sha256:
         return
     differences = tokenizer_differences(own, path / info.tokenizer_file)
@@ -271,7 +260,7 @@ def _check_tokenizer(path: Path, source: Source) -> None:
         raise UserError(str(path), what, "a dataset of the model's tokenizer")
 
 
-def _begin_results(options: Options, source: Source) -> ResultDirectory:
+def _begin_results(options: Options, source: ModelSource) -> ResultDirectory:
     if options.out is not None:
         return ResultDirectory.named(options.out)
     name = source.path.resolve().name if source.is_checkpoint else "model"
@@ -307,7 +296,7 @@ def _held_out(
     validation = ValidationData(
         dataset,
         sequence_length=trained.context,
-        append_eos=appends_eos(trained.source),
+        append_eos=trained.source.append_eos,
         sequences=sequences,
     )
     # No more than there are: what is missing in a batch is filled up.
@@ -316,31 +305,15 @@ def _held_out(
         micro_batch = recipe.micro_batch
     while evaluation.held_out is None:
         try:
-            evaluation.held_out = _losses(trained, validation, micro_batch, options.seed)
+            evaluation.held_out = held_out_losses(
+                trained, validation, micro_batch=micro_batch, seed=options.seed
+            )
         except (RuntimeError, MemoryError) as error:
             if micro_batch == 1 or not is_out_of_memory(error):
                 raise
             micro_batch //= 2
             sequences_now = "1 sequence" if micro_batch == 1 else f"{micro_batch} sequences"
             _note(evaluation, view, f"memory ran out: held-out losses with {sequences_now} at once")
-
-
-def _losses(
-    trained: TrainedModel, validation: ValidationData, micro_batch: int, seed: int
-) -> HeldOut:
-    assert trained.vocab.mask_id is not None  # or the dataset would not have been opened
-    return held_out_losses(
-        trained,
-        validation,
-        micro_batch=micro_batch,
-        mask_id=trained.vocab.mask_id,
-        special_ids=trained.vocab.special_ids,
-        target=trained.target,
-        seed=seed,
-        backend=trained.backend,
-        device=trained.device,
-        dtype=trained.dtype,
-    )
 
 
 def _note(evaluation: Evaluation, view: View, text: str) -> None:
@@ -356,7 +329,7 @@ def _score_tasks(
     directory: ResultDirectory,
     view: View,
 ) -> None:
-    scorer = Scorer.of(
+    scorer = Scorer(
         trained,
         tokens_per_batch=options.tokens_per_batch,
         elbo_samples=options.elbo_samples,
@@ -367,7 +340,7 @@ def _score_tasks(
     count = len(evaluation.tasks) * len(modes)
     for task in evaluation.tasks:
         # Every mode asks for the same requests.
-        encode = cache(partial(encode_pair, trained.tokenizer, bos_id=trained.vocab.bos_id))
+        encode = cache(partial(encode_pair, trained.tokenizer, bos_id=trained.vocabulary.bos_id))
         for mode in modes:
             view.begin(f"{len(evaluation.results) + 1}/{count} {task.name}, {mode}")
             result = score_task(

@@ -22,9 +22,9 @@ Documents are what is independent of one another, so standard errors are over do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,15 +36,15 @@ from torch import Tensor
 from dualtrain.data.batches import Batch
 from dualtrain.method.objectives import (
     Example,
+    MaskingNoise,
     autoregressive,
     diffusion,
     hidden_targets,
     validation_noise,
 )
-from dualtrain.model.inference import inference
-from dualtrain.network.attention import AttentionPlan, plan_attention, to_device
+from dualtrain.model.handle import ModelHandle
+from dualtrain.network.attention import plan_attention, to_device
 from dualtrain.network.loss import select_positions
-from dualtrain.network.output import DualOutput
 from dualtrain.progress.metrics import EvalRecord
 from dualtrain.recipe.schema import UniformCorruption
 
@@ -100,37 +100,14 @@ class HeldOut:
 
     def record(self, step: int, elapsed_s: float) -> EvalRecord:
         """Make the record of ``metrics.jsonl``."""
-        return EvalRecord(
-            kind="eval",
-            step=step,
-            ar_nll=self.ar_nll,
-            ar_bits_per_byte=self.ar_bits_per_byte,
-            ar_error=self.ar_error,
-            diffusion_nll=self.diffusion_nll,
-            diffusion_bits_per_byte=self.diffusion_bits_per_byte,
-            diffusion_error=self.diffusion_error,
-            prefix_nll=self.prefix_nll,
-            prefix_bits_per_byte=self.prefix_bits_per_byte,
-            prefix_error=self.prefix_error,
-            ar_nll_same_tokens=self.ar_nll_same_tokens,
-            prefix_minus_ar_error=self.prefix_minus_ar_error,
-            prefix_tokens=self.prefix_tokens,
-            documents=self.documents,
-            tokens=self.tokens,
-            elapsed_s=elapsed_s,
-        )
+        values: Any = {"kind": "eval", "step": step, **asdict(self), "elapsed_s": elapsed_s}
+        del values["sequences"]
+        return values
 
     def metrics(self) -> dict[str, float]:
         """Return the losses by name, for algorithms."""
-        return {
-            "ar_nll": self.ar_nll,
-            "ar_bits_per_byte": self.ar_bits_per_byte,
-            "diffusion_nll": self.diffusion_nll,
-            "diffusion_bits_per_byte": self.diffusion_bits_per_byte,
-            "prefix_nll": self.prefix_nll,
-            "prefix_bits_per_byte": self.prefix_bits_per_byte,
-            "ar_nll_same_tokens": self.ar_nll_same_tokens,
-        }
+        values = asdict(self).items()
+        return {k: v for k, v in values if isinstance(v, float) and not k.endswith("_error")}
 
 
 @dataclass(frozen=True)
@@ -165,53 +142,25 @@ class DocumentLosses:
 
 
 def held_out_losses(
-    forward: Callable[..., DualOutput],
-    validation: HeldOutSequences,
-    *,
-    micro_batch: int,
-    mask_id: int,
-    special_ids: Sequence[int],
-    target: Literal["next", "in_place"] = "next",
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    backend: str = "sdpa",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    model: ModelHandle, validation: HeldOutSequences, *, micro_batch: int, seed: int = 0
 ) -> HeldOut:
     """Score held-out sequences in all three modes; arguments as for :func:`document_losses`."""
-    found = document_losses(
-        forward,
-        validation,
-        micro_batch=micro_batch,
-        mask_id=mask_id,
-        special_ids=special_ids,
-        target=target,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-    )
-    ar_nll, ar_error = mean_and_error(found.ar, found.tokens)
-    diffusion_nll, diffusion_error = mean_and_error(found.diffusion, found.diffusion_tokens)
-    prefix_nll, prefix_error = mean_and_error(found.prefix, found.prefix_tokens)
+    found = document_losses(model, validation, micro_batch=micro_batch, seed=seed)
+    losses: dict[str, float] = {}
+    for mode, tokens, size in (
+        ("ar", found.tokens, found.bytes),
+        ("diffusion", found.diffusion_tokens, found.diffusion_bytes),
+        ("prefix", found.prefix_tokens, found.prefix_bytes),
+    ):
+        nats: NDArray[np.float64] = getattr(found, mode)
+        losses[f"{mode}_nll"], losses[f"{mode}_error"] = mean_and_error(nats, tokens)
+        losses[f"{mode}_bits_per_byte"] = _bits_per_byte(nats, size)
+    same, second = found.ar_same_tokens, found.prefix_tokens
     return HeldOut(
-        ar_nll=ar_nll,
-        ar_bits_per_byte=_bits_per_byte(found.ar, found.bytes),
-        ar_error=ar_error,
-        diffusion_nll=diffusion_nll,
-        diffusion_bits_per_byte=_bits_per_byte(found.diffusion, found.diffusion_bytes),
-        diffusion_error=diffusion_error,
-        prefix_nll=prefix_nll,
-        prefix_bits_per_byte=_bits_per_byte(found.prefix, found.prefix_bytes),
-        prefix_error=prefix_error,
-        ar_nll_same_tokens=mean_and_error(found.ar_same_tokens, found.prefix_tokens)[0],
-        prefix_minus_ar_error=mean_and_error(
-            found.prefix - found.ar_same_tokens, found.prefix_tokens
-        )[1],
-        prefix_tokens=int(found.prefix_tokens.sum()),
+        **losses,
+        ar_nll_same_tokens=mean_and_error(same, second)[0],
+        prefix_minus_ar_error=mean_and_error(found.prefix - same, second)[1],
+        prefix_tokens=int(second.sum()),
         documents=len(found.documents),
         sequences=len(validation),
         tokens=int(found.tokens.sum()),
@@ -219,47 +168,31 @@ def held_out_losses(
 
 
 def document_losses(
-    forward: Callable[..., DualOutput],
-    validation: HeldOutSequences,
-    *,
-    micro_batch: int,
-    mask_id: int,
-    special_ids: Sequence[int],
-    target: Literal["next", "in_place"] = "next",
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    backend: str = "sdpa",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    model: ModelHandle, validation: HeldOutSequences, *, micro_batch: int, seed: int = 0
 ) -> DocumentLosses:
     """Score held-out sequences in all three modes, by document. Called by all ranks at once.
 
     Args:
-        forward: The DeepSpeed engine, or a ``DualLM``; put in evaluation mode and back.
         micro_batch: Sequences of a forward pass. Every rank makes the same number of passes, of
             the same shape, as ZeRO-3 and compiled models want it.
-        mask_id: The token that replaces a masked one.
-        target: What the diffusion objective was trained to predict at i: i+1, or i.
-        world_size: All processes; more than one needs ``torch.distributed``.
     """
     count = len(validation)
     batches = -(-count // micro_batch)
     found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
-    with inference(forward):
-        for turn in range(-(-batches // world_size)):
-            number = turn * world_size + rank
+    with model.inference(compiled=True):
+        for turn in range(-(-batches // model.world_size)):
+            number = turn * model.world_size + model.rank
             # A rank without a batch left goes through the first one again, for the others' sake.
             first = number * micro_batch if number < batches else 0
             batch = validation.batch(first, min(micro_batch, count - first))
-            examples = _examples(batch, micro_batch, seed, count, mask_id, special_ids, target)
-            nlls = [_token_losses(forward, e, backend, device, dtype) for e in examples]
+            noise = validation_noise(seed, batch.sequence_ids, count, batch.inputs.shape[1])
+            examples = _examples(model, batch, noise)
+            nlls = [_token_losses(model, _fill(e, micro_batch)) for e in examples]
             if number < batches:
-                sizes = validation.token_bytes
-                columns = _columns(batch, examples, nlls, sizes, special_ids, target)
+                columns = _columns(model, batch, examples, nlls, validation.token_bytes)
                 found.append(_by_document(batch, columns))
-    if world_size > 1:
-        gathered: list = [None] * world_size
+    if model.world_size > 1:
+        gathered: list = [None] * model.world_size
         dist.all_gather_object(gathered, found)
         found = [part for parts in gathered for part in parts]
     # Added up in the order of the sequences, whoever scored them.
@@ -316,116 +249,86 @@ def _bits_per_byte(nats: NDArray[np.float64], size: NDArray[np.float64]) -> floa
 
 
 def _examples(
-    batch: Batch,
-    micro_batch: int,
-    seed: int,
-    sequences: int,
-    mask_id: int,
-    special_ids: Sequence[int],
-    target: Literal["next", "in_place"],
+    model: ModelHandle, batch: Batch, noise: MaskingNoise
 ) -> tuple[Example, Example, Example]:
-    """Make the examples of AR, diffusion and prefix, filled up with rows that count nothing."""
-    length = batch.document_ids.shape[1]
-    noise = validation_noise(seed, batch.sequence_ids, sequences, length)
-    clean = batch.inputs, batch.targets, batch.document_ids
-    ar = autoregressive(*clean, special_ids=special_ids)
+    """Make the examples of AR, diffusion and prefix."""
+    vocabulary, clean = model.vocabulary, (batch.inputs, batch.targets, batch.document_ids)
+    ar = autoregressive(*clean, special_ids=vocabulary.special_ids)
+    diffused = diffusion(
+        *clean,
+        mask_id=vocabulary.mask_id,
+        special_ids=vocabulary.special_ids,
+        noise=noise,
+        corruption=_CORRUPTION,
+        target=model.target,
+        exact=True,
+    )
     # The first token of a second half is predicted by the last one of the prompt.
     prompt = F.pad(in_prompt(batch.document_ids)[:, 1:], (0, 1))
     second = ar.weights * (~prompt | hidden_targets(batch.document_ids))
-    examples = (
-        ar,
-        diffusion(
-            *clean,
-            mask_id=mask_id,
-            special_ids=special_ids,
-            noise=noise,
-            corruption=_CORRUPTION,
-            target=target,
-            exact=True,
-        ),
-        replace(ar, weights=second, attention="prefix"),
-    )
-    missing = micro_batch - len(batch.document_ids)
-    ar, diffused, prefix = (_fill(example, missing) for example in examples)
-    return ar, diffused, prefix
+    return ar, diffused, replace(ar, weights=second, attention="prefix")
 
 
 def _fill(example: Example, rows: int) -> Example:
-    if not rows:
+    """Fill an example up to a number of rows, with ones that count nothing."""
+    missing = rows - len(example.input_ids)
+    if not missing:
         return example
-
-    def fill(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, (0, 0, 0, rows))
-
-    return Example(
-        fill(example.input_ids),
-        fill(example.targets),
-        fill(example.weights),
-        example.attention,
-        fill(example.document_ids),
-    )
+    tensors = {
+        name: F.pad(value, (0, 0, 0, missing))
+        for name, value in vars(example).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(example, **tensors)
 
 
-def _token_losses(
-    forward: Callable[..., DualOutput],
-    example: Example,
-    backend: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _token_losses(model: ModelHandle, example: Example) -> Tensor:
     """Return each position's cross-entropy, 0 where the weight is: (B, T) float64 on the CPU."""
-    device = torch.device(device)
-    plan = _plan(example, backend, device, dtype)
+    documents = example.document_ids
+    plan = plan_attention(
+        example.attention,
+        documents,
+        backend=model.backend,
+        device=model.device,
+        dtype=model.dtype,
+        in_prefix=in_prompt(documents) if example.attention == "prefix" else None,
+    )
     selection = select_positions(example.weights)
-    moved = example.to(device)
-    output = forward(
+    moved = example.to(model.device)
+    output = model(
         moved.input_ids,
         attention=plan,
         targets=moved.targets,
         weights=moved.weights,
-        selection=None if selection is None else to_device(selection, device),
+        selection=None if selection is None else to_device(selection, model.device),
         reduction="none",
     )
     assert output.nll is not None  # reduction="none" asks for it
     return output.nll.cpu().double()
 
 
-def _plan(
-    example: Example, backend: str, device: torch.device, dtype: torch.dtype
-) -> AttentionPlan:
-    documents = example.document_ids
-    return plan_attention(
-        example.attention,
-        documents,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        in_prefix=in_prompt(documents) if example.attention == "prefix" else None,
-    )
-
-
 def _columns(
+    model: ModelHandle,
     batch: Batch,
     examples: Sequence[Example],
     nlls: Sequence[Tensor],
     token_bytes: Tensor,
-    special_ids: Sequence[int],
-    target: Literal["next", "in_place"],
 ) -> Tensor:
     """What each position adds to the columns of :class:`DocumentLosses`: (10, B, T) float64.
 
     Args:
-        examples: Of the three modes, perhaps with more rows than the batch.
-        nlls: Of each, (·, T) float64 cross-entropies.
+        examples: Of the three modes.
+        nlls: Of each, (·, T) float64 cross-entropies, perhaps with more rows than the batch.
         token_bytes: (vocabulary,) int64.
     """
     rows = len(batch.inputs)
     ar, diffused, prefix = (nll[:rows] for nll in nlls)
-    scored, weights, second = (example.weights[:rows].double() for example in examples)
+    scored, weights, second = (example.weights.double() for example in examples)
     size = token_bytes[batch.targets]
     masked, masked_size = scored, size
-    if target == "in_place":
-        masked = (~torch.isin(batch.inputs, torch.tensor(special_ids))).double()
+    if model.target == "in_place":
+        special = torch.tensor(model.vocabulary.special_ids)
+        masked = (~torch.isin(batch.inputs, special)).double()
         masked_size = token_bytes[batch.inputs]
     return torch.stack(
         [

@@ -34,15 +34,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
 from dualtrain.common.randomness import generator
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.evaluate.packing import PackedRow
 from dualtrain.evaluate.request import Mode, Passage
-
-Target = Literal["next", "in_place"]
+from dualtrain.model.handle import Target
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,15 @@ class Masking:
     """How passages are masked.
 
     Attributes:
-        mask_id: What stands for a masked token.
         target: A masked token at i is predicted at i-1 (``next``), or at i (``in_place``).
         samples: S, for elbo.
     """
 
     mode: Mode
-    mask_id: int
-    special_ids: frozenset[int]
+    vocabulary: Vocabulary
     target: Target = "next"
     samples: int = 32
     seed: int = 0
-
-    def count(self, passage: Passage) -> int:
-        """How many documents a passage becomes, at most."""
-        return self.samples if self.mode == "elbo" else len(self._ordinary(passage))
 
     def documents(self, passage: Passage) -> tuple[list[MaskedDocument], np.ndarray]:
         """Mask a passage.
@@ -86,7 +79,7 @@ class Masking:
         documents, weights = [], []
         for masked, read, weight in sets:
             corrupted, scored = tokens.copy(), places[list(read)]
-            corrupted[places[list(masked)]] = self.mask_id
+            corrupted[places[list(masked)]] = self.vocabulary.mask_id
             documents.append(MaskedDocument(corrupted, scored - shift, tokens[scored]))
             weights += [weight] * len(scored)
         return documents, np.array(weights)
@@ -94,7 +87,8 @@ class Masking:
     def _ordinary(self, passage: Passage) -> np.ndarray:
         """(L,) int64, places of the continuation's tokens that may be masked."""
         places = range(passage.begin, len(passage.tokens))
-        return np.array([i for i in places if passage.tokens[i] not in self.special_ids], np.int64)
+        special = set(self.vocabulary.special_ids)
+        return np.array([i for i in places if passage.tokens[i] not in special], np.int64)
 
     def _sets(self, passage: Passage, length: int) -> list[tuple[tuple[int, ...], float]]:
         """Choose the masked sets of elbo, with the weight of each of their losses."""

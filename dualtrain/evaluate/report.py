@@ -20,7 +20,7 @@ from dualtrain.evaluate.task_result import TaskResult
 from dualtrain.evaluate.tasks import Task, TaskItems
 
 if TYPE_CHECKING:
-    from dualtrain.checkpoint.trained import Source
+    from dualtrain.checkpoint.trained import ModelSource
     from dualtrain.evaluate.scoring import Mode
 
 FORMAT = 1
@@ -40,7 +40,7 @@ class Evaluation:
         files: Name of the file with the items of each (task, mode).
     """
 
-    source: Source
+    source: ModelSource
     settings: dict[str, Any]
     data: str | None = None
     dataset: str | None = None
@@ -95,7 +95,7 @@ def print_report(evaluation: Evaluation) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def _model(source: Source) -> dict[str, Any]:
+def _model(source: ModelSource) -> dict[str, Any]:
     recipe = source.recipe
     return {
         "name": source.name,

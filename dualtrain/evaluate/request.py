@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,16 +43,6 @@ class Score:
     log_likelihood: float
     is_greedy: bool | None
     dropped: int
-
-
-class ScorerVocab(Protocol):
-    """What is asked of ``trained.Vocab`` or ``DatasetInfo``."""
-
-    @property
-    def mask_id(self) -> int | None: ...
-
-    @property
-    def special_ids(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +91,7 @@ def fit_requests(requests: Sequence[Request], longest: int) -> list[tuple[Passag
     return fitted
 
 
-def check_scorable(
-    mode: Mode, requests: Sequence[Request], *, mask_id: int | None, special_ids: Iterable[int]
-) -> None:
+def check_scorable(mode: Mode, requests: Sequence[Request], vocabulary: Vocabulary) -> None:
     """Refuse what a mode cannot do.
 
     Raises:
@@ -114,14 +103,14 @@ def check_scorable(
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
     if mode not in MASKING_MODES:
         return
-    if mask_id is None:
+    if vocabulary.mask is None:
         possible = [mode for mode in MODES if mode not in MASKING_MODES]
         raise UserError(
             f"mode {mode}",
             "masks tokens, and the model's tokenizer has no mask token",
             " or ".join(possible),
         )
-    special = set(special_ids)
+    special = set(vocabulary.special_ids)
     for number, request in enumerate(requests):
         if special.issuperset(request.continuation):
             raise UserError(

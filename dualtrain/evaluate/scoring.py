@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -34,19 +33,14 @@ from dualtrain.evaluate.request import (
     Passage,
     Request,
     Score,
-    ScorerVocab,
     check_scorable,
     encode_pair,
     fit_requests,
     longest_passage,
 )
 from dualtrain.evaluate.tree import make_trees
-from dualtrain.model.inference import inference
+from dualtrain.model.handle import ModelHandle
 from dualtrain.model.memory import choose_tokens, is_out_of_memory
-from dualtrain.network.output import DualOutput
-
-if TYPE_CHECKING:
-    from dualtrain.checkpoint.trained import TrainedModel
 
 __all__ = [
     "MASKING_MODES",
@@ -55,7 +49,6 @@ __all__ = [
     "Request",
     "Score",
     "Scorer",
-    "ScorerVocab",
     "encode_pair",
 ]
 
@@ -73,61 +66,33 @@ class Scorer:
     """Scores requests.
 
     Args:
-        forward: A ``DualLM``, a ``TrainedModel`` or a DeepSpeed engine.
-        target: What the diffusion objective was trained to predict at i: token i+1, or i.
         tokens_per_batch: Tokens of a forward pass, padding included; None chooses by memory.
             Where memory runs out, it is halved.
         elbo_samples: Masks for each request in the mode ``elbo``.
-        world_size: All processes; they call :meth:`score` together.
         on_note: Told what the user should know.
     """
 
     def __init__(
         self,
-        forward: Callable[..., DualOutput],
+        model: ModelHandle,
         *,
-        vocab: ScorerVocab,
-        context: int,
-        target: Literal["next", "in_place"] = "next",
-        device: torch.device | str = "cpu",
-        backend: str = "sdpa",
-        dtype: torch.dtype = torch.float32,
         tokens_per_batch: int | None = None,
         elbo_samples: int = 32,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        on_note: Callable[[str], None] | None = None,
+        on_note: Callable[[str], None] = lambda note: None,
     ) -> None:
-        self.forward, self.vocab, self.context = forward, vocab, context
-        self.target: Literal["next", "in_place"] = target
-        self.device, self.dtype = torch.device(device), dtype
+        self.model = model
         # FlexAttention is compiled for every shape, and there are too many of them here.
-        self.backend = "sdpa" if backend == "flex" else backend
-        self.tokens_per_batch = tokens_per_batch or choose_tokens(forward, self.device)
-        self.elbo_samples, self.seed = elbo_samples, seed
-        self.rank, self.world_size = rank, world_size
-        self.on_note = on_note or (lambda note: None)
-        varlen = self.backend == "varlen" and dtype != torch.float32
+        self.backend = "sdpa" if model.backend == "flex" else model.backend
+        self.tokens_per_batch = tokens_per_batch or choose_tokens(model)
+        self.elbo_samples, self.seed, self.on_note = elbo_samples, seed, on_note
+        varlen = self.backend == "varlen" and model.dtype != torch.float32
         # With a dense mask packed rows are no faster, and documents of one length need no mask.
         self.row_tokens = _VARLEN_ROW_TOKENS if varlen else 1
 
-    @classmethod
-    def of(cls, trained: TrainedModel, **options) -> Scorer:
-        """Make a scorer of a model that was opened; options as of the class."""
-        settings = {
-            "vocab": trained.vocab,
-            "context": trained.context,
-            "target": trained.target,
-            "device": trained.device,
-            "backend": trained.backend,
-            "dtype": trained.dtype,
-        }
-        return cls(trained, **(settings | options))
-
     def longest(self, mode: Mode) -> int:
         """Return how many tokens context and continuation may have together."""
-        return longest_passage(mode, self.context)
+        return longest_passage(mode, self.model.context)
 
     def score(
         self,
@@ -154,8 +119,7 @@ class Scorer:
                 for which there is not enough memory.
             ValueError: An unknown mode; a request without a context or without a continuation.
         """
-        vocab = self.vocab
-        check_scorable(mode, requests, mask_id=vocab.mask_id, special_ids=vocab.special_ids)
+        check_scorable(mode, requests, self.model.vocabulary)
         fitted = fit_requests(requests, self.longest(mode))
         passages = list(dict.fromkeys(passage for passage, _ in fitted))
 
@@ -163,8 +127,7 @@ class Scorer:
             if on_progress:
                 on_progress(int(passages_done / len(passages) * len(requests)))
 
-        # Compiled blocks would be compiled for every shape.
-        with inference(self.forward), torch.compiler.set_stance("force_eager"):
+        with self.model.inference():
             scores = self._score_all(passages, mode, report)
         return [Score(*scores[passage], dropped) for passage, dropped in fitted]
 
@@ -193,16 +156,10 @@ class Scorer:
                 waiting, bidirectional=mode == "prefix", limit=self.tokens_per_batch
             )
             return _Plan(waiting, rows, reads, None)
-        assert self.vocab.mask_id is not None  # check_scorable has seen to it
         masking = Masking(
-            mode,
-            self.vocab.mask_id,
-            frozenset(self.vocab.special_ids),
-            self.target,
-            self.elbo_samples,
-            self.seed,
+            mode, self.model.vocabulary, self.model.target, self.elbo_samples, self.seed
         )
-        most = _BATCHES_AT_ONCE * self.world_size * self.tokens_per_batch
+        most = _BATCHES_AT_ONCE * self.model.world_size * self.tokens_per_batch
         documents: list[MaskedDocument] = []
         reads: list[np.ndarray] = []
         weights: list[np.ndarray] = []
@@ -223,12 +180,13 @@ class Scorer:
         self, plan: _Plan, before: int, report: Callable[[float], None]
     ) -> dict[Passage, _Result]:
         """Run a plan, to its end or until memory runs out; return what is complete."""
-        overhead = _OVERHEAD_TOKENS.get(self.device.type, _OVERHEAD_TOKENS["cuda"])
+        overhead = _OVERHEAD_TOKENS.get(self.model.device.type, _OVERHEAD_TOKENS["cuda"])
         batches = make_batches(plan.rows, self.tokens_per_batch, overhead_tokens=overhead)
         total, done = sum(batch.tokens for batch in batches), 0
         outputs = []
-        for begin in range(0, len(batches), self.world_size):
-            number = begin + self.rank
+        world_size = self.model.world_size
+        for begin in range(0, len(batches), world_size):
+            number = begin + self.model.rank
             # A rank without a batch left runs the first one again, for the others' sake: under
             # ZeRO-3 a forward pass takes all ranks.
             batch = batches[number if number < len(batches) else 0]
@@ -237,7 +195,7 @@ class Scorer:
                 break
             if number < len(batches):
                 outputs.append((batch.reads, output))
-            done += sum(batch.tokens for batch in batches[begin : begin + self.world_size])
+            done += sum(batch.tokens for batch in batches[begin : begin + world_size])
             report(before + len(plan.passages) * done / total)
         return plan.results(self._exchange(plan.read_count, outputs))
 
@@ -247,9 +205,9 @@ class Scorer:
         The tensors stay on the device, so that nothing waits for it.
         """
         try:
-            plan = batch.plan(self.backend, self.device, self.dtype)
-            ids, options = batch.inputs(self.device)
-            output = self.forward(ids, attention=plan, **options)
+            plan = batch.plan(self.backend, self.model.device, self.model.dtype)
+            ids, options = batch.inputs(self.model.device)
+            output = self.model(ids, attention=plan, **options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -257,7 +215,7 @@ class Scorer:
             assert output.nll is not None and output.is_top is not None
             return output.nll, output.is_top
         # Not before the error is gone, which holds what the pass had allocated.
-        if self.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
@@ -286,9 +244,9 @@ class Scorer:
 
     def _least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers."""
-        if self.world_size == 1:
+        if self.model.world_size == 1:
             return number
-        shared = torch.tensor(number, device=self.device)
+        shared = torch.tensor(number, device=self.model.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MIN)
         return int(shared)
 
@@ -305,9 +263,9 @@ class Scorer:
             found[0, reads] = losses.cpu().double().numpy()
             found[1, reads] = is_top.cpu().numpy()
             found[2, reads] = 1
-        if self.world_size > 1:
+        if self.model.world_size > 1:
             # One rank's number and zeros: the sum is exact, whatever the order of the additions.
-            shared = torch.from_numpy(found).to(self.device)
+            shared = torch.from_numpy(found).to(self.model.device)
             dist.all_reduce(shared)
             found = shared.cpu().numpy()
         return found

@@ -24,7 +24,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dualtrain.checkpoint import store as checkpoint
-from dualtrain.checkpoint.trained import find_source, tokenizer_file
+from dualtrain.checkpoint.trained import find_source
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import check_name, read_object
 from dualtrain.common.files import absolute, made_whole, reserved, writing
@@ -121,7 +121,7 @@ def export_checkpoint(
         _write(directory / CONFIG, values)
         _write(directory / "generation_config.json", _generation(config, info))
         names = write_tokenizer(
-            tokenizer_file(source),
+            source.tokenizer_file,
             directory,
             special_tokens=info.special_tokens,
             context=recipe.sequence_length,

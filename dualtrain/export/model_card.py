@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from dualtrain.checkpoint import store as checkpoint
-from dualtrain.checkpoint.trained import Source
+from dualtrain.checkpoint.trained import ModelSource
 from dualtrain.common.formatting import count
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import DatasetInfo
@@ -77,7 +77,7 @@ logits = model(**gaps, attention="full").logits  # {where}
 
 def write_model_card(
     directory: Path,
-    source: Source,
+    source: ModelSource,
     *,
     config: PretrainedConfig,
     values: Mapping[str, Any],

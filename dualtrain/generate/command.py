@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 
-from dualtrain.checkpoint.trained import Precision, TrainedModel, open_trained
-from dualtrain.common.errors import UserError, nearest, raise_together
+from dualtrain.checkpoint.trained import TrainedModel, check_precision, open_trained
+from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.input_files import check_unicode
 from dualtrain.generate.autoregressive import Stop
 from dualtrain.generate.files import ResultFile, read_prompts, record, refuse_existing
@@ -76,7 +75,7 @@ def generate(request: Request, wishes: Wishes) -> None:
         request.path,
         step=request.step,
         device=request.device,
-        precision=cast("Precision | None", request.precision),
+        precision=request.precision,
         on_note=_note,
     )
     model = TextModel.of(trained)
@@ -118,9 +117,7 @@ def _check(request: Request, settings: Settings) -> None:
     wrong = []
     if request.batch < 1:
         wrong.append(UserError("--batch", f"{request.batch}", "1 or more"))
-    if request.precision not in (None, "fp32", "bf16"):
-        hint = nearest(request.precision, ["fp32", "bf16"])
-        wrong.append(UserError("--precision", repr(request.precision), "fp32 or bf16", hint))
+    check_precision(request.precision)
     if request.trace and not settings.is_diffusion:
         wrong.append(UserError("--trace", f"mode {settings.mode} has no steps", "mode diffusion"))
     if request.trace and request.out:
@@ -132,7 +129,7 @@ def _check(request: Request, settings: Settings) -> None:
 
 def _view(request: Request, settings: Settings, trained: TrainedModel, total: int) -> View:
     console, tokenizer = Console(), trained.tokenizer
-    mask_id = trained.vocab.mask_id
+    mask_id = trained.vocabulary.mask
     several = total > 1
     is_live = console.is_terminal and not request.plain
     if request.out:

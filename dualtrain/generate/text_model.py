@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dualtrain.generate.choose import banned_tokens
-from dualtrain.model.inference import inference
+from dualtrain.model.handle import ModelHandle, Target, inference
 from dualtrain.network.attention import AttentionPlan
 from dualtrain.network.output import DualOutput
-
-if TYPE_CHECKING:
-    from dualtrain.checkpoint.trained import TrainedModel
-
-Target = Literal["next", "in_place"]
 
 
 def is_in_lockstep() -> bool:
@@ -60,27 +54,28 @@ class TextModel:
     lockstep: bool = field(default_factory=is_in_lockstep)
 
     @classmethod
-    def of(cls, trained: TrainedModel) -> TextModel:
-        """Describe an opened model."""
-        vocab = trained.vocab
+    def of(cls, model: ModelHandle) -> TextModel:
+        """Describe a model."""
+        vocabulary = model.vocabulary
         return cls(
-            forward=trained,
-            context=trained.context,
-            vocab_size=vocab.size,
-            begin_id=vocab.bos_id,
-            special_ids=vocab.special_ids,
-            stop_ids=vocab.stop_ids,
-            mask_id=vocab.mask_id,
-            target=trained.target,
-            device=trained.device,
-            dtype=trained.dtype,
-            lockstep=False,
+            forward=model,
+            context=model.context,
+            vocab_size=vocabulary.size,
+            begin_id=vocabulary.bos_id,
+            special_ids=vocabulary.special_ids,
+            stop_ids=vocabulary.stop_ids,
+            mask_id=vocabulary.mask,
+            target=model.target,
+            device=model.device,
+            dtype=model.dtype,
+            lockstep=model.world_size > 1,
         )
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Without gradients, and uncompiled: every pass would need a graph for its own shape."""
-        with inference(self.forward), torch.compiler.set_stance("force_eager"):
+        model = self.forward
+        with inference(model.model if isinstance(model, ModelHandle) else model):
             yield
 
     def logits(

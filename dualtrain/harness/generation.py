@@ -116,7 +116,7 @@ def _take_orders(
         tokens, until, sampling = _read_settings(settings, max_tokens)
         capped += tokens > most
         tokens = min(tokens, most)
-        begin, *ids = encode_prompt(prompt, trained.tokenizer, bos_id=trained.vocab.bos_id)
+        begin, *ids = encode_prompt(prompt, trained.tokenizer, bos_id=trained.vocabulary.bos_id)
         room = trained.context - tokens - 1
         shortened += len(ids) > room
         digest = hashlib.sha256(prompt.encode()).digest()[:8]

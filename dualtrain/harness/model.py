@@ -128,7 +128,7 @@ class DualtrainLM(TemplateLM):
             on_note=logger.warning,
         )
         self._device = self.trained.device
-        self.scorer = Scorer.of(
+        self.scorer = Scorer(
             self.trained,
             tokens_per_batch=tokens_per_batch,
             elbo_samples=elbo_samples,
@@ -139,12 +139,12 @@ class DualtrainLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """``</s>``."""
-        return self.trained.vocab.eos_id
+        return self.trained.vocabulary.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """``<s>``, which every text begins with."""
-        return self.trained.vocab.bos_id
+        return self.trained.vocabulary.bos_id
 
     @property
     def max_length(self) -> int:

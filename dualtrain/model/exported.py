@@ -11,13 +11,12 @@ own defaults for rotary settings that 5 has renamed, without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from dualtrain.common.errors import UserError
+from dualtrain.model.handle import Target
 from dualtrain.model.imported_config import check_sizes
 from dualtrain.network.config import DualConfig
-
-Target = Literal["next", "in_place"]
 
 CODE = "modeling_dualtrain"
 """The file of Python code in an exported model."""

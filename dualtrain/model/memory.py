@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dualtrain.engine.parameters import whole_shape
+from dualtrain.model.handle import ModelHandle
 
 CPU_TOKENS = 2048
 """From here on larger batches are no faster on a CPU."""
@@ -20,22 +21,20 @@ _HEAD_BYTES = 2 << 30
 _WIDTHS = 32
 
 
-def choose_tokens(forward: Callable[..., object], device: torch.device) -> int:
+def choose_tokens(model: ModelHandle) -> int:
     """Choose the tokens of a forward pass, padding included.
 
     On a GPU from the free memory and the width of the model, generously: a batch that does not fit
     after all is halved.
-
-    Args:
-        forward: A model, an engine around one, or any other function.
     """
+    device = model.device
     if device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
     # What torch holds and does not use is free for us.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     usable = max(0.0, free * _SHARE_OF_FREE_MEMORY - _HEAD_BYTES)
-    tokens = int(usable / (4 * _WIDTHS * _width(forward)))
+    tokens = int(usable / (4 * _WIDTHS * _width(model.model)))
     return min(max(tokens, CPU_TOKENS), MOST_GPU_TOKENS)
 
 
@@ -49,9 +48,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _width(forward: Callable[..., object]) -> int:
+def _width(model: Callable[..., object]) -> int:
     """Size of the model's vectors; 1024 where it cannot be seen."""
-    for module in (forward, getattr(forward, "model", None), getattr(forward, "module", None)):
+    for module in (model, getattr(model, "module", None)):
         find = getattr(module, "get_input_embeddings", None)
         if isinstance(module, nn.Module) and callable(find):
             embedding: Any = find()

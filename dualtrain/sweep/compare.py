@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualtrain.checkpoint.trained import Source, choose, find_source, open_trained
+from dualtrain.checkpoint.trained import ModelSource, choose, find_source, open_trained
 from dualtrain.common import formatting
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json
@@ -159,10 +159,10 @@ def _document_losses(
     return found
 
 
-def _score(source: Source, first: Source, options: CompareOptions) -> DocumentLosses:
+def _score(source: ModelSource, first: ModelSource, options: CompareOptions) -> DocumentLosses:
     trained = open_trained(source, device=options.device)
     recipe = first.recipe
-    assert recipe is not None and trained.vocab.mask_id is not None
+    assert recipe is not None
     dataset = TokenDataset.open(recipe.data.path, "val")
     sequences = options.sequences
     if sequences is None:
@@ -175,16 +175,7 @@ def _score(source: Source, first: Source, options: CompareOptions) -> DocumentLo
         sequences=sequences,
     )
     return document_losses(
-        trained,
-        validation,
-        micro_batch=recipe.micro_batch,
-        mask_id=trained.vocab.mask_id,
-        special_ids=trained.vocab.special_ids,
-        target=trained.target,
-        seed=options.seed or 0,
-        backend=trained.backend,
-        device=trained.device,
-        dtype=trained.dtype,
+        trained, validation, micro_batch=recipe.micro_batch, seed=options.seed or 0
     )
 
 

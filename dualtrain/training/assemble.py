@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dualtrain.algorithms.events import Dispatcher, Event, State, Vocabulary
+from dualtrain.algorithms.events import Dispatcher, Event, State
 from dualtrain.algorithms.registry import build_algorithms
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.common.file_kinds import parse_tokenizer
@@ -51,6 +51,7 @@ from dualtrain.launch.world import (
 )
 from dualtrain.method.mixing import Mixture, Slot
 from dualtrain.model.build import build_model
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import resolve_backend
 from dualtrain.progress.progress import Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.schema import Recipe
@@ -114,9 +115,7 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         rank=world.rank,
         world_size=world.world_size,
         device=device,
-        vocabulary=Vocabulary(
-            dataset.info.vocab_size, dataset.info.mask_id, dataset.info.special_ids
-        ),
+        vocabulary=dataset.info.vocabulary,
         mixture=mixture,
         model=model,
     )
@@ -137,6 +136,18 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         load_masters(state.engine, origin.path)
     if origin.resume.continues:
         _restore(state, dispatcher, meter, origin, world)
+    assert state.engine is not None
+    handle = ModelHandle(
+        model=state.engine,
+        vocabulary=state.vocabulary,
+        context=recipe.sequence_length,
+        target=recipe.objective.target,
+        device=device,
+        dtype=compute_dtype,
+        backend=backend,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
     data = training_data(recipe, dataset, derived, mixture)
     dataset.prepare_all(data.documents)
     progress = Progress.open(
@@ -157,11 +168,10 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
             append_eos=recipe.data.append_eos,
             sequences=recipe.eval.sequences,
         ),
-        tasks=_task_scoring(tasks, state, dataset, backend, compute_dtype, progress.message),
+        tasks=_task_scoring(tasks, recipe, handle, dataset, progress.message),
         state=state,
         dispatcher=dispatcher,
-        backend=backend,
-        compute_dtype=compute_dtype,
+        handle=handle,
         batches=Prefetcher(
             data,
             _slots(mixture, state.step, world),
@@ -251,30 +261,19 @@ def _restore(
 
 def _task_scoring(
     tasks: TaskItems,
-    state: State,
+    recipe: Recipe,
+    model: ModelHandle,
     dataset: TokenDataset,
-    backend: str,
-    dtype: torch.dtype,
     on_note: Callable[[str], None],
 ) -> TaskScoring | None:
     """How the recipe's tasks are scored with the engine, if it has any."""
-    recipe = state.recipe
     if not tasks:
         return None
-    assert state.engine is not None
     slot_tokens = recipe.micro_batch * recipe.sequence_length
     scorer = Scorer(
-        state.engine,
-        vocab=state.vocabulary,
-        context=recipe.sequence_length,
-        target=recipe.objective.target,
-        device=state.device,
-        backend=backend,
-        dtype=dtype,
+        model,
         # On a GPU as much as training has room for.
-        tokens_per_batch=None if state.device.type == "cpu" else slot_tokens,
-        rank=state.rank,
-        world_size=state.world_size,
+        tokens_per_batch=None if model.device.type == "cpu" else slot_tokens,
         on_note=on_note,
     )
     return TaskScoring(
@@ -282,7 +281,6 @@ def _task_scoring(
         recipe.eval.modes,
         scorer=scorer,
         tokenizer=parse_tokenizer(dataset.tokenizer_path),
-        bos_id=dataset.info.bos_id,
     )
 
 

@@ -65,7 +65,6 @@ class TaskScoring:
     Args:
         tasks: From :func:`read_tasks`.
         scorer: Of the model, on all ranks.
-        bos_id: ``<s>``.
 
     Raises:
         UserError: No item of a task fits the model's context.
@@ -78,9 +77,9 @@ class TaskScoring:
         *,
         scorer: Scorer,
         tokenizer: Tokenizer,
-        bos_id: int,
     ) -> None:
         self._tasks, self.modes, self._scorer = tasks, modes, scorer
+        bos_id = scorer.model.vocabulary.bos_id
 
         @cache
         def encode(prompt: str, answer: str) -> Request:
@@ -146,7 +145,7 @@ class _NoModel:
     """Takes the place of the scorer before there is anything to score."""
 
     def __init__(self, scorer: Scorer) -> None:
-        self.longest, self._vocab = scorer.longest, scorer.vocab
+        self.longest, self._vocabulary = scorer.longest, scorer.model.vocabulary
 
     def score(
         self,
@@ -155,8 +154,7 @@ class _NoModel:
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Score]:
-        mask_id, special_ids = self._vocab.mask_id, self._vocab.special_ids
-        check_scorable(mode, requests, mask_id=mask_id, special_ids=special_ids)
+        check_scorable(mode, requests, self._vocabulary)
         fitted = fit_requests(requests, self.longest(mode))
         return [Score(0.0, None, dropped) for _, dropped in fitted]
 
@@ -164,19 +162,7 @@ class _NoModel:
 def evaluate(run: Run, *, with_tasks: bool) -> None:
     """Held-out losses, and scores on the run's tasks if asked for, on all ranks."""
     with run.progress.busy("evaluating"), run.meter.paused():
-        losses = held_out_losses(
-            run.engine,
-            run.validation,
-            micro_batch=run.recipe.micro_batch,
-            mask_id=run.state.vocabulary.mask_id,
-            special_ids=run.state.vocabulary.special_ids,
-            target=run.recipe.objective.target,
-            rank=run.world.rank,
-            world_size=run.world.world_size,
-            backend=run.backend,
-            device=run.state.device,
-            dtype=run.compute_dtype,
-        )
+        losses = held_out_losses(run.handle, run.validation, micro_batch=run.recipe.micro_batch)
     run.last_eval = losses.record(run.state.step, run.elapsed_s())
     run.progress.record(run.last_eval)
     run.state.metrics = losses.metrics()

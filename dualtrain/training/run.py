@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import torch
-
 from dualtrain.algorithms.events import Dispatcher, Event, State
 from dualtrain.data.batches import ValidationData
 from dualtrain.data.dataset import TokenDataset
@@ -17,6 +15,7 @@ from dualtrain.derived.derive import Derived
 from dualtrain.engine.gradients import Gradients
 from dualtrain.launch.vote import StepVote
 from dualtrain.launch.world import World
+from dualtrain.model.handle import ModelHandle
 from dualtrain.progress.progress import EvalRecord, Meter, Progress, TasksRecord
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.non_finite import LossWatch
@@ -38,6 +37,7 @@ class Run:
         derived: Steps, tokens and slots that follow from the recipe.
         tasks: The tasks to be scored, if there are any.
         state: What algorithms see, the engine among it.
+        handle: The engine as evaluation and sampling call it.
         batches: Slots and sequences of this rank, made ahead.
         slots_per_rank: Micro-batches of this rank in a step.
         gradients: The raw gradient of the step: its norm, and clipping.
@@ -63,8 +63,7 @@ class Run:
     tasks: TaskScoring | None
     state: State
     dispatcher: Dispatcher
-    backend: str
-    compute_dtype: torch.dtype
+    handle: ModelHandle
     batches: Prefetcher
     slots_per_rank: int
     gradients: Gradients

@@ -113,18 +113,7 @@ def make_samples(run: Run) -> list[Sample]:
     """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
     wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = parse_tokenizer(run.dataset.tokenizer_path)
-    model = TextModel(
-        forward=run.engine,
-        context=run.recipe.sequence_length,
-        vocab_size=info.vocab_size,
-        begin_id=info.bos_id,
-        special_ids=info.special_ids,
-        stop_ids=(info.bos_id, info.eos_id),
-        mask_id=info.mask_id,
-        target=run.recipe.objective.target,
-        device=run.state.device,
-        dtype=run.compute_dtype,
-    )
+    model = TextModel.of(run.handle)
     sampling = Sampling(temperature=wanted.temperature)
 
     def generators() -> list[np.random.Generator]:

@@ -9,11 +9,9 @@ finite, which decides whether there is an update, the device is still at the las
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from dualtrain.algorithms.events import Dispatcher, Event, State
@@ -35,6 +33,7 @@ from dualtrain.engine.skip import (
 from dualtrain.launch.vote import Verdict
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.model.build import CONFIG
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import plan_attention, to_device
 from dualtrain.network.loss import select_positions
 from dualtrain.network.output import DualOutput
@@ -157,7 +156,7 @@ def train_slot(run: Run) -> None:
     """One micro-batch: forward with its objective's input and attention, then backward."""
     state = run.state
     state.slot, state.batch = slot, batch = next(run.batches)
-    slot_loss(state, run.dispatcher, run.engine, backend=run.backend, dtype=run.compute_dtype)
+    slot_loss(state, run.dispatcher, run.handle)
     loss, output = there(state.loss), there(state.output)
     run.losses.add(slot, batch, loss)
     run.engine.backward(loss)
@@ -178,51 +177,41 @@ def acknowledge_signal(run: Run) -> None:
         run.progress.message("stopping after this step, to save; a second signal stops at once")
 
 
-def slot_loss(
-    state: State,
-    dispatcher: Dispatcher,
-    model: Callable[..., DualOutput],
-    *,
-    backend: str,
-    dtype: torch.dtype,
-) -> None:
+def slot_loss(state: State, dispatcher: Dispatcher, model: ModelHandle) -> None:
     """From the clean sequences of the state's slot to its loss.
 
     Args:
         state: With slot and batch; is given example, output and loss.
         dispatcher: The algorithms, which make the example.
-        model: The engine, or the bare model.
     """
     dispatcher.dispatch(Event.BATCH_START, state)
     dispatcher.dispatch(Event.BEFORE_FORWARD, state)
-    state.output = forward(state, model, backend=backend, dtype=dtype)
+    state.output = forward(state, model)
     dispatcher.dispatch(Event.AFTER_FORWARD, state)
     state.loss = there(there(state.output).loss) * there(state.slot).loss_scale
     dispatcher.dispatch(Event.AFTER_LOSS, state)
 
 
-def forward(
-    state: State, model: Callable[..., DualOutput], *, backend: str, dtype: torch.dtype
-) -> DualOutput:
+def forward(state: State, model: ModelHandle) -> DualOutput:
     """Give the state's example to the model, under the attention of its objective."""
     example = there(state.example)
     attention = plan_attention(
         example.attention,
         example.document_ids,
-        backend=backend,
-        device=state.device,
-        dtype=dtype,
+        backend=model.backend,
+        device=model.device,
+        dtype=model.dtype,
     )
     # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
     selection = select_positions(example.weights)
-    moved = example.to(state.device)
+    moved = example.to(model.device)
     return model(
         moved.input_ids,
         attention=attention,
         targets=moved.targets,
         weights=moved.weights,
         z_loss=state.recipe.objective.z_loss,
-        selection=None if selection is None else to_device(selection, state.device),
+        selection=None if selection is None else to_device(selection, model.device),
     )
 
 

@@ -6,8 +6,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dualtrain.algorithms.events import Dispatcher, Event, State, Vocabulary
+from dualtrain.algorithms.events import Dispatcher, Event, State
 from dualtrain.algorithms.registry import REGISTRY, build_algorithms
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.batches import Batch
 from dualtrain.method.mixing import STREAM_NUMBERS, Mixture, Slot, alpha_at
 from dualtrain.method.objectives import (
@@ -71,7 +72,7 @@ def make_state(recipe, slots=4):
         rank=0,
         world_size=1,
         device=torch.device("cpu"),
-        vocabulary=Vocabulary(SIZE, MASK, SPECIAL),
+        vocabulary=Vocabulary(size=SIZE, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK),
         mixture=mixture,
         model=None,
     )

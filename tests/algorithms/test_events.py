@@ -12,9 +12,9 @@ from dualtrain.algorithms.events import (
     Dispatcher,
     Event,
     State,
-    Vocabulary,
 )
 from dualtrain.common.errors import UserError
+from dualtrain.common.vocabulary import Vocabulary
 
 
 class Log:
@@ -32,7 +32,7 @@ def make_state(**changes):
         "rank": 0,
         "world_size": 1,
         "device": torch.device("cpu"),
-        "vocabulary": Vocabulary(40, 4, (0, 1, 2, 3, 4)),
+        "vocabulary": Vocabulary(size=40, special_ids=(0, 1, 2, 3, 4), bos_id=1, eos_id=2, mask=4),
         "mixture": None,
         "model": None,
     }

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from dualtrain.checkpoint.trained import TrainedModel, open_trained
 from dualtrain.evaluate.scoring import MODES, Mode, Request, Scorer, encode_pair
 from dualtrain.evaluate.tasks import load_tasks
-from dualtrain.model.inference import inference
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.output import DualOutput
 
@@ -34,15 +34,15 @@ class Counter:
         calls: Forward passes.
     """
 
-    def __init__(self, trained: TrainedModel) -> None:
-        self.trained = trained
+    def __init__(self, model: Callable[..., DualOutput]) -> None:
+        self.module = model
         self.tokens = self.reads = self.calls = 0
 
     def __call__(self, ids: torch.Tensor, *, targets: torch.Tensor, **options) -> DualOutput:
         self.tokens += ids.numel()
         self.reads += len(targets)
         self.calls += 1
-        return self.trained(ids, targets=targets, **options)
+        return self.module(ids, targets=targets, **options)
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     )
     for task in load_tasks(options.tasks.split(","), options.tasks_dir):
         requests = [
-            encode_pair(trained.tokenizer, item.prompt, choice, bos_id=trained.vocab.bos_id)
+            encode_pair(trained.tokenizer, item.prompt, choice, bos_id=trained.vocabulary.bos_id)
             for item in task.items(options.items)
             for choice in item.choices
         ]
@@ -79,18 +79,9 @@ def measure(
     """Score, and say what it cost."""
 
     def score() -> Counter:
-        counter = Counter(trained)
-        settings = {
-            "vocab": trained.vocab,
-            "context": trained.context,
-            "target": trained.target,
-            "device": trained.device,
-            "backend": trained.backend,
-            "dtype": trained.dtype,
-        }
+        counter = Counter(trained.model)
         scorer = Scorer(
-            counter,
-            **settings,
+            replace(trained, model=counter),
             tokens_per_batch=options.tokens_per_batch,
             elbo_samples=options.elbo_samples,
         )
@@ -118,7 +109,7 @@ def asked_tokens(
     for request in set(requests):
         last = 1 if mode in ("ar", "prefix") else 0
         size = min(len(request.context) + len(request.continuation) - last, trained.context)
-        ordinary = sum(t not in trained.vocab.special_ids for t in request.continuation)
+        ordinary = sum(t not in trained.vocabulary.special_ids for t in request.continuation)
         rows = {"pll": ordinary, "chain": ordinary, "elbo": min(samples, 2**ordinary - 1)}
         total += size * rows.get(mode, 1)
     return total
@@ -130,9 +121,9 @@ def plain_passes(trained: TrainedModel, tokens: int, reads: int, kind: str) -> N
     rows = max(1, 2048 // width) if trained.device.type == "cpu" else max(1, 32768 // width)
     documents = torch.zeros(rows, width, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(16, trained.vocab.size, (rows, width), generator=generator)
+    ids = torch.randint(16, trained.vocabulary.size, (rows, width), generator=generator)
     ids = ids.to(trained.device)
-    with inference(trained.model):
+    with trained.inference():
         for begin in range(0, tokens, rows * width):
             count = -(-min(rows * width, tokens - begin) // width)
             plan = plan_attention(

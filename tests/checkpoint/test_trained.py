@@ -36,7 +36,7 @@ def test_a_run_means_its_newest_checkpoint(run_dir):
     model = open_trained(run_dir)
     assert model.source.path == checkpoint.checkpoint_path(run_dir, 8)
     assert model.source.name == "tiny at step 8"
-    assert (model.context, model.target, model.vocab.mask_id) == (32, "next", 4)
+    assert (model.context, model.target, model.vocabulary.mask_id) == (32, "next", 4)
     assert model.decode(model.encode("A list of <mask> things")) == "A list of <mask> things"
     assert not model.model.training
     earlier = open_trained(run_dir, step=4)

@@ -17,7 +17,7 @@ from helpers.tasks import question, write_lines, write_task
 from typer.testing import CliRunner
 
 import dualtrain.evaluate.command as command
-from dualtrain.checkpoint.trained import find_source
+from dualtrain.checkpoint.trained import ModelSource, find_source
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
@@ -342,8 +342,8 @@ def test_the_modes_are_those_of_the_training(run_dir, monkeypatch):
         ["trained with alpha 1, never on masked text: pll says little"],
     )
     assert at(0)[1] == ["trained with alpha 0, never autoregressively: ar, prefix says little"]
-    vocab = replace(command.read_vocab(source), mask_id=None)
-    monkeypatch.setattr(command, "read_vocab", lambda source: vocab)
+    vocabulary = replace(source.vocabulary, mask=None)
+    monkeypatch.setattr(ModelSource, "vocabulary", vocabulary)
     assert at("1/8")[0] == ["ar", "prefix"]
     with pytest.raises(UserError, match="has no mask token, without which there is no pll"):
         at("1/8", "ar,pll")

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from helpers.held_out import (
     LENGTH,
-    OPTIONS,
     PARTS,
     SIZES,
     VOCABULARY,
     Target,
+    handle,
     held_out,
     knowing_nothing,
     losses_by_hand,
@@ -55,13 +55,13 @@ def test_losses_are_those_of_each_document_in_a_row_of_its_own(
     """With unknown tokens, documents of one token, and documents that rows cut."""
     model, data = tiny_model(), held_out(count)
     by_hand = losses_by_hand(model, data, target=target)
-    found = document_losses(model, data, micro_batch=micro_batch, target=target, **OPTIONS)
+    found = document_losses(handle(model, target=target), data, micro_batch=micro_batch)
     assert found.documents.tolist() == sorted(by_hand)
     for part in PARTS:
         wanted = [by_hand[document][part] for document in sorted(by_hand)]
         assert getattr(found, part).tolist() == pytest.approx(wanted, **SIMILAR), part
 
-    whole = held_out_losses(model, data, micro_batch=micro_batch, target=target, **OPTIONS)
+    whole = held_out_losses(handle(model, target=target), data, micro_batch=micro_batch)
     total = {part: math.fsum(sums[part] for sums in by_hand.values()) for part in PARTS}
     nats = {"ar": "tokens", "diffusion": "diffusion_tokens", "prefix": "prefix_tokens"}
     for part, tokens in nats.items():
@@ -90,7 +90,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing_in_every_mode(
 ):
     """Whatever is masked, each scored token counts once: with documents of 1 to 20 tokens."""
     data = validation(texts(300, unknown=unknown), 60, append_eos=append_eos)
-    found = held_out_losses(knowing_nothing(), data, micro_batch=7, target=target, **OPTIONS)
+    found = held_out_losses(handle(knowing_nothing(), target=target), data, micro_batch=7)
     for loss in (found.ar_nll, found.diffusion_nll, found.prefix_nll, found.ar_nll_same_tokens):
         assert loss == pytest.approx(math.log(VOCABULARY), rel=1e-6)
     assert found.prefix_error == pytest.approx(0, abs=1e-6)
@@ -107,7 +107,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing_in_every_mode(
 def test_guessing_costs_the_same_in_any_one_sequence(lengths, append_eos, unknown, target):
     documents = [[0 if unknown and n % 3 == 1 else 5 + n for n in range(k)] for k in lengths]
     data = validation([*documents, list(range(5, 5 + LENGTH))], 1, append_eos=append_eos)
-    found = held_out_losses(knowing_nothing(), data, micro_batch=1, target=target, **OPTIONS)
+    found = held_out_losses(handle(knowing_nothing(), target=target), data, micro_batch=1)
     losses = [found.ar_nll, found.prefix_nll]
     if target == "next" or any(token > 4 for token in data.batch(0, 1).inputs[0].tolist()):
         losses.append(found.diffusion_nll)
@@ -117,7 +117,7 @@ def test_guessing_costs_the_same_in_any_one_sequence(lengths, append_eos, unknow
 def test_documents_of_one_token_count_in_every_mode():
     """There is nothing to mask or to read both ways: the same loss of the same tokens."""
     data = validation([[5 + n % 30] for n in range(50)], append_eos=False)
-    found = held_out_losses(tiny_model(), data, micro_batch=2, **OPTIONS)
+    found = held_out_losses(handle(tiny_model()), data, micro_batch=2)
     assert found.tokens == found.prefix_tokens == found.documents == 48
     for loss in (found.diffusion_nll, found.prefix_nll, found.ar_nll_same_tokens):
         assert loss == pytest.approx(found.ar_nll, rel=1e-6)
@@ -196,11 +196,12 @@ def test_errors_are_the_spread_over_blocks_of_a_long_split():
     found, as_if_independent = [], []
     for number in range(blocks):
         data = validation(split[number * size : (number + 1) * size])
-        options = {"micro_batch": len(data), **OPTIONS}
-        found.append(held_out_losses(model, data, **options))
+        found.append(held_out_losses(handle(model), data, micro_batch=len(data)))
         assert found[-1].documents == size and len(data) >= 8 * size
         if number < 8:
-            as_if_independent.append(held_out_losses(model, EachAlone(data), **options))
+            as_if_independent.append(
+                held_out_losses(handle(model), EachAlone(data), micro_batch=len(data))
+            )
     figures = {
         "ar_error": [f.ar_nll for f in found],
         "diffusion_error": [f.diffusion_nll for f in found],
@@ -224,20 +225,20 @@ def test_errors_are_the_spread_over_blocks_of_a_long_split():
 def test_repeating_changes_nothing_and_training_goes_on():
     model, data = tiny_model(), held_out(5)
     model.train()
-    first = held_out_losses(model, data, micro_batch=2, **OPTIONS)
+    first = held_out_losses(handle(model), data, micro_batch=2)
     assert model.training and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.manual_seed(1)
-    assert held_out_losses(model, data, micro_batch=2, **OPTIONS) == first
+    assert held_out_losses(handle(model), data, micro_batch=2) == first
     model.eval()
-    assert held_out_losses(model, data, micro_batch=2, **OPTIONS) == first
+    assert held_out_losses(handle(model), data, micro_batch=2) == first
     assert not model.training
 
 
 def test_another_seed_has_other_masks():
     model, data = tiny_model(), held_out(4)
-    first = held_out_losses(model, data, micro_batch=2, **OPTIONS)
-    second = held_out_losses(model, data, micro_batch=2, seed=1, **OPTIONS)
+    first = held_out_losses(handle(model), data, micro_batch=2)
+    second = held_out_losses(handle(model), data, micro_batch=2, seed=1)
     assert first.ar_nll == second.ar_nll
     assert first.diffusion_nll != second.diffusion_nll
 
@@ -262,9 +263,8 @@ def score(counts: list[int], store: str) -> list[tuple[HeldOut, list[tuple[int, 
     found = []
     for count in counts:
         forward = Counting(tiny_model())
-        losses = held_out_losses(
-            forward, held_out(count), micro_batch=2, rank=rank, world_size=world, **OPTIONS
-        )
+        model = handle(forward, rank=rank, world_size=world)
+        losses = held_out_losses(model, held_out(count), micro_batch=2)
         found.append((losses, forward.shapes))
     dist.destroy_process_group()
     return found
@@ -274,7 +274,7 @@ def score(counts: list[int], store: str) -> list[tuple[HeldOut, list[tuple[int, 
 def test_any_number_of_ranks_finds_exactly_the_same(world: int, counts: list[int], tmp_path: Path):
     found = on_ranks(score, counts, str(tmp_path / "store"), ranks=world, tmp_path=tmp_path)
     for case, count in enumerate(counts):
-        alone = held_out_losses(tiny_model(), held_out(count), micro_batch=2, **OPTIONS)
+        alone = held_out_losses(handle(tiny_model()), held_out(count), micro_batch=2)
         # As many passes of one shape on every rank: ZeRO-3 waits for all of them.
         passes = 3 * math.ceil(math.ceil(count / 2) / world)
         shapes = [(2, LENGTH)] * passes
@@ -282,7 +282,7 @@ def test_any_number_of_ranks_finds_exactly_the_same(world: int, counts: list[int
 
 
 def test_the_record_holds_the_losses():
-    losses = held_out_losses(tiny_model(), held_out(3), micro_batch=2, **OPTIONS)
+    losses = held_out_losses(handle(tiny_model()), held_out(3), micro_batch=2)
     record = losses.record(7, 8.0)
     held = asdict(losses)
     assert held.pop("sequences") == 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.scoring import (
     MASK,
-    OPEN_VOCAB,
-    VOCAB,
+    OPEN_VOCABULARY,
+    VOCABULARY,
     WORDS,
     Recorder,
     make_model,
@@ -67,16 +67,16 @@ def masked(model, request, hidden, read, shift):
 
 
 def ordinary(request):
-    return [i for i, t in enumerate(request.continuation) if t not in VOCAB.special_ids]
+    return [i for i, t in enumerate(request.continuation) if t not in VOCABULARY.special_ids]
 
 
 @pytest.mark.parametrize("mode", ["ar", "prefix", "chain"])
 def test_probabilities_of_all_continuations_sum_to_1(model, mode):
     requests = [Request((1, 7, 9), pair) for pair in product(range(WORDS), repeat=2)]
-    scores = make_scorer(model, vocab=OPEN_VOCAB).score(requests, mode)
+    scores = make_scorer(model, vocabulary=OPEN_VOCABULARY).score(requests, mode)
     assert fsum(exp(score.log_likelihood) for score in scores) == pytest.approx(1, abs=EXACT)
     # Given its length, in the mode that masks; pseudo-likelihoods sum to something else.
-    pseudo = make_scorer(model, vocab=OPEN_VOCAB).score(requests, "pll")
+    pseudo = make_scorer(model, vocabulary=OPEN_VOCABULARY).score(requests, "pll")
     assert abs(fsum(exp(score.log_likelihood) for score in pseudo) - 1) > 1e-3
 
 
@@ -168,7 +168,7 @@ def test_the_bound_is_estimated_without_bias(model):
             losses[hidden] = [-float(rows[2 + i, request.continuation[i]]) for i in hidden]
 
     def estimate(samples, seed):
-        masking = Masking("elbo", MASK, frozenset(VOCAB.special_ids), samples=samples, seed=seed)
+        masking = Masking("elbo", VOCABULARY, samples=samples, seed=seed)
         documents, weights = masking.documents(passage)
         hidden = [tuple(np.flatnonzero(d.tokens[3:] == MASK)) for d in documents]
         return -np.array([loss for key in hidden for loss in losses[key]]) @ weights

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from helpers.ranks import on_ranks
 from helpers.scoring import (
     CONTEXT,
-    OPEN_VOCAB,
-    VOCAB,
+    OPEN_VOCABULARY,
+    VOCABULARY,
     Recorder,
     make_model,
     make_scorer,
@@ -24,7 +24,7 @@ from dualtrain.engine.process import init_distributed, prepare_process
 from dualtrain.evaluate.masks import Masking
 from dualtrain.evaluate.packing import Row, make_batches
 from dualtrain.evaluate.request import Passage
-from dualtrain.evaluate.scoring import MODES, Request, Score, Scorer, encode_pair
+from dualtrain.evaluate.scoring import MODES, Request, Score, encode_pair
 from dualtrain.model.memory import is_out_of_memory
 from dualtrain.network.output import DualOutput
 
@@ -87,7 +87,7 @@ def test_rows_are_divided_where_sharing_no_longer_pays(model):
     """Very many continuations of a short prompt do not make one endless row."""
     requests = [Request((1, 7), (a, b)) for a in range(24) for b in range(24)]
     recorder = Recorder(model)
-    scorer_of(recorder, vocab=OPEN_VOCAB, tokens_per_batch=16).score(requests, "ar")
+    scorer_of(recorder, vocabulary=OPEN_VOCABULARY, tokens_per_batch=16).score(requests, "ar")
     assert all(ids.numel() <= 16 for ids in recorder.inputs)
     # Nothing but <s> in common: sharing saves a token each, and long rows cost more.
     pairs = [(a, b) for a in range(5, 24) for b in range(5, 24)]
@@ -145,10 +145,7 @@ def test_a_continuation_that_cannot_fit_is_refused(model, mode):
 
 
 def test_modes_that_mask_need_a_mask_token(model):
-    class NoMask:
-        mask_id, special_ids = None, (0, 1, 2, 3)
-
-    scorer = scorer_of(model, vocab=NoMask())
+    scorer = scorer_of(model, vocabulary=replace(VOCABULARY, mask=None, special_ids=(0, 1, 2, 3)))
     request = [Request((1, 7), (6, 8))]
     assert scorer.score(request, "prefix")[0].log_likelihood < 0
     for mode in ("pll", "chain", "elbo"):
@@ -197,7 +194,7 @@ def test_masks_belong_to_the_request_and_the_seed(model):
     together = score(requests)
     torch.testing.assert_close(score(requests[1:]), together[1:], rtol=1e-6, atol=0)
     assert (score(requests, seed=1) - together).abs().min() > 1e-3
-    masking = Masking("elbo", 4, frozenset(), samples=8)
+    masking = Masking("elbo", OPEN_VOCABULARY, samples=8)
     places = []
     for request in requests:
         documents, _ = masking.documents(Passage(request.context + request.continuation, 3))
@@ -246,7 +243,7 @@ def test_a_single_row_without_memory_is_the_end(model, mode):
     notes = []
     with pytest.raises(UserError, match="memory: ran out in a row of (9|10) tokens by itself"):
         alone = [Request((1, *(6,) * 8), (7,))]
-        scorer_of(scorer.forward, on_note=notes.append).score(alone, mode)
+        scorer_of(scorer.model.model, on_note=notes.append).score(alone, mode)
     assert notes == []  # it is not tried again
     with pytest.raises(UserError, match="memory: ran out in a row of (8|9) tokens by itself"):
         scorer.score([Request((1, 7), (6, 8, a, 9, 10, 11, 12)) for a in range(5, 20)], mode)
@@ -386,19 +383,3 @@ def test_pairs_of_tokenizers_that_change_the_text():
     shorter.normalizer = normalizers.Replace("--", "")
     assert encode(shorter, "--a--", "b") == ([], ["ab"])
     assert encode(shorter, "--c--", "--b") == (["c"], ["b"])
-
-
-def test_options_of_a_trained_model(model):
-    class Trained:
-        vocab, context, target, device = VOCAB, CONTEXT, "in_place", torch.device("cpu")
-        backend, dtype = "sdpa", torch.float32
-
-        def __call__(self, *inputs, **options):
-            return model(*inputs, **options)
-
-    scorer = Scorer.of(Trained(), tokens_per_batch=77, elbo_samples=3)
-    assert (scorer.target, scorer.tokens_per_batch, scorer.elbo_samples) == ("in_place", 77, 3)
-    requests = some_requests()
-    assert scorer.score(requests, "pll") == scorer_of(
-        model, target="in_place", tokens_per_batch=77
-    ).score(requests, "pll")

@@ -44,7 +44,7 @@ def test_dualtrain_opens_an_export_as_it_opens_the_checkpoint(case):
     with torch.no_grad():
         assert torch.equal(opened.model(IDS).logits, case.logits(IDS))
     trained = case.trained
-    assert opened.vocab == trained.vocab
+    assert opened.vocabulary == trained.vocabulary
     assert (opened.context, opened.target) == (trained.context, trained.target)
     text = "A <mask> is text, and <s> too."
     assert opened.encode(text) == trained.encode(text)

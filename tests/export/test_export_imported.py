@@ -31,11 +31,11 @@ def test_a_trained_gpt2_is_a_plain_gpt2(cases):
     with torch.no_grad():
         assert (model(IDS).logits - case.logits(IDS)).abs().max() < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(case.directory)
-    vocab = case.trained.vocab
-    assert tokenizer.mask_token_id == vocab.mask_id > 299
-    assert tokenizer("A text")["input_ids"] == [vocab.bos_id, *case.trained.encode("A text")]
+    vocabulary = case.trained.vocabulary
+    assert tokenizer.mask_token_id == vocabulary.mask_id > 299
+    assert tokenizer("A text")["input_ids"] == [vocabulary.bos_id, *case.trained.encode("A text")]
     text = model.generate(**tokenizer("A text", return_tensors="pt"), max_new_tokens=5)
-    assert text.shape[1] > 3 and vocab.mask_id not in text
+    assert text.shape[1] > 3 and vocabulary.mask_id not in text
     card = (case.directory / "README.md").read_text()
     assert "--mode prefix" in card and "trust_remote_code" not in card
 
@@ -45,7 +45,7 @@ def test_dualtrain_opens_it_with_all_its_modes(cases):
     opened = open_trained(case.directory, device="cpu")
     with torch.no_grad():
         assert torch.equal(opened.model(IDS).logits, case.logits(IDS))
-    assert opened.vocab == case.trained.vocab and opened.target == case.trained.target
+    assert opened.vocabulary == case.trained.vocabulary and opened.target == case.trained.target
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -116,7 +116,7 @@ def test_dualtrain_opens_what_transformers_saved_again(cases, found):
         with torch.no_grad():
             assert torch.equal(opened.model(IDS).logits, cases[head].logits(IDS))
         assert opened.target == cases[head].trained.target
-        assert opened.vocab == cases[head].trained.vocab
+        assert opened.vocabulary == cases[head].trained.vocabulary
 
 
 def test_the_python_of_the_model_cards_runs(found):

@@ -67,7 +67,7 @@ def test_text_is_shown_while_it_is_made(trained, console):
 
 def test_unmasking_is_drawn_and_the_text_is_left(trained, console, monkeypatch):
     monkeypatch.setattr(views, "FRAME_S", 0.0)
-    mask_id = trained.vocab.mask_id
+    mask_id = trained.vocabulary.mask_id
     view = UnmaskView(console, trained.tokenizer, with_headings=False, mask_id=mask_id)
     (text,) = show(trained, view, ["The <mask:3> sat"], mode="diffusion", order="left_to_right")
     drawn = console.file.getvalue()

@@ -191,10 +191,10 @@ def write(model, *arguments):
 def test_every_answer_gets_what_our_own_scorer_gives_it(mode, model, tasks_dir):
     results = harness(tasks_dir / "harness", list(TASKS), model, mode=mode, elbo_samples=3)
     trained = open_trained(model, device="cpu")
-    scorer = Scorer.of(trained, elbo_samples=3)
+    scorer = Scorer(trained, elbo_samples=3)
 
     def encode(prompt, choice):
-        return encode_pair(trained.tokenizer, prompt, choice, bos_id=trained.vocab.bos_id)
+        return encode_pair(trained.tokenizer, prompt, choice, bos_id=trained.vocabulary.bos_id)
 
     cut = 0
     for task in load_tasks(list(TASKS), tasks_dir):
@@ -219,7 +219,7 @@ def test_spaces_behind_a_context_are_scored_with_the_answer(lm):
     )
     assert plain == spaced
     trained = lm().trained
-    whole = Request((trained.vocab.bos_id,), tuple(trained.encode("A list")))
+    whole = Request((trained.vocabulary.bos_id,), tuple(trained.encode("A list")))
     assert empty[0] == pytest.approx(lm().scorer.score([whole], "ar")[0].log_likelihood, rel=1e-6)
     with pytest.raises(UserError, match="continuation: '' has no tokens"):
         lm().loglikelihood(ask(("A list", "")), disable_tqdm=True)
@@ -238,7 +238,7 @@ def test_a_text_longer_than_the_context_is_scored_in_windows(lm, mode):
     expected, done = 0.0, 0
     while done < len(ids):
         end = min(done + width, len(ids))
-        before = [trained.vocab.bos_id, *ids][max(0, end - width) : done + 1]
+        before = [trained.vocabulary.bos_id, *ids][max(0, end - width) : done + 1]
         request = Request(tuple(before), tuple(ids[done:end]))
         expected += model.scorer.score([request], mode)[0].log_likelihood
         done = end

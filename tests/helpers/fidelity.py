@@ -125,12 +125,10 @@ class Slots:
 
     def __init__(self, dataset: Path, slots: int) -> None:
         from dualtrain.algorithms.dual_objective import DualObjective
-        from dualtrain.algorithms.events import Vocabulary
         from dualtrain.data.batches import TrainingData
         from dualtrain.data.dataset import TokenDataset
 
         source = TokenDataset.open(dataset, "train")
-        info = source.info
         self.mixture = Mixture(
             alpha=Fraction(3, 8),
             steps=MARKS[-1],
@@ -146,7 +144,7 @@ class Slots:
             unique_tokens=None,
             append_eos=True,
         )
-        self._vocabulary = Vocabulary(info.vocab_size, info.mask_id, info.special_ids)
+        self._vocabulary = source.info.vocabulary
         self._hook = DualObjective(seed=SEED, objective=ObjectiveSection())
 
     def example(self, slot: Slot) -> Example:

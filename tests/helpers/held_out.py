@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,18 +12,18 @@ import torch.nn.functional as F
 from helpers.datasets import InMemory
 from torch import Tensor
 
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.batches import Batch, ValidationData
 from dualtrain.method.objectives import MaskingNoise, validation_noise
+from dualtrain.model.handle import ModelHandle, Target
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
 VOCABULARY, LENGTH, MASK, SPECIAL = 40, 16, 4, (0, 1, 2, 3, 4)
-OPTIONS = {"mask_id": MASK, "special_ids": SPECIAL}
 SIZES = [0 if token in SPECIAL else 1 + token * token % 11 for token in range(VOCABULARY)]
 """Bytes of each token: very unequal ones."""
 
-Target = Literal["next", "in_place"]
 PARTS = (
     "tokens",
     "bytes",
@@ -47,6 +46,11 @@ def tiny_model(seed: int = 0) -> DualLM:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
     return model
+
+
+def handle(model, **options) -> ModelHandle:
+    vocabulary = Vocabulary(size=VOCABULARY, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK)
+    return ModelHandle(model=model, vocabulary=vocabulary, context=LENGTH, **options)
 
 
 def knowing_nothing() -> DualLM:

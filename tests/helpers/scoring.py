@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from dualtrain.checkpoint.trained import Vocab
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.evaluate.scoring import Request, Scorer
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
 WORDS = 24
 MASK = 4
-VOCAB = Vocab(size=WORDS, bos_id=1, eos_id=2, mask_id=MASK, special_ids=(0, 1, 2, 3, MASK))
-OPEN_VOCAB = Vocab(size=WORDS, bos_id=1, eos_id=2, mask_id=MASK, special_ids=())
+VOCABULARY = Vocabulary(size=WORDS, special_ids=(0, 1, 2, 3, MASK), bos_id=1, eos_id=2, mask=MASK)
+OPEN_VOCABULARY = replace(VOCABULARY, special_ids=())
 """Every token may be scored, so that all probabilities can be summed."""
 CONTEXT = 32
 
@@ -29,8 +32,13 @@ def make_model(dtype: torch.dtype = torch.float64) -> DualLM:
 
 
 def make_scorer(forward=None, dtype: torch.dtype = torch.float64, **options) -> Scorer:
-    settings = {"vocab": VOCAB, "context": CONTEXT, "dtype": dtype}
-    return Scorer(forward or make_model(dtype), **(settings | options))
+    handle = make_handle(forward or make_model(dtype), dtype=dtype)
+    of_model = {name: options.pop(name) for name in vars(handle).keys() & options.keys()}
+    return Scorer(replace(handle, **of_model), **options)
+
+
+def make_handle(model, **options) -> ModelHandle:
+    return ModelHandle(model=model, context=CONTEXT, **({"vocabulary": VOCABULARY} | options))
 
 
 class Recorder:

@@ -160,8 +160,8 @@ def test_the_dry_run_counts_what_the_model_has(recipe, dataset):
 def test_a_published_model_can_be_opened(published):
     directory, stock, _ = published
     trained = open_trained(directory)
-    assert trained.vocab.mask_id is None and trained.context == 64
-    assert trained.vocab.bos_id == trained.vocab.eos_id == 299
+    assert trained.vocabulary.mask is None and trained.context == 64
+    assert trained.vocabulary.bos_id == trained.vocabulary.eos_id == 299
     ids = torch.tensor([trained.encode("A list of words.")])
     with trained.inference():
         assert torch.equal(trained(ids).logits, stock.eval()(ids).logits)

@@ -62,7 +62,7 @@ def test_a_checkpoint_needs_nothing_beside_it(runs, published):
     state = dict(trained.model.named_parameters())
     assert state.keys() == dict(published[1].named_parameters()).keys()
     assert all(torch.equal(state[name], value) for name, value in runs["weights"].items())
-    assert trained.vocab.mask_id == 302 and trained.model.config.mask_token_id == 302
-    ids = torch.tensor([[trained.vocab.bos_id, *trained.encode("A list of words.")]])
+    assert trained.vocabulary.mask_id == 302 and trained.model.config.mask_token_id == 302
+    ids = torch.tensor([[trained.vocabulary.bos_id, *trained.encode("A list of words.")]])
     with trained.inference():
         assert trained(ids).logits.isfinite().all()

@@ -17,6 +17,7 @@ from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.evaluate.request import MODES
 from dualtrain.evaluate.scoring import Scorer
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import LoadedRecipe
@@ -185,11 +186,12 @@ def test_a_signal_ends_a_task_between_two_batches(tiny_dataset, tasks_dir):
     config = DualConfig(512, width=16, layers=1, heads=2, mlp_width=24)
     model = DualLM(config).train()
     model.initialize(0)
-    vocab = DatasetInfo.load(tiny_dataset)
-    scorer = Scorer(model, vocab=vocab, context=32, tokens_per_batch=64)
+    vocabulary = DatasetInfo.load(tiny_dataset).vocabulary
+    handle = ModelHandle(model=model, vocabulary=vocabulary, context=32)
+    scorer = Scorer(handle, tokens_per_batch=64)
     tasks = read_tasks(EvalSection(tasks=["pairs", "choices"], tasks_dir=str(tasks_dir)))
     tokenizer = parse_tokenizer(tiny_dataset / "tokenizer.json")
-    scoring = TaskScoring(tasks, ["pll"], scorer=scorer, tokenizer=tokenizer, bos_id=vocab.bos_id)
+    scoring = TaskScoring(tasks, ["pll"], scorer=scorer, tokenizer=tokenizer)
     assert scoring.warnings == [
         "choices: of 10 items 1 whose prompt is longer than the context, and loses its beginning"
     ]

@@ -1,0 +1,82 @@
+"""A model one can call: what scoring, sampling and held-out losses are given, whole.
+
+``checkpoint.trained`` makes one of a checkpoint or an export; ``training`` makes one of the engine
+that a run trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dualtrain.common.vocabulary import Vocabulary
+from dualtrain.network.output import DualOutput
+
+Target = Literal["next", "in_place"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelHandle:
+    """A model, and all that has to be known to call it and to read what it returns.
+
+    Attributes:
+        model: A ``DualLM``, an ``ImportedLM``, or a DeepSpeed engine around one.
+        context: The longest row it reads, in tokens.
+        target: What its diffusion objective predicts at i: token i+1, or i.
+        dtype: Compute type of the attention.
+        autocast: Whether its fp32 weights are used in ``dtype``; an engine sees to that itself.
+        backend: Attention backend for plans that leave a choice.
+        world_size: Processes that call it together, each pass of all the same; under ZeRO-3 they
+            gather its parameters together.
+    """
+
+    model: Callable[..., DualOutput]
+    vocabulary: Vocabulary
+    context: int
+    target: Target = "next"
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+    backend: str = "sdpa"
+    rank: int = 0
+    world_size: int = 1
+
+    def __call__(self, *inputs: object, **options: object) -> DualOutput:
+        """Run the model; with :meth:`inference` around."""
+        if not self.autocast:
+            return self.model(*inputs, **options)
+        with torch.autocast(self.device.type, self.dtype):
+            return self.model(*inputs, **options)
+
+    def inference(self, *, compiled: bool = False) -> AbstractContextManager[None]:
+        """See :func:`inference`."""
+        return inference(self.model, compiled=compiled)
+
+
+@contextmanager
+def inference(model: object, *, compiled: bool = False) -> Iterator[None]:
+    """Put a model in evaluation mode, without gradients, and put it back afterwards.
+
+    ``torch.no_grad`` rather than ``inference_mode``: ZeRO-3 gathers parameters into tensors that
+    training uses again.
+
+    Args:
+        model: A module, a DeepSpeed engine around one, or a plain function, which has no mode.
+        compiled: Whether compiled blocks run as such; they need a graph for every shape of rows.
+    """
+    # An engine keeps its own flag and sets its module's; the module's is the one that counts.
+    inner: Any = getattr(model, "module", model)
+    was_training = isinstance(inner, nn.Module) and inner.training
+    if was_training:
+        inner.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+            yield
+    finally:
+        if was_training:
+            inner.train()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.choose import VAL_FRACTION
-from data_tools.sources import BUILTIN, InputFile
-from data_tools.sources.build_source import STANDARD_INPUT, open_source
+from data_tools.sources import BUILTIN, CorpusFile
+from data_tools.sources.build_source import open_source
+from data_tools.sources.find import STANDARD_INPUT
 from data_tools.tokenizers.ranks import find_tokenizer
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo, SourceFile
@@ -98,13 +99,13 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     return differences
 
 
-def _differs(then: SourceFile, now: InputFile) -> bool:
+def _differs(then: SourceFile, now: CorpusFile) -> bool:
     if then.bytes != now.bytes:
         return True
     return then.sha256 is not None and then.sha256 != file_hash(now.path)
 
 
-def recorded(files: Sequence[InputFile]) -> list[SourceFile]:
+def recorded(files: Sequence[CorpusFile]) -> list[SourceFile]:
     """What ``dataset.json`` says of files: with hashes of their contents, if that is quick."""
     is_quick = sum(file.bytes for file in files) <= _HASHED_BYTES
     return [

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from data_tools.reporting import Progress
-from data_tools.view import View, print_facts, print_histogram, say
+from data_tools.reporting import StageProgress
+from data_tools.view import ConversionView, print_facts, print_histogram, say
 from dualtrain.common.errors import UserError, UserErrors
 from dualtrain.common.files import in_utf8
 from dualtrain.recipe.schema import BuildSection
@@ -146,7 +146,7 @@ def merge(
     """Put several datasets together into one; each document stays in its split."""
     from data_tools.merge import merge_datasets
 
-    with View() as view:
+    with ConversionView() as view:
         info = merge_datasets(
             datasets,
             out,
@@ -162,7 +162,7 @@ def verify(path: Annotated[Path, _argument("Directory of the dataset.")]) -> Non
     """Check every shard's size and hash, and every document's tokens."""
     from data_tools.verify import verify_dataset
 
-    with View() as view:
+    with ConversionView() as view:
         info = verify_dataset(path, report=view)
     print_facts(path, info)
     say("every shard and every document is as it should be")
@@ -229,7 +229,7 @@ def train(
         max_characters=max_characters,
         vocab_size=vocab_size,
     )
-    with View() as view:
+    with ConversionView() as view:
         trained = train_tokenizer(build, out, report=view)
     say(
         f"{out}: vocabulary {trained.vocab_size:,}, {trained.bytes_per_token:.3f} bytes/token on "
@@ -250,7 +250,7 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
     from dualtrain.data.dataset import LEFT_OUT_FILE
 
     began = time.monotonic()
-    with View() as view:
+    with ConversionView() as view:
         info = build_dataset(build, path, workers=workers, report=view)
     if not view.made:
         return False
@@ -284,11 +284,13 @@ def _convert_remote(build: BuildSection, url: str, local: Path | None, workers: 
             say(f"{path}, left by an unfinished upload of something else, is removed")
             shutil.rmtree(path)
         build_with_view(build, path, workers=workers)
-        with View() as view:
+        with ConversionView() as view:
             upload_dataset(
                 path,
                 url,
-                progress=lambda done, total: view.show(Progress("uploading", done, total, "bytes")),
+                progress=lambda done, total: view.show(
+                    StageProgress("uploading", done, total, "bytes")
+                ),
             )
         if local is None:
             shutil.rmtree(path)

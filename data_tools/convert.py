@@ -26,9 +26,9 @@ import numpy as np
 from data_tools.accept import check_made_alike, effective_arguments, recorded
 from data_tools.choose import SPLITS, Choice, choose_documents
 from data_tools.encode import Encoding, WorkerDiedError, Workers
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
-from data_tools.sources import PYTHON_DOCS, InputFile, Source
+from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
 from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.spool import Spool, SpoolState
 from data_tools.tokenizers.ranks import find_tokenizer
@@ -325,7 +325,7 @@ class _Conversion:
 
     def _show_encoding(self, state: SpoolState) -> None:
         self._report.show(
-            Progress(
+            StageProgress(
                 "encoding",
                 state.position,
                 self._source.bytes,
@@ -364,13 +364,13 @@ class _Conversion:
                 },
                 "skipped_documents": left_out.total(),
                 "left_out": dict(sorted(left_out.items())),
-                "sources": recorded([InputFile(path, size) for path, size, _ in self._files]),
+                "sources": recorded([CorpusFile(path, size) for path, size, _ in self._files]),
                 "arguments": effective_arguments(self._build),
             }
         )
 
 
-def _default_workers(source: Source) -> int:
+def _default_workers(source: Corpus) -> int:
     if source.repeatable and source.bytes < _WORKERS_FROM_BYTES:
         return 1  # done before a worker has started
     return len(os.sched_getaffinity(0))

@@ -22,7 +22,7 @@ from types import TracebackType
 
 import numpy as np
 
-from data_tools.sources import Block, Document, Problem
+from data_tools.sources import BadInput, Block, Document
 from data_tools.tokenizers.tokenizer import Backend, Tokenizer
 from dualtrain.common.errors import UserError
 
@@ -67,7 +67,7 @@ class EncodedBlock:
     """(documents,) int64: UTF-8 bytes of each text."""
     filtered: Counter[str]
     """Documents left out by reason; no fault of the input."""
-    problems: list[Problem]
+    problems: list[BadInput]
     """What could not be read or used, in order."""
     position: int
     """As :attr:`Block.position`."""
@@ -113,10 +113,10 @@ class Encoder:
         hashes: list[int] = []
         sizes: list[int] = []
         parts: list[bytes] = []
-        problems: list[Problem] = []
+        problems: list[BadInput] = []
         filtered: Counter[str] = Counter()
         for document in block.documents():
-            if isinstance(document, Problem):
+            if isinstance(document, BadInput):
                 problems.append(document)
                 continue
             reason = wanted(
@@ -128,7 +128,7 @@ class Encoder:
                 filtered[reason] += 1
                 continue
             tokens = self._tokens(document)
-            if isinstance(tokens, Problem):
+            if isinstance(tokens, BadInput):
                 problems.append(tokens)
                 continue
             text = document.text.encode()
@@ -146,12 +146,12 @@ class Encoder:
             position=block.position,
         )
 
-    def _tokens(self, document: Document) -> np.ndarray | Problem:
+    def _tokens(self, document: Document) -> np.ndarray | BadInput:
         try:
             tokens = self._tokenizer.encode_array(document.text)
         except UserError as error:
             error = UserError(document.where, error.what, error.expected, error.hint)
-            return Problem("cannot be tokenized", error)
+            return BadInput("cannot be tokenized", error)
         most = _DOCUMENT_BYTES // self._dtype.itemsize
         if len(tokens) >= most:
             error = UserError(
@@ -160,7 +160,7 @@ class Encoder:
                 f"fewer than {most:,}: offsets in a shard have 32 bits",
                 "divide it",
             )
-            return Problem("too many tokens", error)
+            return BadInput("too many tokens", error)
         if self._reserved[tokens].any():
             error = UserError(
                 document.where,
@@ -168,7 +168,7 @@ class Encoder:
                 "ordinary tokens only",
                 "use a byte-level tokenizer, or leave the tokenizer out to have one trained",
             )
-            return Problem("special tokens in the text", error)
+            return BadInput("special tokens in the text", error)
         return tokens.astype(self._dtype)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.choose import SPLITS
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from data_tools.shards import (
     SHARD_BYTES,
     check_split,
@@ -165,7 +165,9 @@ class _Merge:
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
             found[number] = int.from_bytes(digest, "little")
             if number % _SHOWN_EVERY == 0:
-                self._report.show(Progress(f"reading {split}", number, len(found), "documents"))
+                self._report.show(
+                    StageProgress(f"reading {split}", number, len(found), "documents")
+                )
         return found
 
     def _facts(self, split: Split, documents: _Documents, kept: np.ndarray) -> SplitInfo:

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StageProgress:
     """How far a stage of the work is."""
 
     stage: str
@@ -24,12 +24,12 @@ class Progress:
 class Report:
     """Takes progress and notices, and does nothing with them: a base for those who show them."""
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: StageProgress) -> None:
         """Called now and then during a stage."""
 
     def wait(self) -> None:
         """Called when another process has the place."""
-        self.show(Progress("waiting for another conversion", 0, 0, "documents"))
+        self.show(StageProgress("waiting for another conversion", 0, 0, "documents"))
 
     def say(self, text: str) -> None:
         """Called with what the user should know though nothing is wrong."""

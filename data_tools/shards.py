@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import (
     DATASET_FILE,
@@ -71,7 +71,7 @@ def write_split(
     for number, tokens in enumerate(documents):
         writer.write({TOKENS_FIELD: tokens})
         if number % _SHOWN_EVERY == 0:
-            report.show(Progress(f"writing {split}", number, len(lengths), "documents"))
+            report.show(StageProgress(f"writing {split}", number, len(lengths), "documents"))
     writer.finish()
     _save(directory / split / LENGTHS_FILE, lengths)
     _save(directory / split / TEXT_BYTES_FILE, text_bytes)

@@ -21,7 +21,7 @@ from typing import IO
 import numpy as np
 
 from data_tools.encode import EncodedBlock
-from data_tools.sources import Problem
+from data_tools.sources import BadInput
 from dualtrain.common.files import replacing
 
 _TOKENS = "tokens.spool"
@@ -170,6 +170,6 @@ class Spool:
         return state
 
 
-def _left_out_line(problem: Problem) -> bytes:
+def _left_out_line(problem: BadInput) -> bytes:
     facts = {"kind": problem.kind, "where": problem.error.where, "what": problem.error.what}
     return json.dumps(facts).encode() + b"\n"

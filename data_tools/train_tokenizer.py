@@ -13,8 +13,8 @@ import numpy as np
 
 from data_tools.choose import may_be_held_out
 from data_tools.encode import text_hash, wanted
-from data_tools.reporting import Progress, Report
-from data_tools.sources import Problem, Source
+from data_tools.reporting import Report, StageProgress
+from data_tools.sources import BadInput, Corpus
 from data_tools.sources.build_source import repeatable, say_what_is_left, source_name
 from data_tools.tokenizers.tokenizer import Backend, Tokenizer
 from dualtrain.common.errors import UserError
@@ -47,7 +47,7 @@ def train_tokenizer(
     """Train on all documents of a source and write the ``tokenizer.json``.
 
     Args:
-        build: Source, filters and ``vocab_size``; the rest does not matter here.
+        build: Corpus, filters and ``vocab_size``; the rest does not matter here.
         out: File to write, which must not exist.
         stdin: What the source ``-`` reads; None is this process's standard input.
 
@@ -79,7 +79,7 @@ def _train(
 
 
 def learn(
-    open_again: Callable[[], Source], build: BuildSection, *, hold_out: bool, report: Report
+    open_again: Callable[[], Corpus], build: BuildSection, *, hold_out: bool, report: Report
 ) -> Tokenizer:
     """Train a tokenizer of ``build.vocab_size`` on a source.
 
@@ -107,28 +107,28 @@ def learn(
     if not hold_out and not used.any():
         raise UserError(source_name(build), "has no text to learn from")
     stage = "training the tokenizer"
-    report.show(Progress(stage, 0, 0, "bytes"))
+    report.show(StageProgress(stage, 0, 0, "bytes"))
     again = _texts(open_again(), build, report, stage)
     texts = (text for text, use in zip(again, used, strict=False) if use)
     return Tokenizer.train(texts, build.vocab_size)
 
 
-def _texts(source: Source, build: BuildSection, report: Report, stage: str) -> Iterator[str]:
+def _texts(source: Corpus, build: BuildSection, report: Report, stage: str) -> Iterator[str]:
     """The documents that pass the filters."""
     low, high = build.min_characters, build.max_characters
     for number, block in enumerate(source.blocks()):
         for document in block.documents():
-            if isinstance(document, Problem):
+            if isinstance(document, BadInput):
                 if build.on_error == "stop":
                     raise document.error
             elif wanted(document, min_characters=low, max_characters=high) is None:
                 yield document.text
         if number % _SHOWN_EVERY == 0:
-            report.show(Progress(stage, block.position, source.bytes, "bytes"))
+            report.show(StageProgress(stage, block.position, source.bytes, "bytes"))
 
 
 def _measure(
-    tokenizer: Tokenizer, open_again: Callable[[], Source], build: BuildSection
+    tokenizer: Tokenizer, open_again: Callable[[], Corpus], build: BuildSection
 ) -> TrainedTokenizer:
     """Encode the beginning of the source."""
     size = tokens = 0

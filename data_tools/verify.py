@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from data_tools.shards import load_text_bytes
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.files import user_path
@@ -56,7 +56,7 @@ def _split_errors(path: Path, split: Split, info: DatasetInfo, report: Report) -
     errors = [*_caught(dataset.check_tokenizer), *_total_errors(dataset)]
     first = 0
     for number, shard in enumerate(dataset.shards):
-        report.show(Progress(f"checking {split}", number, len(dataset.shards), "shards"))
+        report.show(StageProgress(f"checking {split}", number, len(dataset.shards), "shards"))
         if error := dataset.shard_error(shard) or _hash_error(dataset, shard):
             errors.append(error)
         else:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from dualtrain.common.files import in_utf8
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def say(text: str) -> None:
     console.print(in_utf8(text), markup=False)
 
 
-class View(Report):
+class ConversionView(Report):
     """Follows long work on standard error: a bar in a terminal, else a line every half minute."""
 
     def __init__(self) -> None:
@@ -52,11 +52,11 @@ class View(Report):
         self.made = False
         """Whether a dataset was written, and not just found."""
         self._began = self._printed = time.monotonic()
-        self._first = Progress("", 0, 0, "documents")
+        self._first = StageProgress("", 0, 0, "documents")
         self.encoded = ""
         """How fast the last conversion encoded, in words; empty if none did."""
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> ConversionView:
         self._bars.start()
         return self
 
@@ -68,7 +68,7 @@ class View(Report):
     ) -> None:
         self._bars.stop()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: StageProgress) -> None:
         now = time.monotonic()
         self.made = self.made or progress.stage.startswith("writing")
         if progress.stage != self._stage:
@@ -89,7 +89,7 @@ class View(Report):
     def say(self, text: str) -> None:
         self._bars.console.print(in_utf8(text), markup=False)
 
-    def _facts(self, progress: Progress, elapsed_s: float) -> str:
+    def _facts(self, progress: StageProgress, elapsed_s: float) -> str:
         if not progress.documents:
             if progress.unit == "bytes":
                 return f"{_megabytes(progress.done)} of input"

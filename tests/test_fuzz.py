@@ -27,7 +27,7 @@ from helpers.tasks import SPEC, question
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.sources import Document, Problem, open_sources
+from data_tools.sources import BadInput, Document, open_sources
 from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.evaluate.tasks import load_tasks
@@ -126,7 +126,7 @@ NAMES = st.sampled_from(["a.txt", "a.jsonl", "a.JSONL", "a.json", "a.ndjson", "a
 def test_corpora(folder, name, content, field, format, separator):
     Path(name).write_bytes(content)
 
-    def read() -> list[Document | Problem]:
+    def read() -> list[Document | BadInput]:
         source = open_sources(name, text_field=field, format=format, separator=separator)
         return [document for block in source.blocks() for document in block.documents()]
 

@@ -1,9 +1,9 @@
 """Sources of text: files of many kinds, standard input and the embedded corpus.
 
-:func:`open_sources` finds them; a :class:`Source` delivers blocks, which deliver documents.
+:func:`open_sources` finds them; a :class:`Corpus` delivers blocks, which deliver documents.
 """
 
-from data_tools.sources.documents import Block, Document, InputFile, Problem, Source
+from data_tools.sources.documents import BadInput, Block, Corpus, CorpusFile, Document
 from data_tools.sources.files import BUILTIN, PYTHON_DOCS
 from data_tools.sources.find import open_sources
 
@@ -12,8 +12,8 @@ __all__ = [
     "PYTHON_DOCS",
     "Block",
     "Document",
-    "InputFile",
-    "Problem",
-    "Source",
+    "CorpusFile",
+    "BadInput",
+    "Corpus",
     "open_sources",
 ]

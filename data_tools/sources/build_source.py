@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import IO
 
 from data_tools.reporting import Report
-from data_tools.sources import Source, open_sources
-from data_tools.sources.find import standard_input
+from data_tools.sources import Corpus, open_sources
+from data_tools.sources.find import STANDARD_INPUT, standard_input
 from dualtrain.common.errors import UserError
 from dualtrain.recipe.schema import BuildSection
 
-STANDARD_INPUT = "-"
 _COPY_BYTES = 1 << 20
 
 
@@ -22,7 +21,7 @@ def source_name(build: BuildSection) -> str:
     return ", ".join(build.sources)
 
 
-def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
+def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Corpus:
     """Open the source of a conversion.
 
     Args:
@@ -40,7 +39,7 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Source:
     )
 
 
-def say_what_is_left(source: Source, report: Report) -> None:
+def say_what_is_left(source: Corpus, report: Report) -> None:
     """Say what stands in the searched directories and is not read."""
     for note in source.notes:
         report.say(note)
@@ -50,7 +49,7 @@ def say_what_is_left(source: Source, report: Report) -> None:
         )
 
 
-def repeatable(build: BuildSection, stdin: IO[bytes] | None, kept: Path) -> Callable[[], Source]:
+def repeatable(build: BuildSection, stdin: IO[bytes] | None, kept: Path) -> Callable[[], Corpus]:
     """A way to open a source again and again; standard input is first copied to the file `kept`.
 
     Args:

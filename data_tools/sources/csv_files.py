@@ -10,7 +10,7 @@ import csv
 import sys
 from collections.abc import Iterable, Iterator
 
-from data_tools.sources.documents import Document, Failure, Piece, Problem, Texts, not_text
+from data_tools.sources.documents import BadInput, BlockPart, Document, Parsed, Unusable, not_text
 from data_tools.sources.fields import no_field
 from dualtrain.common.compression import BrokenFile
 
@@ -19,14 +19,14 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 csv.field_size_limit(sys.maxsize)  # of all readers in this process: a document may be long
 
 
-def csv_pieces(
-    chunks: Iterable[bytes], name: str, *, delimiter: str, field: str, block_bytes: int
-) -> Iterator[Piece]:
-    """Pieces of about `block_bytes`, of whole rows."""
+def csv_parts(
+    chunks: Iterable[bytes], name: str, delimiter: str, field: str, block_bytes: int
+) -> Iterator[BlockPart]:
+    """Parts of about `block_bytes`, of whole rows."""
     # Bytes that are not UTF-8 pass as half surrogates, to cost only the row in which they stand.
     lines = (line.decode("utf-8", "surrogateescape") for line in _lines(chunks))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    ready: list[Document] = []
+    ready: list[Document | BadInput] = []
     size = line = 0
     column, columns = -1, 0
     try:
@@ -35,30 +35,24 @@ def csv_pieces(
             if not row:
                 continue
             if column < 0:
-                if problem := _header_problem(row, field, where):
-                    yield Failure(problem)
-                    return
+                if bad := _header_problem(row, field, where):
+                    raise Unusable(bad)
                 column, columns = row.index(field), len(row)
                 continue
             item = _document(row, column, columns, where)
-            if isinstance(item, Document):
-                ready.append(item)
-                size += len(item.text)
-            if isinstance(item, Problem) or size >= block_bytes:
-                yield Texts(tuple(ready))
+            ready.append(item)
+            size += len(item.text) if isinstance(item, Document) else 0
+            if size >= block_bytes:
+                yield Parsed(tuple(ready))
                 ready, size = [], 0
-            if isinstance(item, Problem):
-                yield Failure(item)
     except csv.Error as error:
-        yield Texts(tuple(ready))
         what = f"cannot be divided into rows and fields from here on: {error}"
         hint = "a field with quotes, delimiters or line ends is quoted, its quotes are doubled"
-        yield Failure(Problem.at("damaged file", f"{name}:{line + 1}", what, hint=hint))
-        return
+        ready.append(BadInput.at("damaged file", f"{name}:{line + 1}", what, hint=hint))
     except BrokenFile:
-        yield Texts(tuple(ready))
+        yield Parsed(tuple(ready))
         raise
-    yield Texts(tuple(ready))
+    yield Parsed(tuple(ready))
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -72,7 +66,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield kept
 
 
-def _header_problem(row: list[str], field: str, where: str) -> Problem | None:
+def _header_problem(row: list[str], field: str, where: str) -> BadInput | None:
     if (problem := _not_utf8("".join(row), where)) is not None:
         return problem
     if "\0" in "".join(row):
@@ -81,24 +75,24 @@ def _header_problem(row: list[str], field: str, where: str) -> Problem | None:
         return no_field(where, field, row, kind="column")
     if row.count(field) > 1:
         what = f"names {row.count(field)} columns '{field}'"
-        return Problem.at("no text field", where, what, "one of this name")
+        return BadInput.at("no text field", where, what, "one of this name")
     return None
 
 
-def _document(row: list[str], column: int, columns: int, where: str) -> Document | Problem:
+def _document(row: list[str], column: int, columns: int, where: str) -> Document | BadInput:
     if len(row) != columns:
         what = f"the row has {len(row)} fields"
         hint = "quote fields that hold delimiters or line ends"
-        return Problem.at("ragged row", where, what, f"{columns}, as in the first row", hint)
+        return BadInput.at("ragged row", where, what, f"{columns}, as in the first row", hint)
     return _not_utf8(row[column], where) or Document(row[column], where)
 
 
-def _not_utf8(text: str, where: str) -> Problem | None:
+def _not_utf8(text: str, where: str) -> BadInput | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) - 0xDC00
         hint = "convert the file, for example with iconv"
         what = f"byte 0x{byte:02x} is not UTF-8"
-        return Problem.at("not UTF-8", where, what, "text in UTF-8", hint)
+        return BadInput.at("not UTF-8", where, what, "text in UTF-8", hint)
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from data_tools.sources.documents import Problem, not_text
+from data_tools.sources.documents import BadInput, not_text
 from dualtrain.common.compression import BrokenFile
 
 TOO_LARGE = "file too large"
@@ -105,13 +105,13 @@ def gather(chunks: Iterable[bytes], into: bytearray, *, instead: str) -> None:
             raise BrokenFile(TOO_LARGE, f"has {limit}", instead)
 
 
-def decoded(data: bytes, name: str, first_line: int) -> str | Problem:
+def decoded(data: bytes, name: str, first_line: int) -> str | BadInput:
     """The text, or where it is none."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        return Problem.at(
+        return BadInput.at(
             "not UTF-8",
             f"{name}:{line}",
             f"byte 0x{data[error.start]:02x} is not UTF-8",

@@ -1,6 +1,6 @@
-"""What sources of text deliver: documents and problems, in blocks that a worker can parse.
+"""What a corpus delivers: documents and bad input, in blocks that a worker can parse.
 
-One process walks a source: it reads, decompresses and cuts at document boundaries, nothing more,
+One process walks a corpus: it reads, decompresses and cuts at document boundaries, nothing more,
 and gives out :class:`Block` after block. The dear part, from bytes to texts, is
 `Block.documents()` and can run in any process. The sequence of blocks depends on the files and the
 options only.
@@ -9,22 +9,24 @@ options only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dualtrain.common.compression import BrokenFile
 from dualtrain.common.errors import UserError
+from dualtrain.common.file_kinds import LARGEST_POINTER, pointer_problem
 from dualtrain.common.files import in_utf8
 
 BLOCK_BYTES = 1 << 20
 """Content of a block: enough to hide the cost of passing it on, little enough to hold many."""
 
-_PIECE_OVERHEAD = 256
-"""Counted for each piece, so that very many empty files do not gather in one block."""
+_PART_OVERHEAD = 256
+"""Counted for each part, so that very many empty files do not gather in one block."""
 
 
 @dataclass(frozen=True, slots=True)
-class InputFile:
-    """A file that a source reads."""
+class CorpusFile:
+    """A file that a corpus is read from."""
 
     path: str
     """As the operating system takes it; of what is no file, its name."""
@@ -46,125 +48,123 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class BadInput:
     """A document, or the rest of a file, that cannot be had."""
 
     kind: str
-    """Short stable phrase under which such problems are counted, such as ``not JSON``."""
+    """Short stable phrase under which it is counted, such as ``not JSON``."""
     error: UserError
-    """What a conversion that stops at the first problem says."""
+    """What a conversion that stops at the first one says."""
 
     @classmethod
-    def at(cls, kind: str, where: str, what: str, expected: str = "", hint: str = "") -> Problem:
+    def at(cls, kind: str, where: str, what: str, expected: str = "", hint: str = "") -> BadInput:
         return cls(kind, UserError(where, what, expected, hint))
 
 
-class Block(ABC):
-    """Some consecutive documents, not parsed yet; can be sent to another process."""
+class Unusable(Exception):
+    """What is left of a file cannot be used."""
 
-    position: int
-    """Bytes of the source's files, as they are on disk, that are used up when this block ends."""
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document | Problem]:
-        """Parse the block; bad content is delivered as a :class:`Problem` in its place."""
+    def __init__(self, bad: BadInput) -> None:
+        self.bad = bad
+        super().__init__(str(bad.error))
 
 
-class Piece(ABC):
-    """The part of a block that comes from one file; can be sent to another process."""
+class BlockPart(ABC):
+    """What a block has of one file; can be sent to another process."""
 
     @property
     @abstractmethod
     def content_bytes(self) -> int:
-        """About how much memory the piece takes."""
+        """About how much memory it takes."""
 
     @abstractmethod
-    def documents(self) -> Iterator[Document | Problem]: ...
+    def documents(self) -> Iterator[Document | BadInput]:
+        """Parse it; bad content stands in its place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Texts(Piece):
-    """Documents that were texts from the beginning."""
+class Parsed(BlockPart):
+    """Documents that were texts from the beginning, and what stands where one could not be read."""
 
-    ready: tuple[Document, ...]
+    ready: tuple[Document | BadInput, ...]
 
     @property
     def content_bytes(self) -> int:
-        return sum(len(document.text) for document in self.ready)
+        return sum(len(item.text) for item in self.ready if isinstance(item, Document))
 
-    def documents(self) -> Iterator[Document | Problem]:
+    def documents(self) -> Iterator[Document | BadInput]:
         yield from self.ready
 
 
 @dataclass(frozen=True, slots=True)
-class Failure(Piece):
-    """Stands where a file could not be read, or not to its end."""
+class Unparsed(BlockPart):
+    """Content of a file, from its line `first_line` on."""
 
-    problem: Problem
+    name: str
+    data: bytes
+    first_line: int = 1
 
     @property
     def content_bytes(self) -> int:
-        return 0
-
-    def documents(self) -> Iterator[Document | Problem]:
-        yield self.problem
+        return len(self.data)
 
 
 class Reader(ABC):
-    """Cuts one file, or what is like a file, into pieces."""
+    """Cuts one file, or what is like a file, into parts of blocks."""
 
-    file: InputFile
+    file: CorpusFile
+
+    def parts(self) -> Iterator[tuple[BlockPart, int]]:
+        """Parts in order, each with the bytes of the file used up when it ends.
+
+        Bad content does not raise: it stands in the place of what cannot be read.
+        """
+        name, used = self.file.name, 0
+        try:
+            is_small = 0 < self.file.bytes <= LARGEST_POINTER
+            if is_small and (error := pointer_problem(self.file.path)):
+                raise Unusable(BadInput("pointer of Git LFS", error))
+            for part, used in self._read():
+                yield part, used
+            return
+        except Unusable as error:
+            bad = error.bad
+        except BrokenFile as error:
+            bad = BadInput.at(error.kind, name, error.what, hint=error.hint)
+        except OSError as error:
+            bad = BadInput.at("unreadable file", name, f"cannot be read: {error.strerror or error}")
+        yield Parsed((bad,)), max(used, self.file.bytes)
 
     @abstractmethod
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
-        """Pieces in order, each with the bytes of the file used up when it ends.
+    def _read(self) -> Iterator[tuple[BlockPart, int]]:
+        """As :meth:`parts`.
 
-        Bad content does not raise: a :class:`Failure` takes its place.
+        Raises:
+            Unusable, BrokenFile, OSError: The rest cannot be read.
         """
 
 
-class Source(ABC):
-    """Documents in a fixed order."""
-
-    files: tuple[InputFile, ...]
-    """What the documents are read from."""
-    bytes: int
-    """Size of all files together; 0 when it is not known beforehand."""
-    ignored: tuple[str, ...]
-    """What stands in the searched directories and is no text: other kinds, hidden files."""
-    notes: tuple[str, ...]
-    """What else whoever reads the source should know: which texts were left where they are."""
-    repeatable: bool
-    """Whether the documents can be had again: not from standard input."""
-
-    @abstractmethod
-    def blocks(self) -> Iterator[Block]: ...
-
-    def documents(self) -> Iterator[Document | Problem]:
-        """All documents, parsed in this process."""
-        for block in self.blocks():
-            yield from block.documents()
-
-
 @dataclass(frozen=True, slots=True)
-class PackedBlock(Block):
-    """A large piece, or many small ones, possibly of several files."""
+class Block:
+    """Some consecutive documents, not parsed yet: a large part, or many small ones of any files."""
 
     position: int
-    pieces: tuple[Piece, ...]
+    """Bytes of the corpus, as it is on disk, that are used up when this block ends."""
+    parts: tuple[BlockPart, ...]
 
-    def documents(self) -> Iterator[Document | Problem]:
-        for piece in self.pieces:
-            for item in piece.documents():
+    def documents(self) -> Iterator[Document | BadInput]:
+        """Parse the block; bad content is delivered as :class:`BadInput` in its place."""
+        for part in self.parts:
+            for item in part.documents():
                 # Whatever the kind of file, no text has this character.
                 if isinstance(item, Document) and "\0" in item.text:
                     item = not_text(item.where)
                 yield item
 
 
-def not_text(where: str) -> Problem:
+def not_text(where: str) -> BadInput:
     """What to say of a NUL character."""
-    return Problem.at(
+    return BadInput.at(
         "not text",
         where,
         "holds a NUL character: it is binary data, or text in UTF-16",
@@ -173,55 +173,55 @@ def not_text(where: str) -> Problem:
     )
 
 
-class ReaderSource(Source):
-    """The documents of several readers, one after another.
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The documents of several readers, one after another."""
 
-    Args:
-        readers: In the order of their documents.
-        ignored: What was found beside them and is no text.
-        notes: What is to be said of what was found.
-        at_end: Called when all is read; raises what shows only then.
-        repeatable: Whether all of them can be read again.
-        block_bytes: Content of a block; one that ends with a large document has more.
-    """
+    readers: tuple[Reader, ...]
+    block_bytes: int
+    """Content of a block; one that ends with a large document has more."""
+    ignored: tuple[str, ...]
+    """What stands in the searched directories and is no text: other kinds, hidden files."""
+    notes: tuple[str, ...]
+    """What else whoever reads it should know: which texts were left where they are."""
+    repeatable: bool
+    """Whether the documents can be had again: not from standard input."""
+    at_end: Callable[[], None]
+    """Called when all is read; raises what shows only then."""
 
-    def __init__(
-        self,
-        readers: Iterable[Reader],
-        *,
-        ignored: Iterable[str],
-        notes: Iterable[str],
-        at_end: Callable[[], None],
-        repeatable: bool,
-        block_bytes: int,
-    ) -> None:
-        self._readers = tuple(readers)
-        self._block_bytes = block_bytes
-        self.files = tuple(reader.file for reader in self._readers)
-        self.bytes = sum(file.bytes for file in self.files) if repeatable else 0
-        self.ignored = tuple(ignored)
-        self.notes = tuple(notes)
-        self._at_end = at_end
-        self.repeatable = repeatable
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """What the documents are read from."""
+        return tuple(reader.file for reader in self.readers)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together; 0 when it is not known beforehand."""
+        return sum(reader.file.bytes for reader in self.readers) if self.repeatable else 0
 
     def blocks(self) -> Iterator[Block]:
-        packed: list[Piece] = []
+        packed: list[BlockPart] = []
         size = position = 0
-        for piece, position in self._pieces():
-            packed.append(piece)
-            size += piece.content_bytes + _PIECE_OVERHEAD
-            if 2 * size >= self._block_bytes:  # a piece just short of a block is one, too
-                yield PackedBlock(position, tuple(packed))
+        for part, position in self._parts():
+            packed.append(part)
+            size += part.content_bytes + _PART_OVERHEAD
+            if 2 * size >= self.block_bytes:  # a part just short of a block is one, too
+                yield Block(position, tuple(packed))
                 packed, size = [], 0
         if packed:
-            yield PackedBlock(position, tuple(packed))
-        self._at_end()
+            yield Block(position, tuple(packed))
+        self.at_end()
 
-    def _pieces(self) -> Iterator[tuple[Piece, int]]:
+    def documents(self) -> Iterator[Document | BadInput]:
+        """All documents, parsed in this process."""
+        for block in self.blocks():
+            yield from block.documents()
+
+    def _parts(self) -> Iterator[tuple[BlockPart, int]]:
         before = 0
-        for reader in self._readers:
+        for reader in self.readers:
             used = 0
-            for piece, used in reader.pieces():
-                yield piece, before + used
+            for part, used in reader.parts():
+                yield part, before + used
             # The size of standard input shows only now; a file may have grown since it was found.
             before += reader.file.bytes or used

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from data_tools.sources.documents import Document, Problem
+from data_tools.sources.documents import BadInput, Document
 
 ITEMS = "[]"
 EACH = "to make each string a document, give --text-field '{}'"
@@ -21,10 +21,10 @@ def steps(field: str, names: Iterable[str]) -> list[str]:
     return [field] if field in names else field.replace(ITEMS, f".{ITEMS}").split(".")
 
 
-def no_field(where: str, field: str, names: Iterable[str], *, kind: str) -> Problem:
+def no_field(where: str, field: str, names: Iterable[str], *, kind: str) -> BadInput:
     """The record has no such field (or column: its `kind`)."""
     known = ", ".join(f"'{name}'" for name in names) or "none"
-    return Problem.at(
+    return BadInput.at(
         "no text field",
         where,
         f"has no {kind} '{field}'",
@@ -33,11 +33,11 @@ def no_field(where: str, field: str, names: Iterable[str], *, kind: str) -> Prob
     )
 
 
-def documents(record: Any, field: str, where: str) -> Iterator[Document | Problem]:
+def documents(record: Any, field: str, where: str) -> Iterator[Document | BadInput]:
     """The text of a JSON record, or its texts."""
     if not isinstance(record, dict):
         kind = type(record).__name__
-        yield Problem.at("no text field", where, f"is a JSON {kind}", "a JSON object")
+        yield BadInput.at("no text field", where, f"is a JSON {kind}", "a JSON object")
         return
     if field in record:  # nearly always
         yield _document(record[field], field, where)
@@ -47,7 +47,7 @@ def documents(record: Any, field: str, where: str) -> Iterator[Document | Proble
 
 def _found(
     value: Any, left: Sequence[str], path: tuple[str, ...], where: str
-) -> Iterator[Document | Problem]:
+) -> Iterator[Document | BadInput]:
     name = ".".join(path).replace(f".{ITEMS}", ITEMS)
     if not left:
         yield _document(value, name, where)
@@ -66,19 +66,19 @@ def _found(
         yield _no_string(value, name, where, expected)
 
 
-def _document(value: Any, field: str, where: str) -> Document | Problem:
+def _document(value: Any, field: str, where: str) -> Document | BadInput:
     if not isinstance(value, str):
         return _no_string(value, field, where, "a string")
     try:
         value.encode()
     except UnicodeEncodeError:
         what = f"field '{field}' holds half a surrogate pair"
-        return Problem.at("lone surrogate", where, what, "text that UTF-8 can express")
+        return BadInput.at("lone surrogate", where, what, "text that UTF-8 can express")
     return Document(value, where)
 
 
-def _no_string(value: Any, field: str, where: str, expected: str) -> Problem:
+def _no_string(value: Any, field: str, where: str, expected: str) -> BadInput:
     strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
     hint = EACH.format(field + ITEMS) if strings and value else ""
     what = f"field '{field}' is {json.dumps(value)[:60]}"
-    return Problem.at("text is not a string", where, what, expected, hint)
+    return BadInput.at("text is not a string", where, what, expected, hint)

@@ -1,27 +1,19 @@
-"""Files of bytes and standard input: which kind of content is cut in which way."""
+"""Files of bytes, standard input and the embedded corpus: which content is cut in which way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from platform import python_version
 from typing import IO
 
 from data_tools.python_docs import python_docs
-from data_tools.sources.csv_files import DELIMITERS, csv_pieces
-from data_tools.sources.documents import (
-    Document,
-    Failure,
-    InputFile,
-    Piece,
-    Problem,
-    Reader,
-    Texts,
-)
-from data_tools.sources.json_files import json_lines_pieces, json_pieces
-from data_tools.sources.text_files import Sought, text_pieces
+from data_tools.sources.csv_files import DELIMITERS, csv_parts
+from data_tools.sources.documents import BlockPart, CorpusFile, Document, Parsed, Reader
+from data_tools.sources.json_files import json_lines_parts, json_parts
+from data_tools.sources.text_files import Separator, text_parts
 from dualtrain.common.compression import BrokenFile, Content
 from dualtrain.common.errors import UserError
 
@@ -31,120 +23,65 @@ STDIN_NAME = "standard input"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ReadingOptions:
     """How content is read."""
 
     text_field: str
-    separator: str | None
+    separator: Separator
     block_bytes: int
-    sought: Sought = field(default_factory=Sought)
 
 
+@dataclass(kw_only=True)
 class ByteReader(Reader):
-    """Reads ``.txt``, ``.jsonl``, ``.json``, ``.csv`` and ``.tsv``, compressed or not.
+    """Reads ``.txt``, ``.jsonl``, ``.json``, ``.csv`` and ``.tsv``.
 
-    Args:
-        open_raw: Opens the content for reading bytes.
+    Attributes:
         kind: ``txt``, ``jsonl``, ``json``, ``csv`` or ``tsv``.
+        compression: As the name says; without, the first bytes say whether there is one.
+        stream: What comes once only, in place of the file.
     """
 
-    def __init__(
-        self,
-        file: InputFile,
-        open_raw: Callable[[], AbstractContextManager[IO[bytes]]],
-        *,
-        kind: str,
-        compression: str | None,
-        options: Options,
-    ) -> None:
-        self.file = file
-        self._open_raw = open_raw
-        self._kind = kind
-        self._compression = compression
-        self._options = options
+    file: CorpusFile
+    kind: str
+    options: ReadingOptions
+    compression: str | None = None
+    stream: IO[bytes] | None = field(default=None, repr=False)
+    _is_read: bool = False
 
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
-        used = 0
-        try:
-            with self._open_raw() as raw:
-                content = Content(
-                    raw, self._compression, chunk_bytes=min(1 << 20, self._options.block_bytes)
-                )
-                for piece in self._cut(content):
-                    used = content.position
-                    yield piece, used
-            return
-        except BrokenFile as error:
-            problem = Problem.at(error.kind, self.file.name, error.what, hint=error.hint)
-        except OSError as error:
-            what = f"cannot be read: {error.strerror or error}"
-            problem = Problem.at("unreadable file", self.file.name, what)
-        yield Failure(problem), max(used, self.file.bytes)
+    def _read(self) -> Iterator[tuple[BlockPart, int]]:
+        if self.stream is not None and self._is_read:
+            raise UserError(STDIN_NAME, "can be read only once", hint="save it to a file first")
+        self._is_read = True
+        with nullcontext(self.stream) if self.stream else open(self.file.path, "rb") as raw:
+            size = min(1 << 20, self.options.block_bytes)
+            content = Content(raw, self.compression or "detect", chunk_bytes=size)
+            for part in self._cut(content):
+                yield part, content.position
 
-    def _cut(self, content: Content) -> Iterator[Piece]:
+    def _cut(self, content: Content) -> Iterator[BlockPart]:
         chunks = iter(content)
         first = next(chunks, None)
         if first is None:
             raise BrokenFile("empty file", "has no content")
-        chunks = chain([first], chunks)
-        name, options = self.file.name, self._options
-        size, field = options.block_bytes, options.text_field
-        if self._kind == "txt":
-            return text_pieces(
-                chunks,
-                name,
-                separator=options.separator,
-                sought=options.sought,
-                block_bytes=size,
-            )
-        if delimiter := DELIMITERS.get(self._kind):
-            return csv_pieces(chunks, name, delimiter=delimiter, field=field, block_bytes=size)
-        cut = json_pieces if self._kind == "json" else json_lines_pieces
-        return cut(chunks, name, field=field, block_bytes=size)
-
-
-def file_reader(path: Path, *, kind: str, compression: str | None, options: Options) -> ByteReader:
-    """Read a file on disk; without `compression` its first bytes say whether it has one."""
-    return ByteReader(
-        InputFile(str(path), path.stat().st_size),
-        lambda: path.open("rb"),
-        kind=kind,
-        compression=compression or "detect",
-        options=options,
-    )
-
-
-class StandardInput(ByteReader):
-    """Reads a stream that comes once, of unknown size, compressed or not."""
-
-    def __init__(self, stream: IO[bytes], *, kind: str, options: Options) -> None:
-        self._is_read = False
-        super().__init__(
-            InputFile(STDIN_NAME, 0),
-            lambda: nullcontext(stream),
-            kind=kind,
-            compression="detect",
-            options=options,
-        )
-
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
-        if self._is_read:
-            raise UserError(STDIN_NAME, "can be read only once", hint="save it to a file first")
-        self._is_read = True
-        yield from super().pieces()
+        chunks, name = chain([first], chunks), self.file.name
+        size, text_field = self.options.block_bytes, self.options.text_field
+        if self.kind == "txt":
+            return text_parts(chunks, name, self.options.separator, size)
+        if delimiter := DELIMITERS.get(self.kind):
+            return csv_parts(chunks, name, delimiter, text_field, size)
+        cut = json_parts if self.kind == "json" else json_lines_parts
+        return cut(chunks, name, text_field, size)
 
 
 class PythonDocs(Reader):
     """The embedded corpus of :mod:`data_tools.python_docs`."""
 
     def __init__(self) -> None:
-        from platform import python_version
-
         size = sum(len(text.encode()) for _, text in python_docs())
-        self.file = InputFile(f"{PYTHON_DOCS}, Python {python_version()}", size)
+        self.file = CorpusFile(f"{PYTHON_DOCS}, Python {python_version()}", size)
 
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
+    def _read(self) -> Iterator[tuple[BlockPart, int]]:
         used = 0
         for name, text in python_docs():
             used += len(text.encode())
-            yield Texts((Document(text, f"{PYTHON_DOCS}: {name}"),)), used
+            yield Parsed((Document(text, f"{PYTHON_DOCS}: {name}"),)), used

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources.cutting import gather
-from data_tools.sources.documents import Failure, InputFile, Piece, Problem, Reader
+from data_tools.sources.documents import BadInput, BlockPart, CorpusFile, Reader, Unusable
 from data_tools.sources.fields import no_field
 from data_tools.sources.tables import Rows
 from dualtrain.common.compression import BrokenFile, Content
@@ -75,48 +75,31 @@ class MdsReader(Reader):
             file = in_utf8(directory / INDEX_FILE)
             raise UserError(file, f"is not an MDS index: {error!r}") from None
         try:
-            self.file = InputFile(str(path), path.stat().st_size)
+            self.file = CorpusFile(str(path), path.stat().st_size)
         except OSError as error:
             raise UserError(in_utf8(path), f"cannot be read: {error.strerror}") from None
         self._path = path
         self._field = field
         self._block_bytes = block_bytes
 
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
-        problem = self._column_problem()
+    def _read(self) -> Iterator[tuple[BlockPart, int]]:
+        self._check_column()
         try:
-            if problem is None:
-                yield from self._pieces(self._content())
-                return
-        except BrokenFile as error:
-            problem = Problem.at(error.kind, self.file.name, error.what, hint=error.hint)
+            yield from self._parts(self._content())
         except (struct.error, IndexError):
-            problem = Problem.at(
-                "damaged file", self.file.name, "is not the MDS shard of its index"
-            )
-        except OSError as error:
-            problem = Problem.at(
-                "unreadable file", self.file.name, f"cannot be read: {error.strerror}"
-            )
-        yield Failure(problem), self.file.bytes
+            raise BrokenFile("damaged file", "is not the MDS shard of its index") from None
 
-    def _column_problem(self) -> Problem | None:
+    def _check_column(self) -> None:
         name, field = self.file.name, self._field
         if field not in self._names:
-            return no_field(name, field, self._names, kind="column")
+            raise Unusable(no_field(name, field, self._names, kind="column"))
         encoding = self._encodings[self._names.index(field)]
         if encoding not in _TEXT_ENCODINGS:
             what = f"column '{field}' holds {encoding}"
-            return Problem.at("text is not a string", name, what, "str or bytes")
+            raise Unusable(BadInput.at("text is not a string", name, what, "str or bytes"))
         if self._compression is not None and self._compression not in _COMPRESSIONS:
-            return Problem.at(
-                "unreadable file",
-                name,
-                f"is compressed with {self._compression}",
-                ", ".join(_COMPRESSIONS),
-                "decompress it",
-            )
-        return None
+            what, known = f"is compressed with {self._compression}", ", ".join(_COMPRESSIONS)
+            raise Unusable(BadInput.at("unreadable file", name, what, known, "decompress it"))
 
     def _content(self) -> bytes:
         compression = _COMPRESSIONS[self._compression] if self._compression else None
@@ -125,7 +108,7 @@ class MdsReader(Reader):
             gather(Content(raw, compression), data, instead="write smaller shards")
         return bytes(data)
 
-    def _pieces(self, data: bytes) -> Iterator[tuple[Piece, int]]:
+    def _parts(self, data: bytes) -> Iterator[tuple[BlockPart, int]]:
         """A shard is a count, where each sample begins and ends, the columns, and the samples."""
         (count,) = struct.unpack_from("<I", data)
         ends = struct.unpack_from(f"<{count + 1}I", data, 4)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from data_tools.sources.documents import Document, Failure, InputFile, Piece, Problem, Reader
+from data_tools.sources.documents import (
+    BadInput,
+    BlockPart,
+    CorpusFile,
+    Document,
+    Reader,
+    Unusable,
+)
 from data_tools.sources.fields import EACH, ITEMS, no_field, steps
 from dualtrain.common.compression import BrokenFile
 
@@ -24,16 +30,8 @@ _TEXT_TYPES = {
 _MOST_ROWS = 1 << 16
 
 
-class _NoTextColumn(Exception):
-    """The table cannot be used; carries the problem to report."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        super().__init__(str(problem.error))
-
-
 @dataclass(frozen=True, slots=True)
-class Rows(Piece):
+class Rows(BlockPart):
     """Texts of consecutive rows, in UTF-8."""
 
     name: str
@@ -46,19 +44,19 @@ class Rows(Piece):
     def content_bytes(self) -> int:
         return sum(len(value) for value in self.values if value is not None)
 
-    def documents(self) -> Iterator[Document | Problem]:
+    def documents(self) -> Iterator[Document | BadInput]:
         for row, value in zip(self.rows, self.values, strict=True):
             yield self._document(value, f"{self.name}: row {row}")
 
-    def _document(self, value: bytes | None, where: str) -> Document | Problem:
+    def _document(self, value: bytes | None, where: str) -> Document | BadInput:
         if value is None:
             what = f"column '{self.field}' is null"
-            return Problem.at("text is not a string", where, what, "a string")
+            return BadInput.at("text is not a string", where, what, "a string")
         try:
             return Document(value.decode(), where)
         except UnicodeDecodeError as error:
             what = f"byte 0x{value[error.start]:02x} is not UTF-8"
-            return Problem.at("not UTF-8", where, what, "text in UTF-8")
+            return BadInput.at("not UTF-8", where, what, "text in UTF-8")
 
 
 class TableReader(Reader):
@@ -68,34 +66,24 @@ class TableReader(Reader):
     block, of an Arrow file the batches that it was written in.
     """
 
-    def __init__(self, path: Path, *, kind: str, field: str, block_bytes: int) -> None:
-        self.file = InputFile(str(path), path.stat().st_size)
-        self._path = path
+    def __init__(self, file: CorpusFile, *, kind: str, field: str, block_bytes: int) -> None:
+        self.file = file
         self._is_parquet = kind == "parquet"
         self._field = field
         self._steps: list[str] = []
         self._block_bytes = block_bytes
 
-    def pieces(self) -> Iterator[tuple[Piece, int]]:
-        name, before = self.file.name, 1
-        try:
-            for found, share in self._columns():
-                used = round(self.file.bytes * share)
-                for start, values in _in_parts(found.values, self._block_bytes):
-                    end = start + len(values)
-                    rows: Sequence[int] = range(before + start, before + end)
-                    if found.parents is not None:
-                        rows = [before + row for row in found.parents[start:end].to_pylist()]
-                    yield Rows(name, rows, values, self._field), used
-                before += found.rows
-            return
-        except _NoTextColumn as error:
-            problem = error.problem
-        except BrokenFile as error:
-            problem = Problem.at(error.kind, name, error.what, hint=error.hint)
-        except OSError as error:
-            problem = Problem.at("unreadable file", name, f"cannot be read: {error.strerror}")
-        yield Failure(problem), self.file.bytes
+    def _read(self) -> Iterator[tuple[BlockPart, int]]:
+        before = 1
+        for found, share in self._columns():
+            used = round(self.file.bytes * share)
+            for start, values in _in_parts(found.values, self._block_bytes):
+                end = start + len(values)
+                rows: Sequence[int] = range(before + start, before + end)
+                if found.parents is not None:
+                    rows = [before + row for row in found.parents[start:end].to_pylist()]
+                yield Rows(self.file.name, rows, values, self._field), used
+            before += found.rows
 
     def _columns(self) -> Iterator[tuple[_Texts, float]]:
         """Texts of the column, each time with the share of the file that is read then.
@@ -106,7 +94,7 @@ class TableReader(Reader):
         """
         import pyarrow
 
-        with pyarrow.OSFile(str(self._path), "rb") as handle:
+        with pyarrow.OSFile(self.file.path, "rb") as handle:
             if not handle.size():
                 raise BrokenFile("empty file", "has no content")
             try:
@@ -188,7 +176,7 @@ class TableReader(Reader):
         for step in self._steps:
             if step not in children:
                 names = [_joined(path, other) for other in children]
-                raise _NoTextColumn(no_field(name, field, names, kind="column"))
+                raise Unusable(no_field(name, field, names, kind="column"))
             held, path = children[step], _joined(path, step)
             children = _children(held)
         text = held.value_type if is_dictionary(held) else held
@@ -196,7 +184,7 @@ class TableReader(Reader):
             strings = str(children.get(ITEMS)) in _TEXT_TYPES
             hint = EACH.format(field + ITEMS) if strings else ""
             what = f"column '{field}' holds {held}"
-            raise _NoTextColumn(Problem.at("text is not a string", name, what, "strings", hint))
+            raise Unusable(BadInput.at("text is not a string", name, what, "strings", hint))
 
 
 def _children(held: Any) -> dict[str, Any]:

@@ -10,20 +10,26 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import in_utf8
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LARGEST_POINTER = 1024
+"""Bytes of a pointer of Git LFS, at most."""
 
 _HEAD_BYTES = 512
 _SAVE = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR) writes safetensors"
+_POINTER = (
+    b"version https://git-lfs",
+    "is a pointer of Git LFS, not the file itself",
+    "`git lfs pull` in its repository fetches the file",
+)
 _KINDS = (
-    (
-        b"version https://git-lfs",
-        "is a pointer of Git LFS, not the file itself",
-        "`git lfs pull` in its repository fetches the file",
-    ),
+    _POINTER,
     (b"\x1f\x8b", "is compressed by gzip", "decompress it"),
     (b"PK\x03\x04", "is a zip archive, such as torch.save writes", _SAVE),
     (b"\x80", "is a pickle, a program that would run when it is opened", _SAVE),
@@ -37,6 +43,14 @@ _SENTENCEPIECE = (
 )
 
 
+def pointer_problem(file: Path | str) -> UserError | None:
+    """What to say of a pointer of Git LFS; None for any other file, and one that cannot be read."""
+    begin, what, hint = _POINTER
+    if (_head(file) or b"").startswith(begin):
+        return UserError(in_utf8(file), what, hint=hint)
+    return None
+
+
 def find_foreign(file: Path, expected: str) -> UserError | None:
     """Find out whether a file is known to be of another kind.
 
@@ -46,10 +60,8 @@ def find_foreign(file: Path, expected: str) -> UserError | None:
     Returns:
         What to say if it is empty, a pointer of Git LFS, a pickle, or the like.
     """
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(_HEAD_BYTES)
-    except OSError:
+    head = _head(file)
+    if head is None:
         return None
     if not head:
         return UserError(str(file), "is empty", expected)
@@ -60,6 +72,14 @@ def find_foreign(file: Path, expected: str) -> UserError | None:
     if head.startswith(b"\n") and b"<unk>" in head and b"\x00" in head:
         return UserError(str(file), _SENTENCEPIECE[0], expected, _SENTENCEPIECE[1])
     return None
+
+
+def _head(file: Path | str) -> bytes | None:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(_HEAD_BYTES)
+    except OSError:
+        return None
 
 
 def refuse_foreign(file: Path, expected: str) -> None:
@@ -110,6 +130,8 @@ def parse_tokenizer(file: Path) -> Tokenizer:
     Raises:
         UserError: It cannot be read.
     """
+    from tokenizers import Tokenizer
+
     text = read_text(file, "a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_str(text)

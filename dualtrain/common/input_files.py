@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,19 @@ from dualtrain.common.errors import UserError
 STDIN = "-"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _OBJECTS = "one JSON object a line, or an array of objects"
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+EACH_KEY_ONCE = json.JSONDecoder(object_pairs_hook=_each_key_once)
+"""Refuses an object with a key that is there twice, of which Python would take the last."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +102,14 @@ class InputFile:
         text = self.text()
         if not text.startswith("[", _behind_space(text, 0)):
             return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        line, counted, parts = 1, 0, []
         try:
-            return _array_parts(text)
+            for _, start, end in json_values(text, json.JSONDecoder()):
+                line, counted = line + text.count("\n", counted, start), start
+                parts.append((line, text[start:end]))
         except json.JSONDecodeError as error:
             raise _not_json(f"{self.name}:{error.lineno}", error) from None
-        except (ValueError, RecursionError) as error:
-            raise _not_json(self.name, error) from None
+        return parts
 
 
 def parse_object(source: str, where: str) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def parse_object(source: str, where: str) -> dict[str, Any]:
         UserError: It is something else, or a key is there twice.
     """
     try:
-        value = json.loads(source, object_pairs_hook=_each_key_once)
+        value = EACH_KEY_ONCE.decode(source)
     except (ValueError, RecursionError) as error:
         raise _not_json(where, error) from None
     if not isinstance(value, dict):
@@ -131,24 +147,34 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(where, what, "text that UTF-8 can express") from None
 
 
-def _array_parts(text: str) -> list[tuple[int, str]]:
-    parts: list[tuple[int, str]] = []
-    decode = json.JSONDecoder().raw_decode
-    line, counted = 1, 0
-    begin = _behind_space(text, _behind_space(text, 0) + 1)
-    while not text.startswith("]", begin):
-        _, end = decode(text, begin)
-        line, counted = line + text.count("\n", counted, begin), begin
-        parts.append((line, text[begin:end]))
-        begin = _behind_space(text, end)
-        if text.startswith(",", begin):
-            begin = _behind_space(text, begin + 1)
-        elif not text.startswith("]", begin):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
-    end = _behind_space(text, begin + 1)
-    if end < len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-    return parts
+def json_values(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int, int]]:
+    """The values of an array, or the only value, each with where it begins and ends.
+
+    Raises:
+        JSONDecodeError: The text is not JSON, after the values before that place.
+    """
+    at = _behind_space(text, 0)
+    is_array = text.startswith("[", at)
+    if is_array:
+        at = _behind_space(text, at + 1)
+    more = not (is_array and text.startswith("]", at))
+    while more:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise json.JSONDecodeError(_reason(error), text, at) from None
+        yield value, at, end
+        at = _behind_space(text, end)
+        more = is_array and text.startswith(",", at)
+        at = _behind_space(text, at + 1) if more else at
+    if is_array:
+        if not text.startswith("]", at):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        at = _behind_space(text, at + 1)
+    if at < len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
 
 
 def _behind_space(text: str, start: int) -> int:
@@ -156,17 +182,11 @@ def _behind_space(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _not_json(where: str, error: Exception) -> UserError:
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    if isinstance(error, RecursionError):
-        reason = "it is nested too deeply"
-    return UserError(where, f"is not JSON: {reason}", _OBJECTS)
+    return UserError(where, f"is not JSON: {_reason(error)}", _OBJECTS)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from data_tools import convert, train_tokenizer
 from data_tools.app import app
 from data_tools.convert import build_dataset
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.verify import verify_dataset
 from dualtrain.common.errors import UserError
@@ -294,7 +294,7 @@ def test_too_little_text(tmp_path: Path, lines: list[str], message: str) -> None
 
 def test_source_that_changes_meanwhile(tmp_path: Path, corpus: Path) -> None:
     class Grow(Report):
-        def show(self, progress: Progress) -> None:
+        def show(self, progress: StageProgress) -> None:
             if progress.stage == "training the tokenizer":
                 with corpus.open("a") as stream:
                     stream.write('{"text": "late"}\n')

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from data_tools.sources import PYTHON_DOCS, Document, Problem, Source, open_sources
+from data_tools.sources import PYTHON_DOCS, BadInput, Corpus, Document, open_sources
 from dualtrain.common.errors import UserError
 
 
-def delivered(source: Any, **options: Any) -> list[Document | Problem]:
+def delivered(source: Any, **options: Any) -> list[Document | BadInput]:
     sources = source if isinstance(source, list) else str(source)
     return list(open_sources(sources, **options).documents())
 
@@ -25,7 +25,7 @@ def texts(source: Any, **options: Any) -> list[str]:
     return [item.text for item in found if isinstance(item, Document)]
 
 
-def brief(items: list[Document | Problem]) -> list[str]:
+def brief(items: list[Document | BadInput]) -> list[str]:
     """Texts, and kinds of problems in brackets."""
     return [item.text if isinstance(item, Document) else f"[{item.kind}]" for item in items]
 
@@ -34,8 +34,8 @@ def read(source: Any, **options: Any) -> list[str]:
     return brief(delivered(source, **options))
 
 
-def only_problem(source: Any, **options: Any) -> Problem:
-    [problem] = [item for item in delivered(source, **options) if isinstance(item, Problem)]
+def only_problem(source: Any, **options: Any) -> BadInput:
+    [problem] = [item for item in delivered(source, **options) if isinstance(item, BadInput)]
     return problem
 
 
@@ -97,7 +97,7 @@ def test_binary_content_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"one\n\n\0\0two\n\nthree")
     (tmp_path / "c.jsonl").write_text('{"text": "a\\u0000"}\n{"text": "b"}')
     [problem] = open_sources(str(tmp_path / "a.txt")).documents()
-    assert isinstance(problem, Problem) and problem.kind == "not text"
+    assert isinstance(problem, BadInput) and problem.kind == "not text"
     assert "NUL character" in str(problem.error) and "iconv" in str(problem.error)
     for name, content in (("d.jsonl", '{"text": "a"}'), ("e.json", "[{}]"), ("f.csv", "text\na")):
         (tmp_path / name).write_bytes(content.encode("utf-16-le"))
@@ -218,7 +218,7 @@ def test_text_in_nested_fields_and_lists(tmp_path: Path) -> None:
     assert read(file, text_field="a.b") == ["1"]
     x, problem = open_sources(str(file), text_field="turns[].text").documents()
     assert x == Document("x", f"{file}:1: item 1")
-    assert isinstance(problem, Problem) and problem.error.where == f"{file}:1: item 2"
+    assert isinstance(problem, BadInput) and problem.error.where == f"{file}:1: item 2"
     for field, message in (
         ("list", r"a string.*give --text-field 'list\[\]'"),
         ("turns", "field 'turns' is"),
@@ -227,7 +227,7 @@ def test_text_in_nested_fields_and_lists(tmp_path: Path) -> None:
         ("meta[]", "expected a list"),
     ):
         [problem] = open_sources(str(file), text_field=field).documents()
-        assert isinstance(problem, Problem)
+        assert isinstance(problem, BadInput)
         with pytest.raises(UserError, match=message):
             raise problem.error
 
@@ -306,7 +306,7 @@ def test_problems_can_be_sent_to_another_process(tmp_path: Path) -> None:
 def test_file_that_goes_away_is_a_problem_in_its_place(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.parquet", "d.txt"):
         (tmp_path / name).write_text(name)
-    source: Source = open_sources(str(tmp_path))
+    source: Corpus = open_sources(str(tmp_path))
     (tmp_path / "b.txt").unlink()
     (tmp_path / "c.parquet").unlink()
     expected = ["a.txt", "[unreadable file]", "[unreadable file]", "d.txt"]
@@ -337,3 +337,29 @@ def test_embedded_corpus() -> None:
     assert len(items) > 300 and all(isinstance(item, Document) for item in items)
     assert isinstance(items[0], Document) and items[0].where.startswith("builtin:python-docs: ")
     assert list(source.blocks())[-1].position == source.bytes > 1_000_000
+
+
+# --- what goes through readers without a word
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json"])
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path, name: str) -> None:
+    """Python would take the last one."""
+    twice = '{"text": "b", "text": "c"}'
+    lines = [' {"text": "a"}', f" {twice}"]
+    content = "[\n" + ",\n".join(lines) + "]" if name == "array.json" else "\n".join(lines)
+    (tmp_path / name).write_text(content)
+    first, bad = delivered(tmp_path / name)
+    assert isinstance(first, Document) and first.text == "a"
+    line = 3 if name == "array.json" else 2
+    assert isinstance(bad, BadInput) and bad.error.where == f"{tmp_path / name}:{line}"
+    assert "the key 'text' is there twice" in bad.error.what
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json.gz", "a.csv", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    problem = only_problem(tmp_path / name)
+    assert str(problem.error).startswith(f"{tmp_path / name}: is a pointer of Git LFS")
+    assert "git lfs pull" in problem.error.hint

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.sources import Document, Problem, open_sources
+from data_tools.sources import BadInput, Document, open_sources
 
 COMPRESS = {
     ".gz": gzip.compress,
@@ -34,9 +34,9 @@ def lines(count: int, *, start: int = 0) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
-def read(file: Path) -> tuple[list[str], list[Problem]]:
+def read(file: Path) -> tuple[list[str], list[BadInput]]:
     items = list(open_sources(str(file)).documents())
-    problems = [item for item in items if isinstance(item, Problem)]
+    problems = [item for item in items if isinstance(item, BadInput)]
     assert not problems or items[-1] is problems[-1], "the problem comes last"
     return [item.text for item in items if isinstance(item, Document)], problems
 
@@ -169,7 +169,7 @@ def test_truncated_text(tmp_path: Path) -> None:
     items = list(open_sources(str(file), separator="blank-line").documents())
     texts = [item.text for item in items if isinstance(item, Document)]
     assert texts == paragraphs[: len(texts)] and len(texts) > 30
-    assert isinstance(items[-1], Problem) and items[-1].kind == "truncated file"
+    assert isinstance(items[-1], BadInput) and items[-1].kind == "truncated file"
 
 
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES])

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.sources import Document, Problem, open_sources
+from data_tools.sources import BadInput, Document, open_sources
 
 
-def delivered(file: Path, **options: Any) -> list[Document | Problem]:
+def delivered(file: Path, **options: Any) -> list[Document | BadInput]:
     return list(open_sources(str(file), **options).documents())
 
 
@@ -46,7 +46,7 @@ def test_rows_that_do_not_fit_cost_themselves(tmp_path: Path) -> None:
     assert items[:4] == ["one", "[ragged row]", "[ragged row]", "[not UTF-8]"]
     assert items[-1] == "six" or "cannot be divided" in str(delivered(file)[-1])  # Python 3.10
     problem = delivered(file)[1]
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, BadInput)
     assert str(problem.error).startswith(f"{file}:3: the row has 3 fields — expected 2")
 
 
@@ -61,7 +61,7 @@ def test_header_decides(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         [problem] = delivered(file)
-        assert isinstance(problem, Problem) and problem.kind == kind
+        assert isinstance(problem, BadInput) and problem.kind == kind
         assert message in str(problem.error)
     file.write_text("id,body\n1,one\n")
     assert brief(file, text_field="body") == ["one"]
@@ -74,7 +74,7 @@ def test_quote_that_is_never_closed(tmp_path: Path) -> None:
     file.write_text('text\none\n"two\nthree\n')
     one, problem = delivered(file)
     assert one == Document("one", f"{file}:2")
-    assert isinstance(problem, Problem) and problem.error.where == f"{file}:3"
+    assert isinstance(problem, BadInput) and problem.error.where == f"{file}:3"
     assert problem.kind == "damaged file"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from streaming import MDSWriter
 
-from data_tools.sources import Document, Problem, open_sources
+from data_tools.sources import BadInput, Document, open_sources
 from dualtrain.common.errors import UserError
 
 COLUMNS = {"body": "bytes", "n": "int", "text": "str", "tokens": "ndarray:uint16"}
@@ -58,7 +58,7 @@ def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
         ("n", "text is not a string", "holds int"),
     ):
         [problem] = open_sources(str(tmp_path), text_field=field).documents()
-        assert isinstance(problem, Problem) and problem.kind == kind
+        assert isinstance(problem, BadInput) and problem.kind == kind
         assert message in str(problem.error)
     content = shard.read_bytes()
     for damaged, kind in (

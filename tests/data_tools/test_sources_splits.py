@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from data_tools.sources import Document, Source, open_sources
+from data_tools.sources import Corpus, Document, open_sources
 from data_tools.sources.splits import split_of
 from dualtrain.common.errors import UserError
 
 
-def opened(directory: Path, *names: str, **options: Any) -> Source:
+def opened(directory: Path, *names: str, **options: Any) -> Corpus:
     """A source of JSON lines that hold their own names."""
     for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -20,7 +20,7 @@ def opened(directory: Path, *names: str, **options: Any) -> Source:
     return open_sources(str(directory), **options)
 
 
-def texts(source: Source) -> list[str]:
+def texts(source: Corpus) -> list[str]:
     return [item.text for item in source.documents() if isinstance(item, Document)]
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_tools.sources import Document, Problem, open_sources
+from data_tools.sources import BadInput, Document, open_sources
 from dualtrain.common.errors import UserError
 
 TEXTS = [f"text {number} " + "é" * (number % 50) for number in range(1000)]
@@ -49,9 +49,9 @@ def brief(source: Path, **options: Any) -> list[str]:
     return [item.text if isinstance(item, Document) else f"[{item.kind}]" for item in items]
 
 
-def only_problem(source: Path, **options: Any) -> Problem:
+def only_problem(source: Path, **options: Any) -> BadInput:
     items = open_sources(str(source), **options).documents()
-    [problem] = [item for item in items if isinstance(item, Problem)]
+    [problem] = [item for item in items if isinstance(item, BadInput)]
     return problem
 
 

@@ -31,7 +31,7 @@ from helpers.conversions import files_of, write_jsonl
 import data_tools.sources.build_source
 import data_tools.spool
 from data_tools.convert import build_dataset
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 from data_tools.sources import open_sources
 from data_tools.verify import verify_dataset
 from dualtrain.recipe.schema import BuildSection
@@ -45,7 +45,7 @@ class Tell(Report):
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: StageProgress) -> None:
         self._pipe.send(("stage", progress.stage))
 
     def say(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data_tools.reporting import Progress, Report
+from data_tools.reporting import Report, StageProgress
 
 
 class StopAt(Report):
@@ -14,7 +14,7 @@ class StopAt(Report):
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: StageProgress) -> None:
         if progress.stage == self.stage:
             raise KeyboardInterrupt
 
@@ -26,7 +26,7 @@ class Said(Report):
         self.lines: list[str] = []
         self.stages: list[str] = []
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: StageProgress) -> None:
         self.stages.append(progress.stage)
 
     def say(self, text: str) -> None:

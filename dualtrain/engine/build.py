@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from torch import nn
 from dualtrain.engine.groups import ParameterGroup
 from dualtrain.engine.norm_gains import set_type, widen_groups
 from dualtrain.engine.parameters import whole_parameters
+from dualtrain.engine.whole_matrices import batch_whole_matrices
 from dualtrain.network.norms import norm_parameters
 from dualtrain.recipe.schema import OptimSection
 
@@ -56,11 +58,13 @@ def build_optimizer(
         else:
             shared |= {"betas": optim.betas, "eps": optim.eps}
         options.append(shared)
+    # On a CPU the fused one is no faster and rounds otherwise.
+    adamw = partial(torch.optim.AdamW, fused=next(model.parameters()).is_cuda)
     if not any(group.uses_muon for group in groups):
-        return torch.optim.AdamW([{k: v for k, v in o.items() if k != "use_muon"} for o in options])
+        return adamw([{k: v for k, v in o.items() if k != "use_muon"} for o in options])
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    return MuonWithAuxAdam(options, adam_optimizer=torch.optim.AdamW)
+    return MuonWithAuxAdam(options, adam_optimizer=adamw)
 
 
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
@@ -82,6 +86,7 @@ def build_engine(
     """
     import deepspeed
     from deepspeed.runtime import torch_autocast
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     gains = norm_parameters(model) if config["bf16"]["enabled"] else []
     with whole_parameters(gains):
@@ -98,6 +103,11 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        batch_whole_matrices(engine.optimizer)
+        if torch.distributed.get_world_size() == 1:
+            # Nothing to reduce: it would copy all gradients into a buffer and back.
+            engine.buffered_allreduce_fallback = lambda *_, **__: None
     if gains:
         widen_groups(engine, gains)
         with torch.no_grad(), whole_parameters(gains):

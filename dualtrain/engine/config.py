@@ -91,6 +91,8 @@ def merge_settings(
         "train_batch_size": micro_batch * accumulation * world_size,
         # Clipping is that of dualtrain.engine.gradients; DeepSpeed's default is 1.0.
         "gradient_clipping": 0.0,
+        # It would wait for the device twice in every slot.
+        "timers": {"throughput": {"enabled": False}},
         **precision_settings(precision, given.stage),
     }
     mode = bfloat16_mode(precision, given.stage)
@@ -123,11 +125,13 @@ def precision_settings(precision: Precision, stage: int) -> dict[str, object]:
     module is declared safe for low-precision communication, so gradients are reduced in fp32.
     """
     autocasts = precision == "bf16" and stage in (0, 2)
+    in_bf16 = precision == "bf16" and not autocasts
     autocast: dict[str, object] = {"enabled": autocasts}
     if autocasts:
         autocast |= {"dtype": "bfloat16", "lower_precision_safe_modules": []}
     return {
-        "bf16": {"enabled": precision == "bf16" and not autocasts},
+        # Gradients in bf16 go into the fp32 sums as they come, not all after the backward pass.
+        "bf16": {"enabled": in_bf16, "immediate_grad_update": in_bf16},
         "fp16": {"enabled": False},
         "torch_autocast": autocast,
         "data_types": {"grad_accum_dtype": "fp32"},

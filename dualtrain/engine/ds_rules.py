@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     # What dualtrain does itself.
     "activation_checkpointing": _recipe("model.activation_checkpointing"),
     "compile": _recipe("model.compile"),
+    "timers": _recipe("progress"),
     "steps_per_print": _fixed(10**9, _OWN_METRICS),
     "wall_clock_breakdown": _fixed(False, _PROFILING),
     "memory_breakdown": _fixed(False, _PROFILING),

@@ -156,6 +156,13 @@ class _Bfloat16(_Held):
     def __init__(self, optimizer: BF16_Optimizer) -> None:
         self._optimizer = optimizer
 
+    def leave_out_unless(self, is_finite: Callable[[], bool]) -> None:
+        # It would compute the norm again, of every parameter by itself.
+        def norm(for_clipping: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+            return [torch.tensor(0.0 if is_finite() else torch.inf)], {}
+
+        self._optimizer.get_grads_for_norm = norm  # type: ignore[method-assign]
+
     def owned(self) -> list[Tensor]:
         return list(self._optimizer.fp32_groups_gradient_flat_partition)
 

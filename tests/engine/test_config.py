@@ -26,7 +26,7 @@ aio amp autotuning bfloat16 checkpoint comet comms_logger compression_training c
 curriculum_learning data_efficiency dataloader_drop_last datastates_ckpt eigenvalue elasticity
 expert_parallel flops_profiler graph_harvesting hybrid_engine log_level nebula pipeline
 progressive_layer_drop quantize_training seq_parallel_communication_data_type
-sequence_parallel_size sparse_attention sparse_gradients tensor_parallel tensorboard timers
+sequence_parallel_size sparse_attention sparse_gradients tensor_parallel tensorboard
 use_data_before_expert_parallelism vocabulary_size wandb weight_quantization
 """
 _LEFT_OUT_OF_ZERO = """
@@ -150,7 +150,7 @@ def test_every_value_of_the_table_is_sent():
         key
         for key in TOP
         if RULES[key].owner in ("fixed", "ds_config")
-        or key in ("bf16", "fp16", "torch_autocast", "data_types", "gradient_clipping")
+        or key in ("bf16", "fp16", "torch_autocast", "data_types", "gradient_clipping", "timers")
         or key.startswith(("train_", "gradient_accumulation"))
     }
     assert set(settings) == expected
@@ -182,7 +182,8 @@ def test_batches_are_those_of_the_recipe():
 def test_bf16_accumulates_and_communicates_in_fp32(precision, stage, mode):
     settings = merge(f"zero{stage}", precision=precision)
     assert bfloat16_mode(precision, stage) == mode
-    assert settings["bf16"] == {"enabled": mode == "weights"}
+    is_bf16 = mode == "weights"
+    assert settings["bf16"] == {"enabled": is_bf16, "immediate_grad_update": is_bf16}
     assert settings["torch_autocast"]["enabled"] == (mode == "autocast")
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["communication_data_type"] == "fp32"

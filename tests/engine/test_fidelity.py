@@ -30,6 +30,7 @@ CELLS = {
         Cell(1),
         Cell(2, accumulation=4, newton_schulz="standard", steps=5),
         Cell(3),
+        Cell(1, precision="bf16", accumulation=2, steps=5),
         Cell(3, offload="parameters", steps=5),
     ],
     2: [

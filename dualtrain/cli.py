@@ -21,6 +21,7 @@ from dualtrain.common.files import file_problem
 from dualtrain.common.options import as_command
 from dualtrain.common.terminal import forget_output, prepare_streams
 from dualtrain.export.command import export
+from dualtrain.generate.command import generate
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
 from dualtrain.launch.world import prepare_environment
 from dualtrain.recipe.command import recipes, schema
@@ -46,99 +47,6 @@ def common(
     """Pre-train language models with an autoregressive and a masked-diffusion objective."""
     # Put before the command by the deepspeed launcher, which says the same in the environment.
     del local_rank
-
-
-@app.command()
-def generate(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run directory, a checkpoint, or an export.")
-    ],
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            help="What to continue, or a text with gaps: 'The <mask:8> sat'. Default: a new text."
-        ),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ar|prefix|diffusion", help="Default: diffusion if there are gaps, else ar."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of a text, at most; default: 64.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token; default: 0.8.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest that together have probability p.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Of tokens the text has already; ar and prefix; 1: none.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same text.")] = 0,
-    samples: Annotated[int, typer.Option(help="Texts for each prompt.")] = 1,
-    steps: Annotated[
-        int | None, typer.Option(help="Diffusion: passes for a text; default: one a token.")
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(
-            metavar="confidence|random|left_to_right",
-            help="Diffusion: which masks are filled first; default: confidence.",
-        ),
-    ] = None,
-    block: Annotated[
-        int | None,
-        typer.Option(help="Diffusion: tokens in a block, blocks one after another; default: all."),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts: a line each, or JSON with a `prompt` each; `-`: standard input."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the texts to this file, as JSON lines.")
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Of a run, the checkpoint of this step; default: the newest.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU if there is one.")
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar="fp32|bf16", help="Default: fp32 on a CPU, else the run's."),
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Texts at once, at most.")] = 16,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Finished texts only, also on a terminal.")
-    ] = False,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Diffusion: a line for each step.")
-    ] = False,
-) -> None:
-    """Generate text: from left to right, behind a prompt read bidirectionally, or into gaps."""
-    from dualtrain.generate.command import Request, generate
-    from dualtrain.generate.settings import Wishes
-
-    generate(
-        Request(path, prompt, file, out, step, device, precision, batch, plain, trace),
-        Wishes(
-            mode=mode,
-            tokens=tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            samples=samples,
-            steps=steps,
-            order=order,
-            block=block,
-        ),
-    )
 
 
 @app.command("eval")
@@ -209,7 +117,7 @@ def evaluate(
     )
 
 
-for command in (run, sweep, fit, alpha, compare, export, recipes, schema):
+for command in (run, sweep, fit, alpha, compare, generate, export, recipes, schema):
     app.command()(as_command(command))
 
 

@@ -59,7 +59,8 @@ class InputFile:
         is_stdin = str(path) == STDIN
         name = "standard input" if is_stdin else str(path)
         inner = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
-        compression = "detect" if is_stdin else SUFFIXES.get(path.suffix.lower())
+        # Without a suffix that says so, a compressed file would be called text that is not UTF-8.
+        compression = "detect" if is_stdin else SUFFIXES.get(path.suffix.lower(), "detect")
         if is_stdin and sys.stdin is None:
             raise UserError(name, "is closed", "a file, or something that writes to it")
         try:
@@ -91,17 +92,18 @@ class InputFile:
         return text
 
     def json_parts(self) -> list[tuple[int, str]]:
-        """Divide JSON lines, or an array, into the source of each value.
+        """Divide JSON lines, an array, or one object over several lines into the source of each.
 
         Returns:
             The line where each begins, and its source, as :func:`parse_object` takes it.
 
         Raises:
-            UserError: It is not UTF-8, or an array that is not JSON; with the line.
+            UserError: It is not UTF-8, or an array or object that is not JSON; with the line.
         """
         text = self.text()
-        if not text.startswith("[", _behind_space(text, 0)):
-            return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if not lines or not (lines[0][1].lstrip().startswith("[") or lines[0][1].strip() == "{"):
+            return lines
         line, counted, parts = 1, 0, []
         try:
             for _, start, end in json_values(text, json.JSONDecoder()):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dualtrain.common.errors import UserError
-from dualtrain.generate.choose import Sampling, choose, penalise
+from dualtrain.generate.choose import choose, penalise
+from dualtrain.generate.settings import Settings
 from dualtrain.generate.text_model import TextModel, fill_up
 from dualtrain.network.cache import KeyValueCache
 
@@ -40,13 +41,11 @@ class Continuation:
 def continue_prompts(
     model: TextModel,
     prompts: Sequence[Sequence[int]],
+    settings: Settings,
     *,
-    tokens: int,
     generators: Sequence[np.random.Generator],
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    kind: Literal["causal", "full"] = "causal",
-    on_token: Callable[[int, int | None], None] | None = None,
-    is_enough: Callable[[int, Sequence[int]], bool] | None = None,
+    on_token: Callable[[int, int | None], None] = lambda row, token: None,
+    is_enough: Callable[[int, Sequence[int]], bool] = lambda row, ids: False,
 ) -> list[Continuation]:
     """Continue prompts.
 
@@ -55,9 +54,8 @@ def continue_prompts(
 
     Args:
         prompts: Their ids, usually beginning with ``<s>``.
-        tokens: Tokens to generate for each, at most.
+        settings: Of mode ``prefix``, or of any other for a prompt that is read causally.
         generators: One for each prompt, of its random numbers.
-        kind: How a prompt sees itself; ``full`` is prefix mode.
         on_token: Told the row and each new token as it is there, and None once its text has ended.
         is_enough: Asked after each token, with the row and its new tokens, whether the text ends.
 
@@ -65,29 +63,42 @@ def continue_prompts(
         One for each prompt, in order.
 
     Raises:
-        UserError: A prompt is empty or longer than the context, or no token is asked for.
+        UserError: A prompt is empty or longer than the context.
     """
-    rows = [
-        _Row(number, len(prompt), generator)
-        for number, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
-    ]
-    _check(model, rows, tokens)
-    tell = on_token or (lambda row, token: None)
-    is_enough = is_enough or (lambda row, ids: False)
-    going = rows
+    texts = []
+    for number, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
+        if not 1 <= len(prompt) <= model.context:
+            expected = f"1 to {model.context}, the model's context in tokens"
+            raise UserError("prompt", f"{len(prompt)} tokens", expected)
+        # The last one is predicted from a full context.
+        most = min(settings.tokens, model.context - len(prompt) + 1)
+        texts.append(_GrowingText(number, tuple(prompt), most, generator))
+    going = texts
     with model.inference():
-        limits = [row.limit(tokens, model.context) for row in rows]
-        cache, logits = _read(model, prompts, limits, kind)
+        cache, logits = _read(model, texts, "full" if settings.mode == "prefix" else "causal")
         # Which tokens each text has, for the repetition penalty.
-        seen = _mark(prompts, logits) if sampling.repetition_penalty != 1 else None
+        seen = _mark(texts, logits) if settings.repetition_penalty != 1 else None
         while going:
-            drawn = _next_tokens(logits, seen, sampling, going)
-            for row, token in zip(going, drawn.tolist(), strict=True):
-                row.take(token, model, tokens, tell, is_enough)
+            drawn = _next_tokens(logits, seen, settings, going)
+            for text, token in zip(going, drawn.tolist(), strict=True):
+                text.passes += 1
+                if text.stop is not None:
+                    continue  # it is only kept in step with other ranks
+                if token in model.stop_ids:
+                    text.stop = "end"
+                else:
+                    text.ids.append(token)
+                    on_token(text.number, token)
+                    if is_enough(text.number, text.ids):
+                        text.stop = "asked"
+                    elif len(text.ids) == text.most:
+                        text.stop = "tokens" if text.most == settings.tokens else "context"
+                if text.stop is not None:
+                    on_token(text.number, None)
             kept = [
                 index
-                for index, row in enumerate(going)
-                if row.passes < limits[row.number] and (model.lockstep or row.stop is None)
+                for index, text in enumerate(going)
+                if text.passes < text.most and (model.lockstep or text.stop is None)
             ]
             if len(kept) < len(going):
                 going, drawn = [going[index] for index in kept], drawn[kept]
@@ -97,63 +108,24 @@ def continue_prompts(
                 if seen is not None:
                     seen.scatter_(1, drawn[:, None], True)
                 logits = _step(model, cache, drawn)
-    return [Continuation(tuple(row.ids), row.stop or "tokens") for row in rows]
+    return [Continuation(tuple(text.ids), text.stop or "tokens") for text in texts]
 
 
 @dataclass
-class _Row:
-    """One text in the making."""
+class _GrowingText:
+    """One text in the making, of which ``most`` tokens can be written."""
 
     number: int
-    prompt: int
+    prompt: tuple[int, ...]
+    most: int
     generator: np.random.Generator
     ids: list[int] = field(default_factory=list)
     passes: int = 0
     stop: Stop | None = None
 
-    def limit(self, tokens: int, context: int) -> int:
-        """Tokens there can be: the last one is predicted from a full context."""
-        return min(tokens, context - self.prompt + 1)
-
-    def take(
-        self,
-        token: int,
-        model: TextModel,
-        tokens: int,
-        tell: Callable[[int, int | None], None],
-        is_enough: Callable[[int, Sequence[int]], bool],
-    ) -> None:
-        """Add a token, unless the text has ended and is only kept in step with other ranks."""
-        self.passes += 1
-        if self.stop is not None:
-            return
-        if token in model.stop_ids:
-            self.stop = "end"
-        else:
-            self.ids.append(token)
-            tell(self.number, token)
-            if is_enough(self.number, self.ids):
-                self.stop = "asked"
-            elif len(self.ids) >= self.limit(tokens, model.context):
-                self.stop = "tokens" if len(self.ids) >= tokens else "context"
-        if self.stop is not None:
-            tell(self.number, None)
-
-
-def _check(model: TextModel, rows: Sequence[_Row], tokens: int) -> None:
-    for row in rows:
-        if not 1 <= row.prompt <= model.context:
-            expected = f"1 to {model.context}, the model's context in tokens"
-            raise UserError("prompt", f"{row.prompt} tokens", expected)
-    if tokens < 1:
-        raise UserError("--tokens", f"{tokens}", "1 or more")
-
 
 def _read(
-    model: TextModel,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    kind: Literal["causal", "full"],
+    model: TextModel, texts: Sequence[_GrowingText], kind: Literal["causal", "full"]
 ) -> tuple[KeyValueCache, Tensor]:
     """Read the prompts into a new cache, each different one once.
 
@@ -161,16 +133,16 @@ def _read(
         The cache, and (B, V) logits of each prompt's next token.
     """
     places: dict[tuple[int, ...], int] = {}
-    order = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    order = [places.setdefault(text.prompt, len(places)) for text in texts]
     ids, _ = fill_up([list(prompt) for prompt in places])
     lengths, width = [len(prompt) for prompt in places], ids.shape[1]
     # The last token of a text is never read.
-    room = max(len(prompt) + limit - 1 for prompt, limit in zip(prompts, limits, strict=True))
+    room = max(len(text.prompt) + text.most - 1 for text in texts)
     cache = KeyValueCache(len(places), room, device=model.device, dtype=model.dtype)
     plan = cache.plan_prompts(lengths, kind, width)
     last = torch.arange(len(places)) * width + torch.tensor(lengths) - 1
     logits = model.logits(ids, plan, last, may_stop=True)
-    if len(places) == len(prompts):
+    if len(places) == len(texts):
         return cache, logits
     cache.select(order)
     return cache, logits[order]
@@ -183,20 +155,20 @@ def _step(model: TextModel, cache: KeyValueCache, tokens: Tensor) -> Tensor:
     return model.logits(tokens[:, None], plan, rows, positions=positions, may_stop=True)
 
 
-def _mark(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+def _mark(texts: Sequence[_GrowingText], logits: Tensor) -> Tensor:
     """Say which tokens each prompt has: (B, V) bool on the device of the logits."""
     seen = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, list(prompt)] = True
+    for row, text in enumerate(texts):
+        seen[row, list(text.prompt)] = True
     return seen.to(logits.device)
 
 
 def _next_tokens(
-    logits: Tensor, seen: Tensor | None, sampling: Sampling, rows: Sequence[_Row]
+    logits: Tensor, seen: Tensor | None, settings: Settings, texts: Sequence[_GrowingText]
 ) -> Tensor:
     if seen is not None:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
+        logits = penalise(logits, seen, settings.repetition_penalty)
     numbers = None
-    if not sampling.is_greedy:
-        numbers = torch.tensor([row.generator.random() for row in rows], dtype=torch.float64)
-    return choose(logits, sampling, numbers)
+    if not settings.is_greedy:
+        numbers = torch.tensor([text.generator.random() for text in texts], dtype=torch.float64)
+    return choose(logits, settings, numbers)

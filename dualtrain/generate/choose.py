@@ -6,85 +6,34 @@ penalty, temperature, top-k and top-p mean what they mean in transformers, in it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dualtrain.common.errors import UserError, raise_together
-
-GREEDY_BELOW = 1e-6
-"""Temperature below which the likeliest token is taken: float32 tells no closer logits apart."""
-MOST_TEMPERATURE = 1000.0
-"""Here all tokens are about equally likely already; far above, float32 has no such number."""
-PENALTIES = (0.01, 100.0)
-"""Beyond them, too, a logit may leave float32."""
+from dualtrain.generate.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen.
-
-    Args:
-        temperature: Divides the logits; 0, or next to it, takes the likeliest token.
-        top_k: Only the k likeliest tokens can be drawn; None is all.
-        top_p: Only the likeliest tokens that together reach this probability can be drawn.
-        repetition_penalty: The logit of a token that the text has already is divided by it if
-            positive, else multiplied; 1 changes nothing. Diffusion takes 1 only.
-
-    Raises:
-        UserError: A value out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        wrong = []
-        # Written so that a NaN is refused, too.
-        if not 0 <= self.temperature <= MOST_TEMPERATURE:
-            expected = f"0 to {MOST_TEMPERATURE:g}, where all tokens are about equally likely"
-            wrong.append(UserError("--temperature", f"{self.temperature:g}", expected))
-        if self.top_k is not None and self.top_k < 1:
-            wrong.append(UserError("--top-k", f"{self.top_k}", "1 or more"))
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            wrong.append(UserError("--top-p", f"{self.top_p:g}", "a number in (0, 1]"))
-        least, most = PENALTIES
-        if not least <= self.repetition_penalty <= most:
-            penalty = f"{self.repetition_penalty:g}"
-            expected = f"{least:g} to {most:g}; 1 changes nothing, try 1.2"
-            wrong.append(UserError("--repetition-penalty", penalty, expected))
-        raise_together(wrong)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, and no random number asked for."""
-        return self.temperature < GREEDY_BELOW
-
-
-def choose(logits: Tensor, sampling: Sampling, numbers: Tensor | None) -> Tensor:
+def choose(logits: Tensor, settings: Settings, numbers: Tensor | None) -> Tensor:
     """Choose a token for each row.
 
     Args:
         logits: (N, V) float32, minus infinity for what must not be produced.
-        sampling: Its repetition penalty is not applied here: see :func:`penalise`.
+        settings: Its repetition penalty is not applied here: see :func:`penalise`.
         numbers: (N,) float64 in [0, 1), one random number a row; not looked at where the
             choice is greedy, and then None will do.
 
     Returns:
         (N,) int64 token ids.
     """
-    if sampling.is_greedy:
+    if settings.is_greedy:
         return logits.argmax(-1)
     assert numbers is not None
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, sampling.top_p)
+    logits = logits / settings.temperature
+    if settings.top_k is not None:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p is not None:
+        logits = keep_top_p(logits, settings.top_p)
     return draw(logits, numbers)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Generic, TypeVar
 
-from dualtrain.generate.prompts import Tokenizer
+from tokenizers import Tokenizer
 
 _INCOMPLETE = "\ufffd"
 
@@ -63,7 +63,7 @@ class TextStream:
 
 # No NamedTuple: Python 3.10 has none that is generic.
 @dataclass(frozen=True)
-class Piece(Generic[Label]):
+class TextPiece(Generic[Label]):
     """A part of a text.
 
     Attributes:
@@ -78,7 +78,7 @@ class Piece(Generic[Label]):
 
 def label_pieces(
     ids: Sequence[int], labels: Sequence[Label], tokenizer: Tokenizer
-) -> list[Piece[Label]]:
+) -> list[TextPiece[Label]]:
     """Decode ids as pieces of text, one for each run of equal labels.
 
     A character that begins in one piece and ends in another belongs to the latter.
@@ -89,7 +89,7 @@ def label_pieces(
     stream, pieces = TextStream(tokenizer), []
     for label, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1]):
         tokens = [token for token, _ in run]
-        pieces.append(Piece(stream.add(tokens), label, len(tokens)))
+        pieces.append(TextPiece(stream.add(tokens), label, len(tokens)))
     rest = stream.rest()
     if rest:
         pieces[-1] = replace(pieces[-1], text=pieces[-1].text + rest)

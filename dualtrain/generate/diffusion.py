@@ -11,30 +11,22 @@ that was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualtrain.common.errors import UserError
-from dualtrain.generate.choose import Sampling, choose
+from dualtrain.generate.choose import choose
+from dualtrain.generate.settings import Settings
 from dualtrain.generate.text_model import TextModel, fill_up
 from dualtrain.network.attention import plan_attention
 
-Order = Literal["confidence", "random", "left_to_right"]
-ORDERS: tuple[Order, ...] = ("confidence", "random", "left_to_right")
 
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One denoising step of a row.
-
-    Attributes:
-        reach: The first so many of the row's masks are in the block, or in one before it.
-        fills: So many of them are filled.
-    """
+class Pass(NamedTuple):
+    """One denoising step of a row: so many of its first ``reach`` masks are filled."""
 
     reach: int
     fills: int
@@ -42,11 +34,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a step did to a row.
-
-    Attributes:
-        fresh: Positions just filled, ascending.
-    """
+    """What a step did to a row: positions just filled, ascending."""
 
     row: int
     ids: list[int]
@@ -56,25 +44,19 @@ class Filled:
 def fill_masks(
     model: TextModel,
     rows: Sequence[Sequence[int]],
+    settings: Settings,
     *,
     generators: Sequence[np.random.Generator],
-    steps: int | None = None,
-    order: Order = "confidence",
-    block: int | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    on_step: Callable[[list[Filled]], None] | None = None,
+    on_step: Callable[[list[Filled]], None] = lambda done: None,
 ) -> list[list[int]]:
     """Fill every mask; all else stays as it is.
+
+    Of a block's predictions those are kept first that have the highest probability (the model's
+    own, at temperature 1), random ones (the reverse of how training masks), or the leftmost.
 
     Args:
         rows: Token ids with ``mask_id`` where text is wanted; the first is usually ``<s>``.
         generators: One for each row, of its random numbers.
-        steps: Passes of the model over a row: one a mask when not given, and never more.
-        order: Which of a block's predictions are kept first: those of the highest probability (the
-            model's own, at temperature 1), random ones (the reverse of how training masks), or the
-            leftmost.
-        block: Masks that are filled before any behind them; None is all of a row.
-        sampling: How tokens are chosen; without repetition penalty.
         on_step: Told after each pass of the model what it did, to those rows that were in it.
 
     Returns:
@@ -85,20 +67,21 @@ def fill_masks(
             token is masked while the target is the next token (then nothing predicts it).
     """
     _check(model, rows)
-    texts = [_Row.of(number, row, model.mask_id) for number, row in enumerate(rows)]
-    for text in texts:
-        text.passes = plan_passes(len(text.masked), steps=steps, block=block)
+    texts = []
+    for number, (row, generator) in enumerate(zip(rows, generators, strict=True)):
+        masked = [position for position, token in enumerate(row) if token == model.mask_id]
+        passes = plan_passes(len(masked), steps=settings.steps, block=settings.block)
+        texts.append(_MaskedRow(number, list(row), masked, passes, generator))
     going = [text for text in texts if text.passes]
     with model.inference():
         while going:
-            asked = [_candidates(text, order, generators[text.number]) for text in going]
-            predicted = _predict(model, going, asked, sampling, generators)
+            asked = [text.candidates(settings.order) for text in going]
+            predicted = _predict(model, going, asked, settings)
             done = []
             for text, positions, (tokens, confidence) in zip(going, asked, predicted, strict=True):
                 fresh = text.fill(positions, tokens, confidence)
                 done.append(Filled(text.number, list(text.ids), fresh))
-            if on_step is not None:
-                on_step(done)
+            on_step(done)
             going = [text for text in going if text.passes]
     return [text.ids for text in texts]
 
@@ -111,12 +94,8 @@ def plan_passes(masks: int, *, steps: int | None, block: int | None) -> list[Pas
         block: Masks in a block; None is all.
 
     Raises:
-        UserError: Fewer than one step or mask in a block, or fewer steps than blocks.
+        UserError: Fewer steps than blocks.
     """
-    if steps is not None and steps < 1:
-        raise UserError("--steps", f"{steps}", "1 or more")
-    if block is not None and block < 1:
-        raise UserError("--block", f"{block}", "1 or more")
     size = min(block or masks, masks)
     blocks = [min(size, masks - begin) for begin in range(0, masks, size or 1)]
     left = masks if steps is None else min(steps, masks)
@@ -141,39 +120,42 @@ def _divide(masks: int, steps: int) -> list[int]:
 
 
 @dataclass
-class _Row:
+class _MaskedRow:
     """One row in the making.
 
     Attributes:
         ids: As far as it is filled.
         masked: All positions that were masked at the beginning.
-        mask_id: What marks those that still are.
+        passes: Those that are yet to be made.
     """
 
     number: int
     ids: list[int]
     masked: list[int]
-    mask_id: int
     passes: list[Pass]
+    generator: np.random.Generator
+    filled: set[int] = field(default_factory=set)
 
-    @classmethod
-    def of(cls, number: int, row: Sequence[int], mask_id: int | None) -> _Row:
-        assert mask_id is not None  # _check has seen to it
-        masked = [position for position, token in enumerate(row) if token == mask_id]
-        return cls(number, list(row), masked, mask_id, [])
-
-    def open(self) -> list[int]:
-        """Positions of the block that are yet to be filled."""
-        reach = self.masked[: self.passes[0].reach]
-        return [position for position in reach if self.ids[position] == self.mask_id]
+    def candidates(self, order: str) -> list[int]:
+        """The positions that a pass predicts; more than it fills if they have to be compared."""
+        reach, fills = self.passes[0]
+        positions = [place for place in self.masked[:reach] if place not in self.filled]
+        if order == "confidence":
+            return positions
+        if order == "left_to_right":
+            return positions[:fills]
+        chosen = sorted(self.generator.permutation(len(positions))[:fills])
+        return [positions[index] for index in chosen]
 
     def fill(self, positions: list[int], tokens: Tensor, confidence: Tensor) -> list[int]:
         """Make a pass: keep the surest predictions; return their positions."""
         # Stable, so that of equals the leftmost comes first on every machine.
         surest = confidence.argsort(descending=True, stable=True)[: self.passes.pop(0).fills]
-        for index in surest.tolist():
-            self.ids[positions[index]] = int(tokens[index])
-        return sorted(positions[index] for index in surest.tolist())
+        fresh = {positions[index]: int(tokens[index]) for index in surest.tolist()}
+        for position, token in fresh.items():
+            self.ids[position] = token
+        self.filled |= fresh.keys()
+        return sorted(fresh)
 
 
 def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
@@ -191,22 +173,11 @@ def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _candidates(text: _Row, order: Order, generator: np.random.Generator) -> list[int]:
-    """The positions that a pass predicts; more than it fills if they have to be compared."""
-    positions, fills = text.open(), text.passes[0].fills
-    if order == "confidence":
-        return positions
-    if order == "left_to_right":
-        return positions[:fills]
-    return [positions[index] for index in sorted(generator.permutation(len(positions))[:fills])]
-
-
 def _predict(
     model: TextModel,
-    texts: Sequence[_Row],
+    texts: Sequence[_MaskedRow],
     asked: Sequence[list[int]],
-    sampling: Sampling,
-    generators: Sequence[np.random.Generator],
+    settings: Settings,
 ) -> list[tuple[Tensor, Tensor]]:
     """Predict some positions of each row.
 
@@ -224,13 +195,13 @@ def _predict(
     ]
     logits = model.logits(ids, plan, torch.tensor(readers), may_stop=False)
     numbers = None
-    if not sampling.is_greedy:
+    if not settings.is_greedy:
         drawn = [
-            generators[text.number].random(len(positions))
+            text.generator.random(len(positions))
             for text, positions in zip(texts, asked, strict=True)
         ]
         numbers = torch.from_numpy(np.concatenate(drawn))
-    tokens = choose(logits, sampling, numbers)
+    tokens = choose(logits, settings, numbers)
     confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
     counts = [len(positions) for positions in asked]
     return list(zip(tokens.cpu().split(counts), confidence.cpu().split(counts), strict=True))

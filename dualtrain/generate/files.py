@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+
+from tokenizers import Tokenizer
 
 from dualtrain.common.errors import UserError, nearest, raise_together
+from dualtrain.common.files import writing
 from dualtrain.common.input_files import InputFile, check_unicode, parse_object
-from dualtrain.generate.prompts import Tokenizer
 from dualtrain.generate.settings import Settings
 from dualtrain.generate.texts import Text
 from dualtrain.recipe.yaml_source import shown
 
 _KEY = "prompt"
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 def read_prompts(path: Path) -> tuple[list[str], list[str]]:
@@ -37,6 +39,10 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
         UserError: The file cannot be read, has no prompts, or lines that are none.
     """
     file = InputFile.read(path)
+    if file.suffix in _TABLE_SUFFIXES:
+        hint = "write the column of prompts to a .txt file, or the rows to a .jsonl file"
+        expected = "a line each, or JSON with a `prompt` each"
+        raise UserError(file.name, "is a table, whose rows are no prompts", expected, hint)
     prompts, places, wrong = [], [], []
     is_json = file.suffix in _JSON_SUFFIXES or _begins_with_prompt(file.text())
     for number, line in file.json_parts() if is_json else _lines(file.text()):
@@ -81,11 +87,6 @@ def _prompt_in(source: str, place: str) -> str:
     return value[_KEY]
 
 
-def partial_file(file: Path) -> Path:
-    """Where results are until all are there."""
-    return file.with_name(file.name + ".partial")
-
-
 def refuse_existing(file: Path) -> None:
     """See that results can be written.
 
@@ -98,54 +99,35 @@ def refuse_existing(file: Path) -> None:
         raise UserError("--out", f"{file.parent} is no directory", "a file in one that exists")
 
 
-class ResultFile:
-    """A file of results, under its name once all are written; until then :func:`partial_file`.
+@contextmanager
+def result_file(file: Path) -> Iterator[Callable[[dict[str, object]], None]]:
+    """Write results line by line, under the file's name once all are written.
 
-    Args:
-        file: What it is to be called.
+    Yields:
+        What writes a line, at once, to the file with ``.partial`` behind its name.
 
     Raises:
-        UserError: It cannot be written; so do its methods.
+        UserError: It cannot be written.
     """
+    partial = file.with_name(file.name + ".partial")
+    with writing(file, where=f"--out {file}"):
+        stream = partial.open("wb")
+    begun = {"where": f"--out {file}", "hint": f"what could be written is in {partial}"}
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._partial = file, partial_file(file)
-        with self._explaining():
-            self._stream = self._partial.open("wb")
+    def write(values: dict[str, object]) -> None:
+        with writing(file, **begun):
+            stream.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+            stream.flush()
 
-    def write(self, values: dict[str, object]) -> None:
-        """Write a line at once."""
-        line = json.dumps(values, ensure_ascii=False) + "\n"
-        with self._explaining():
-            self._stream.write(line.encode())
-            self._stream.flush()
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            with suppress(OSError):  # what could not be written is tried again, and told already
-                self._stream.close()
-            return
-        with self._explaining(), self._stream:
-            os.fsync(self._stream.fileno())
-            self._partial.replace(self._file)
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            is_begun = os.path.exists(self._partial)
-            hint = f"what could be written is in {self._partial}" if is_begun else ""
-            what = f"cannot be written: {error.strerror or error}"
-            raise UserError(f"--out {self._file}", what, hint=hint) from None
+    try:
+        yield write
+    except BaseException:
+        with suppress(OSError):  # what could not be written is tried again, and told already
+            stream.close()
+        raise
+    with writing(file, **begun), stream:
+        os.fsync(stream.fileno())
+        partial.replace(file)
 
 
 def record(

@@ -15,17 +15,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from dualtrain.common import randomness
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.generate.autoregressive import Stop, continue_prompts
-from dualtrain.generate.decode import Piece, label_pieces
+from dualtrain.generate.decode import TextPiece, label_pieces
 from dualtrain.generate.diffusion import Filled, fill_masks, plan_passes
-from dualtrain.generate.prompts import Tokenizer, encode_prompt, has_gap, parse_gaps
+from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
 from dualtrain.generate.settings import Settings
 from dualtrain.generate.text_model import TextModel
 from dualtrain.model.memory import is_out_of_memory
 
-ROWS_AT_ONCE = 16
 # 256 MiB of float32 logits, of which a few copies are made, some in float64.
 _MAX_LOGITS = 2**26
 
@@ -47,7 +48,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TextJob:
     """One text that is to be made: a prompt, and which sample of it."""
 
     prompt: Prompt
@@ -63,7 +64,7 @@ class Text:
         is_new: Of each id, whether the model has written it.
     """
 
-    job: Job
+    job: TextJob
     ids: tuple[int, ...]
     is_new: tuple[bool, ...]
     stop: Stop
@@ -73,7 +74,7 @@ class Text:
         """What the model has written."""
         return [token for token, new in zip(self.ids, self.is_new, strict=True) if new]
 
-    def pieces(self, tokenizer: Tokenizer) -> list[Piece[bool]]:
+    def pieces(self, tokenizer: Tokenizer) -> list[TextPiece[bool]]:
         """The text in order, labelled with whether the model has written it."""
         return label_pieces(self.ids, self.is_new, tokenizer)
 
@@ -86,7 +87,7 @@ class Text:
 class Watcher:
     """Told of texts while they are made. Every method does nothing until a view needs it."""
 
-    def begin(self, jobs: Sequence[Job]) -> None:
+    def begin(self, jobs: Sequence[TextJob]) -> None:
         """Note that a batch begins; rows below are numbered as these are."""
 
     def token(self, row: int, token: int | None) -> None:
@@ -138,8 +139,6 @@ def generate_texts(
     prompts: Sequence[Prompt],
     settings: Settings,
     model: TextModel,
-    *,
-    rows_at_once: int = ROWS_AT_ONCE,
     watcher: Watcher | None = None,
 ) -> Iterator[Text]:
     """Make the texts, all samples of a prompt before those of the next.
@@ -150,16 +149,15 @@ def generate_texts(
     Args:
         prompts: From :func:`prepare`.
         settings: What is to be made of them.
-        rows_at_once: Texts in a batch, at most; halved when memory runs out.
         watcher: Told of texts while they are made.
 
     Raises:
         UserError: Memory does not suffice for a single text.
     """
-    watcher = watcher or Watcher()
-    left = [Job(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
+    watcher, at_once = watcher or Watcher(), settings.batch
+    left = [TextJob(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     while left:
-        jobs = left[: _fitting(left, settings, model, rows_at_once)]
+        jobs = left[: _fitting(left[:at_once], settings, model)]
         watcher.begin(jobs)
         try:
             texts = _make(jobs, settings, model, watcher)
@@ -170,7 +168,7 @@ def generate_texts(
                 raise UserError(
                     "memory", "does not suffice for a single text", hint="try --device cpu"
                 ) from None
-            rows_at_once = len(jobs) // 2
+            at_once = len(jobs) // 2
             watcher.note(f"out of memory with {len(jobs)} texts at once; going on with half of it")
             continue
         left = left[len(jobs) :]
@@ -210,12 +208,12 @@ def _prepare(
     return Prompt(number, text, tuple(ids), masks, has_gaps=gaps)
 
 
-def _fitting(jobs: Sequence[Job], settings: Settings, model: TextModel, rows_at_once: int) -> int:
+def _fitting(jobs: Sequence[TextJob], settings: Settings, model: TextModel) -> int:
     """How many of the jobs one batch takes, at least one."""
     if not settings.is_diffusion:
-        return rows_at_once
+        return len(jobs)
     count = logits = 0
-    for job in jobs[:rows_at_once]:
+    for job in jobs:
         masks = job.prompt.masks
         logits += min(masks, settings.block or masks) * model.vocab_size
         if count and logits > _MAX_LOGITS:
@@ -225,7 +223,7 @@ def _fitting(jobs: Sequence[Job], settings: Settings, model: TextModel, rows_at_
 
 
 def _make(
-    jobs: Sequence[Job], settings: Settings, model: TextModel, watcher: Watcher
+    jobs: Sequence[TextJob], settings: Settings, model: TextModel, watcher: Watcher
 ) -> list[Text]:
     generators = [
         randomness.generator(settings.seed, "generate", job.prompt.number, job.sample)
@@ -233,25 +231,10 @@ def _make(
     ]
     rows = [job.prompt.ids for job in jobs]
     if settings.is_diffusion:
-        filled = fill_masks(
-            model,
-            rows,
-            generators=generators,
-            steps=settings.steps,
-            order=settings.order,
-            block=settings.block,
-            sampling=settings.sampling,
-            on_step=watcher.step,
-        )
+        filled = fill_masks(model, rows, settings, generators=generators, on_step=watcher.step)
         return [_filled(job, row, settings, model) for job, row in zip(jobs, filled, strict=True)]
     continued = continue_prompts(
-        model,
-        rows,
-        tokens=settings.tokens,
-        generators=generators,
-        sampling=settings.sampling,
-        kind="full" if settings.mode == "prefix" else "causal",
-        on_token=watcher.token,
+        model, rows, settings, generators=generators, on_token=watcher.token
     )
     return [
         Text(
@@ -264,7 +247,7 @@ def _make(
     ]
 
 
-def _filled(job: Job, row: list[int], settings: Settings, model: TextModel) -> Text:
+def _filled(job: TextJob, row: list[int], settings: Settings, model: TextModel) -> Text:
     is_new = tuple(token == model.mask_id for token in job.prompt.ids)
     stop: Stop = "filled"
     if not job.prompt.has_gaps:

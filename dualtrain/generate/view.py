@@ -17,12 +17,12 @@ from typing import Literal
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text as Line
+from tokenizers import Tokenizer
 
 from dualtrain.common.formatting import printable
 from dualtrain.generate.decode import TextStream, label_pieces
 from dualtrain.generate.diffusion import Filled
-from dualtrain.generate.prompts import Tokenizer
-from dualtrain.generate.texts import Job, Text, Watcher
+from dualtrain.generate.texts import Text, TextJob, Watcher
 from dualtrain.progress.report import AR_STYLE, DIFFUSION_STYLE
 
 FRAME_S = 0.05
@@ -38,18 +38,26 @@ _STYLES: dict[Kind, str] = {
 }
 
 
-class View(Watcher):
+class TextView(Watcher):
     """A watcher that also shows finished texts, in order.
 
     Args:
         with_headings: Whether several texts are made, so that each is headed by what it is.
+        mask_id: The model's, where masks are filled.
 
     Attributes:
         paused_s: Time spent for the eyes only.
     """
 
-    def __init__(self, console: Console, tokenizer: Tokenizer, *, with_headings: bool) -> None:
-        self.console, self.tokenizer = console, tokenizer
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Tokenizer,
+        *,
+        with_headings: bool = False,
+        mask_id: int | None = None,
+    ) -> None:
+        self.console, self.tokenizer, self.mask_id = console, tokenizer, mask_id
         self.with_headings = with_headings
         self.paused_s = 0.0
 
@@ -59,7 +67,7 @@ class View(Watcher):
     def close(self) -> None:
         """Give back the terminal."""
 
-    def head(self, job: Job) -> None:
+    def head(self, job: TextJob) -> None:
         """Say which text follows."""
         if self.with_headings:
             self.console.out(f"--- {describe(job)} ---", style="dim", highlight=False)
@@ -68,7 +76,7 @@ class View(Watcher):
         print(f"note: {text}", file=sys.stderr)
 
 
-class PlainView(View):
+class PlainTextView(TextView):
     """Finished texts as they are; for a pipe or a file."""
 
     def show(self, text: Text) -> None:
@@ -80,18 +88,11 @@ class PlainView(View):
         self.console.file.flush()
 
 
-class TraceView(PlainView):
+class TraceView(PlainTextView):
     """Also a line for each step of diffusion, with ``_`` for each mask."""
 
-    def __init__(
-        self, console: Console, tokenizer: Tokenizer, *, with_headings: bool, mask_id: int
-    ) -> None:
-        super().__init__(console, tokenizer, with_headings=with_headings)
-        self._mask_id = mask_id
-        self._rows: list[_Row] = []
-
-    def begin(self, jobs: Sequence[Job]) -> None:
-        self._rows = [_Row.of(job, self._mask_id) for job in jobs]
+    def begin(self, jobs: Sequence[TextJob]) -> None:
+        self._rows = [_PartialText.of(job, self.mask_id) for job in jobs]
 
     def step(self, done: list[Filled]) -> None:
         for filled in done:
@@ -102,7 +103,7 @@ class TraceView(PlainView):
             self._write(f"{which}step {row.steps} | {' '.join(text.splitlines()).strip()}")
 
 
-class CountView(View):
+class CountView(TextView):
     """How many texts are done; for those that go to a file.
 
     Args:
@@ -110,7 +111,7 @@ class CountView(View):
     """
 
     def __init__(self, console: Console, tokenizer: Tokenizer, *, total: int) -> None:
-        super().__init__(console, tokenizer, with_headings=False)
+        super().__init__(console, tokenizer)
         self._total, self._done = total, 0
         self._status = console.status(self._line())
         self._status.start()
@@ -126,10 +127,10 @@ class CountView(View):
         return f"{self._done} of {self._total} texts"
 
 
-class StreamView(View):
+class StreamView(TextView):
     """Text from left to right on a terminal, as it comes."""
 
-    def begin(self, jobs: Sequence[Job]) -> None:
+    def begin(self, jobs: Sequence[TextJob]) -> None:
         self._jobs = jobs
         self._streams = [TextStream(self.tokenizer) for _ in jobs]
         self._prompts = [
@@ -167,21 +168,15 @@ class StreamView(View):
             self.console.out(printable(text), style=style, end="", highlight=False)
 
 
-class UnmaskView(View):
+class UnmaskView(TextView):
     """Diffusion on a terminal: the texts redrawn after each step, finished ones left behind."""
 
-    def __init__(
-        self, console: Console, tokenizer: Tokenizer, *, with_headings: bool, mask_id: int
-    ) -> None:
-        super().__init__(console, tokenizer, with_headings=with_headings)
-        self._mask_id = mask_id
-        self._rows: list[_Row] = []
-        self._live: Live | None = None
-        self._drawn = 0.0
+    _live: Live | None = None
+    _drawn = 0.0
 
-    def begin(self, jobs: Sequence[Job]) -> None:
+    def begin(self, jobs: Sequence[TextJob]) -> None:
         self.close()
-        self._rows = [_Row.of(job, self._mask_id) for job in jobs]
+        self._rows = [_PartialText.of(job, self.mask_id) for job in jobs]
         self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._live.start()
         self._draw()
@@ -222,16 +217,16 @@ class UnmaskView(View):
 
 
 @dataclass
-class _Row:
+class _PartialText:
     """One text as far as it is unmasked."""
 
-    job: Job
+    job: TextJob
     ids: list[int]
     kinds: list[Kind]
     steps: int = 0
 
     @classmethod
-    def of(cls, job: Job, mask_id: int) -> _Row:
+    def of(cls, job: TextJob, mask_id: int | None) -> _PartialText:
         ids = list(job.prompt.ids)
         return cls(job, ids, ["masked" if token == mask_id else "given" for token in ids])
 
@@ -252,7 +247,7 @@ class _Row:
 
 
 def frame(
-    rows: Sequence[_Row],
+    rows: Sequence[_PartialText],
     tokenizer: Tokenizer,
     *,
     width: int,
@@ -282,6 +277,6 @@ def frame(
     return lines[first : first + room]
 
 
-def describe(job: Job) -> str:
+def describe(job: TextJob) -> str:
     """Name a text for people, counting from 1."""
     return f"prompt {job.prompt.number + 1}, sample {job.sample + 1}"

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from dualtrain.checkpoint.trained import TrainedModel
 from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.randomness import generator
-from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt
+from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.prompts import encode_prompt
+from dualtrain.generate.settings import Settings
+from dualtrain.generate.text_model import TextModel
 
 CACHED_TOKENS = 8192
 """Tokens in the cache at once, unless a number is given."""
@@ -43,19 +46,16 @@ class Order:
     """
 
     prompt: tuple[int, ...]
-    tokens: int
     until: tuple[str, ...]
-    sampling: Sampling
+    settings: Settings
     key: tuple[int, int]
 
 
 def write_texts(
     trained: TrainedModel,
     requests: Sequence[tuple[str, dict[str, object]]],
+    settings: Settings,
     *,
-    kind: Literal["causal", "full"],
-    max_tokens: int,
-    seed: int,
     tokens_per_batch: int | None = None,
     on_text: Callable[[int, str], None],
     on_note: Callable[[str], None],
@@ -64,9 +64,7 @@ def write_texts(
 
     Args:
         requests: Prompts, each with a task's ``generation_kwargs``.
-        kind: How a prompt sees itself; ``full`` is prefix mode.
-        max_tokens: To write at most where ``generation_kwargs`` do not say.
-        seed: Of the random numbers, where there is sampling.
+        settings: Mode and seed, and how many tokens where ``generation_kwargs`` do not say.
         tokens_per_batch: Tokens in the cache at once; None is :data:`CACHED_TOKENS`.
         on_text: Told the number of each request and its text as soon as it is there.
         on_note: Told what the user should know.
@@ -77,7 +75,7 @@ def write_texts(
     Raises:
         UserError: A setting that does not exist here.
     """
-    orders = _take_orders(trained, requests, max_tokens, on_note)
+    orders = _take_orders(trained, requests, settings, on_note)
     texts = [""] * len(orders)
     for batch in _batches(orders, tokens_per_batch or CACHED_TOKENS):
         chosen = [orders[number] for number in batch]
@@ -90,10 +88,8 @@ def write_texts(
         written = continue_prompts(
             TextModel.of(trained),
             [order.prompt for order in chosen],
-            tokens=chosen[0].tokens,
-            generators=[generator(seed, "lm_eval", *order.key) for order in chosen],
-            sampling=chosen[0].sampling,
-            kind=kind,
+            chosen[0].settings,
+            generators=[generator(settings.seed, "lm_eval", *order.key) for order in chosen],
             is_enough=is_enough,
         )
         for number, order, continuation in zip(batch, chosen, written, strict=True):
@@ -106,24 +102,24 @@ def write_texts(
 def _take_orders(
     trained: TrainedModel,
     requests: Sequence[tuple[str, dict[str, object]]],
-    max_tokens: int,
+    defaults: Settings,
     on_note: Callable[[str], None],
 ) -> list[Order]:
     orders, repeats, shortened, capped = [], Counter(), 0, 0
     # Half of the context is the prompt's at least: it holds the question.
     most = max(1, trained.context // 2)
-    for prompt, settings in requests:
-        tokens, until, sampling = _read_settings(settings, max_tokens)
-        capped += tokens > most
-        tokens = min(tokens, most)
+    for prompt, values in requests:
+        until, settings = _read_settings(values, defaults)
+        capped += settings.tokens > most
+        settings = replace(settings, tokens=min(settings.tokens, most))
         begin, *ids = encode_prompt(prompt, trained.tokenizer, bos_id=trained.vocabulary.bos_id)
-        room = trained.context - tokens - 1
+        room = trained.context - settings.tokens - 1
         shortened += len(ids) > room
         digest = hashlib.sha256(prompt.encode()).digest()[:8]
         key = (int.from_bytes(digest, "little"), repeats[prompt])
         repeats[prompt] += 1
         kept = ids[max(0, len(ids) - room) :]
-        orders.append(Order((begin, *kept), tokens, until, sampling, key))
+        orders.append(Order((begin, *kept), until, settings, key))
     if capped:
         on_note(f"{capped} of {len(orders)} texts end after {most} tokens, half of the context")
     if shortened:
@@ -135,10 +131,10 @@ def _take_orders(
 
 
 def _read_settings(
-    settings: dict[str, object], max_tokens: int
-) -> tuple[int, tuple[str, ...], Sampling]:
+    given: dict[str, object], defaults: Settings
+) -> tuple[tuple[str, ...], Settings]:
     """Translate a task's ``generation_kwargs``, with the harness's own defaults."""
-    values: dict[str, Any] = {**normalize_gen_kwargs(settings, max_tokens)}
+    values: dict[str, Any] = {**normalize_gen_kwargs(given, defaults.tokens)}
     for key, value in values.items():
         if key in SETTINGS or (key in NEUTRAL and value == NEUTRAL[key]):
             continue
@@ -148,20 +144,26 @@ def _read_settings(
             f"one of {', '.join(SETTINGS)}",
             nearest(key, SETTINGS),
         )
-    temperature = float(values.get("temperature", 1.0)) if values["do_sample"] else 0.0
-    top_k, penalty = values.get("top_k"), values.get("repetition_penalty", 1.0)
-    sampling = Sampling(temperature, top_k or None, values.get("top_p"), penalty)
-    return values["max_gen_toks"], tuple(stop for stop in values["until"] if stop), sampling
+    settings = replace(
+        defaults,
+        tokens=values["max_gen_toks"],
+        temperature=float(values.get("temperature", 1.0)) if values["do_sample"] else 0.0,
+        top_k=values.get("top_k") or None,
+        top_p=values.get("top_p"),
+        repetition_penalty=values.get("repetition_penalty", 1.0),
+    )
+    return tuple(stop for stop in values["until"] if stop), settings
 
 
 def _batches(orders: Sequence[Order], cached_tokens: int) -> Iterator[list[int]]:
     """Put texts together that are written alike and are about equally long; longest first."""
-    groups: dict[tuple[int, Sampling], list[int]] = {}
+    groups: dict[Settings, list[int]] = {}
     for number, order in enumerate(orders):
-        groups.setdefault((order.tokens, order.sampling), []).append(number)
-    for (tokens, _), numbers in groups.items():
+        groups.setdefault(order.settings, []).append(number)
+    for settings, numbers in groups.items():
         numbers.sort(key=lambda number: -len(orders[number].prompt))
         while numbers:
-            count = max(1, cached_tokens // (len(orders[numbers[0]].prompt) + tokens))
+            width = len(orders[numbers[0]].prompt) + settings.tokens
+            count = max(1, cached_tokens // width)
             yield numbers[:count]
             del numbers[:count]

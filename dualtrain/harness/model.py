@@ -256,6 +256,7 @@ class DualtrainLM(TemplateLM):
         Raises:
             UserError: Another mode, or a setting of the task that our sampler has not.
         """
+        from dualtrain.generate.settings import Settings
         from dualtrain.harness.generation import write_texts
 
         if self.mode in MASKING_MODES:
@@ -271,9 +272,7 @@ class DualtrainLM(TemplateLM):
             return write_texts(
                 self.trained,
                 asked,
-                kind="full" if self.mode == "prefix" else "causal",
-                max_tokens=self.max_gen_toks,
-                seed=self.seed,
+                Settings(mode=self.mode, tokens=self.max_gen_toks, seed=self.seed),
                 tokens_per_batch=self.tokens_per_batch,
                 on_text=on_text,
                 on_note=logger.warning,

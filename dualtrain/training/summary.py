@@ -12,15 +12,12 @@ from dualtrain.common import randomness
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer
 from dualtrain.engine.groups import list_groups, summarise_groups
-from dualtrain.generate import (
-    Sampling,
-    TextModel,
-    continue_prompts,
-    encode_prompt,
-    fill_masks,
-    label_pieces,
-    parse_gaps,
-)
+from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.decode import label_pieces
+from dualtrain.generate.diffusion import fill_masks
+from dualtrain.generate.prompts import encode_prompt, parse_gaps
+from dualtrain.generate.settings import Settings
+from dualtrain.generate.text_model import TextModel
 from dualtrain.progress.metrics import FILE_NAME
 from dualtrain.progress.progress import RunFacts, Sample, Summary
 
@@ -114,23 +111,21 @@ def make_samples(run: Run) -> list[Sample]:
     wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = parse_tokenizer(run.dataset.tokenizer_path)
     model = TextModel.of(run.handle)
-    sampling = Sampling(temperature=wanted.temperature)
 
     def generators() -> list[np.random.Generator]:
         return [randomness.generator(run.recipe.seed, "generate", 0, 0)]
 
     samples = []
     prompt, gaps = sample_rows(run)
+    settings = Settings(tokens=max(1, wanted.tokens), temperature=wanted.temperature)
     with run.progress.busy("sampling"):
         if prompt:
-            (new,) = continue_prompts(
-                model, [prompt], tokens=wanted.tokens, sampling=sampling, generators=generators()
-            )
+            (new,) = continue_prompts(model, [prompt], settings, generators=generators())
             is_new = [False] * len(prompt) + [True] * len(new.ids)
             pieces = label_pieces([*prompt, *new.ids], is_new, tokenizer)
             samples.append(Sample("AR sample", tuple((p.text, p.label) for p in pieces)))
         if gaps:
-            (filled,) = fill_masks(model, [gaps], sampling=sampling, generators=generators())
+            (filled,) = fill_masks(model, [gaps], settings, generators=generators())
             is_new = [token == info.mask_id for token in gaps]
             pieces = label_pieces(filled, is_new, tokenizer)
             samples.append(Sample("infilled", tuple((p.text, p.label) for p in pieces)))

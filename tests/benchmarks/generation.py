@@ -25,12 +25,15 @@ from helpers.models import to_llama
 
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.common import randomness
-from dualtrain.generate import Sampling, TextModel, continue_prompts, encode_prompt, fill_masks
+from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.diffusion import fill_masks
+from dualtrain.generate.prompts import encode_prompt
+from dualtrain.generate.settings import Settings
+from dualtrain.generate.text_model import TextModel
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
-GREEDY = Sampling(temperature=0)
 PROMPT = "It was a dark night, and the rain fell in torrents; she looked out of the window"
 
 Texts = list[list[int]]
@@ -50,7 +53,8 @@ def whole_rows(model: TextModel, prompt: list[int], tokens: int) -> list[int]:
 
 def cached(model: TextModel, prompts: Texts, tokens: int) -> Texts:
     generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
-    found = continue_prompts(model, prompts, tokens=tokens, sampling=GREEDY, generators=generators)
+    settings = Settings(tokens=tokens, temperature=0)
+    found = continue_prompts(model, prompts, settings, generators=generators)
     return [list(one.ids) for one in found]
 
 
@@ -58,9 +62,8 @@ def diffused(model: TextModel, prompts: Texts, tokens: int) -> Texts:
     generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
     assert model.mask_id is not None
     rows = [[*prompt, *[model.mask_id] * tokens] for prompt in prompts]
-    return fill_masks(
-        model, rows, steps=tokens // 2, sampling=GREEDY, generators=generators, block=32
-    )
+    settings = Settings(steps=tokens // 2, block=32, temperature=0)
+    return fill_masks(model, rows, settings, generators=generators)
 
 
 def compare(

@@ -7,7 +7,10 @@ from transformers import DynamicCache
 
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.export.modeling_dualtrain import DualTrainForCausalLM
-from dualtrain.generate import Sampling, TextModel, continue_prompts, fill_masks
+from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.diffusion import fill_masks
+from dualtrain.generate.settings import Settings
+from dualtrain.generate.text_model import TextModel
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 MASK = 4
@@ -97,15 +100,13 @@ def test_greedy_texts_are_the_whole_rows_likeliest_tokens(case, model, mode):
 def test_greedy_texts_are_dualtrains_own(case, model):
     rows = [IDS[0, :5], IDS[1, :9]]
     ids, mask = padded(rows)
-    for mode, kind in {"generate": "causal", "generate_prefix": "full"}.items():
-        texts = getattr(model, mode)(ids, attention_mask=mask, max_new_tokens=12)
+    for method, mode in {"generate": "ar", "generate_prefix": "prefix"}.items():
+        texts = getattr(model, method)(ids, attention_mask=mask, max_new_tokens=12)
         own = continue_prompts(
             TextModel.of(case.trained),
             [row.tolist() for row in rows],
-            tokens=12,
+            Settings(mode=mode, tokens=12, temperature=0),
             generators=[np.random.default_rng(0)] * 2,
-            sampling=Sampling(temperature=0),
-            kind=kind,
         )
         for text, continuation in zip(texts[:, 9:].tolist(), own, strict=True):
             assert text[: len(continuation.ids)] == list(continuation.ids)
@@ -144,11 +145,8 @@ def test_infilling_is_dualtrains_own(case, model, order):
         (own,) = fill_masks(
             TextModel.of(case.trained),
             ids.tolist(),
+            Settings(steps=steps, order=order, block=block, temperature=0),
             generators=[np.random.default_rng(0)],
-            steps=steps,
-            order=order,
-            block=block,
-            sampling=Sampling(temperature=0),
         )
         got = model.infill(ids, steps=steps, block_length=block, order=order, temperature=0)
         assert got[0].tolist() == own

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_tools.tokenizers.probes import probe_texts
 from data_tools.tokenizers.tokenizer import Tokenizer
-from dualtrain.generate import parse_gaps
+from dualtrain.generate.prompts import parse_gaps
 from dualtrain.model.exported_tokenizer import ROLES, put_space_only_first, write_tokenizer
 
 TEXTS = ["The cat sat on the mat.", "A dog, two cats and 13 mice?", "they sit  there\n and sat"]

@@ -5,7 +5,7 @@ import torch
 from helpers.texts import CONTEXT, SPECIAL, WORDS, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dualtrain.generate import TextModel
+from dualtrain.generate.text_model import TextModel
 
 
 @pytest.fixture(scope="session")

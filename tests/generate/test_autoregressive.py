@@ -1,4 +1,7 @@
-"""Text from left to right: against whole rows, and against transformers' ``generate``."""
+"""Tests of: dualtrain.generate.autoregressive, .text_model.
+
+Text from left to right is that of passes over whole rows, and of transformers' ``generate``.
+"""
 
 import copy
 from collections import Counter
@@ -12,10 +15,14 @@ from helpers.models import to_llama
 from helpers.texts import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
 
 from dualtrain.common.errors import UserError
-from dualtrain.generate import Sampling, continue_prompts
+from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.settings import Settings
 
-GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 7, 12], [1], [1, 20, 21, 22, 9, 8, 7, 6], [1, 7, 12], [1, 29]]
+
+
+def greedy(tokens, **settings):
+    return Settings(temperature=0, tokens=tokens, **settings)
 
 
 def ids_of(continuations) -> list[list[int]]:
@@ -27,19 +34,17 @@ def endless(model):
     return replace(model, stop_ids=())
 
 
-@pytest.mark.parametrize("kind", ["causal", "full"])
-def test_greedy_is_that_of_whole_rows(network, endless, kind):
+@pytest.mark.parametrize("mode", ["ar", "prefix"])
+def test_greedy_is_that_of_whole_rows(network, endless, mode):
     expected = []
     for prompt in PROMPTS:
         ids = list(prompt)
         for _ in range(12):
-            mode = ("prefix", len(prompt)) if kind == "full" else ("causal",)
-            last = allowed(logits_of(network, ids, *mode)[-1], may_stop=False)
+            kind = ("prefix", len(prompt)) if mode == "prefix" else ("causal",)
+            last = allowed(logits_of(network, ids, *kind)[-1], may_stop=False)
             ids.append(int(last.argmax()))
         expected.append(ids[len(prompt) :])
-    found = continue_prompts(
-        endless, PROMPTS, tokens=12, sampling=GREEDY, kind=kind, generators=generators(5)
-    )
+    found = continue_prompts(endless, PROMPTS, greedy(12, mode=mode), generators=generators(5))
     assert ids_of(found) == expected
     assert len({token for ids in expected for token in ids}) > 8
     assert {continuation.stop for continuation in found} == {"tokens"}
@@ -62,18 +67,16 @@ def test_greedy_is_that_of_transformers(penalty):
         ids = llama.generate(torch.tensor([prompt]), eos_token_id=None, **asked)
         expected.append(ids[0, len(prompt) :].tolist())
     assert len({token for ids in expected for token in ids}) > 8
-    sampling = replace(GREEDY, repetition_penalty=penalty)
-    options = {"tokens": 20, "sampling": sampling}
-    together = continue_prompts(model, PROMPTS, generators=generators(5), **options)
+    settings = greedy(20, repetition_penalty=penalty)
+    together = continue_prompts(model, PROMPTS, settings, generators=generators(5))
     assert ids_of(together) == expected
     for prompt, ids in zip(PROMPTS, expected, strict=True):
-        assert ids_of(continue_prompts(model, [prompt], generators=generators(1), **options)) == [
-            ids
-        ]
+        alone = continue_prompts(model, [prompt], settings, generators=generators(1))
+        assert ids_of(alone) == [ids]
     # The same with an end that some reach and some do not.
     end = expected[0][4]
     stopping = replace(model, stop_ids=(end,))
-    found = continue_prompts(stopping, PROMPTS, generators=generators(5), **options)
+    found = continue_prompts(stopping, PROMPTS, settings, generators=generators(5))
     for continuation, prompt in zip(found, PROMPTS, strict=True):
         ids = llama.generate(torch.tensor([prompt]), eos_token_id=end, **asked)[0, len(prompt) :]
         ended = end in ids.tolist()
@@ -84,7 +87,7 @@ def test_greedy_is_that_of_transformers(penalty):
 
 def _plain(network):
     """As transformers sees it: no token is special."""
-    from dualtrain.generate import TextModel
+    from dualtrain.generate.text_model import TextModel
 
     return TextModel(network, CONTEXT, WORDS, begin_id=1)
 
@@ -114,8 +117,7 @@ def test_sampling_with_a_batch_of_transformers(model, network):
     found = continue_prompts(
         model,
         [prompt] * draws,
-        tokens=1,
-        sampling=Sampling(2.0, top_k=8, top_p=0.9, repetition_penalty=1.5),
+        Settings(tokens=1, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5),
         generators=generators(draws),
     )
     counts = Counter(ids[0] if ids else 1 for ids in ids_of(found))
@@ -127,23 +129,22 @@ def test_sampling_with_a_batch_of_transformers(model, network):
 
 
 def test_a_text_does_not_depend_on_what_else_is_in_the_batch(endless):
-    options = {"tokens": 15, "sampling": Sampling(1.3, top_k=12, repetition_penalty=1.2)}
-    together = ids_of(continue_prompts(endless, PROMPTS, generators=generators(5), **options))
+    settings = Settings(tokens=15, temperature=1.3, top_k=12, repetition_penalty=1.2)
+    together = ids_of(continue_prompts(endless, PROMPTS, settings, generators=generators(5)))
     alone = [
-        ids_of(continue_prompts(endless, [prompt], generators=[own], **options))[0]
+        ids_of(continue_prompts(endless, [prompt], settings, generators=[own]))[0]
         for prompt, own in zip(PROMPTS, generators(5), strict=True)
     ]
     assert together == alone
-    backwards = continue_prompts(endless, PROMPTS[::-1], generators=generators(5)[::-1], **options)
+    backwards = continue_prompts(endless, PROMPTS[::-1], settings, generators=generators(5)[::-1])
     assert ids_of(backwards)[::-1] == together
     assert together[0] != together[3]  # one prompt, two samples
 
 
 def test_the_seed_decides(endless):
     def sample(seed: int) -> list[list[int]]:
-        return ids_of(
-            continue_prompts(endless, [[1, 7]], tokens=15, generators=generators(1, seed))
-        )
+        settings = Settings(tokens=15, temperature=1)
+        return ids_of(continue_prompts(endless, [[1, 7]], settings, generators=generators(1, seed)))
 
     first = sample(3)
     torch.manual_seed(99)
@@ -161,11 +162,11 @@ def test_rows_that_end_leave_the_batch(network, model):
         return network(input_ids, **options)
 
     free = continue_prompts(
-        replace(model, stop_ids=()), PROMPTS, tokens=8, sampling=GREEDY, generators=generators(5)
+        replace(model, stop_ids=()), PROMPTS, greedy(8), generators=generators(5)
     )
     end = free[2].ids[2]
     stopping = replace(model, forward=watched, stop_ids=(end,))
-    found = continue_prompts(stopping, PROMPTS, tokens=8, sampling=GREEDY, generators=generators(5))
+    found = continue_prompts(stopping, PROMPTS, greedy(8), generators=generators(5))
     for before, after in zip(free, found, strict=True):
         cut = before.ids.index(end) if end in before.ids else len(before.ids)
         assert after.ids == before.ids[:cut]
@@ -178,9 +179,7 @@ def test_rows_that_end_leave_the_batch(network, model):
 @pytest.mark.parametrize(("length", "new"), [(CONTEXT, 1), (CONTEXT - 3, 4), (1, CONTEXT)])
 def test_it_stops_where_the_context_is_full(network, endless, length, new):
     prompt = [1, *range(5, 5 + 24), *range(5, 12)][:length]
-    (found,) = continue_prompts(
-        endless, [prompt], tokens=99, sampling=GREEDY, generators=generators(1)
-    )
+    (found,) = continue_prompts(endless, [prompt], greedy(99), generators=generators(1))
     assert (len(found.ids), found.stop) == (new, "context")
     # The last one is predicted from a full row.
     row = [*prompt, *found.ids[:-1]]
@@ -191,12 +190,8 @@ def test_it_stops_where_the_context_is_full(network, endless, length, new):
 
 def test_a_full_row_does_not_stop_the_others(endless):
     long, short = [1, *range(5, 29)], [1, 7]
-    both = continue_prompts(
-        endless, [long, short], tokens=20, sampling=GREEDY, generators=generators(2)
-    )
-    (alone,) = continue_prompts(
-        endless, [short], tokens=20, sampling=GREEDY, generators=generators(1)
-    )
+    both = continue_prompts(endless, [long, short], greedy(20), generators=generators(2))
+    (alone,) = continue_prompts(endless, [short], greedy(20), generators=generators(1))
     assert [c.stop for c in both] == ["context", "tokens"]
     assert both[1] == alone
 
@@ -206,7 +201,7 @@ def test_tokens_are_told_as_they_come(model):
     found = continue_prompts(
         model,
         PROMPTS,
-        tokens=6,
+        Settings(tokens=6, temperature=1),
         generators=generators(5),
         on_token=lambda row, token: heard.append((row, token)),
     )
@@ -218,7 +213,7 @@ def test_tokens_are_told_as_they_come(model):
 def test_no_token_beyond_the_vocabulary(endless):
     few = replace(endless, vocab_size=8)
     found = continue_prompts(
-        few, [[1]], tokens=30, sampling=Sampling(5.0), generators=generators(1)
+        few, [[1]], Settings(tokens=30, temperature=5.0), generators=generators(1)
     )
     assert set(found[0].ids) == {5, 6, 7}
 
@@ -235,7 +230,7 @@ def test_every_rank_makes_all_passes(model):
         return SimpleNamespace(logits=logits)
 
     ended = replace(model, forward=eager, stop_ids=(9,), lockstep=True)
-    (found,) = continue_prompts(ended, [[1]], tokens=5, sampling=GREEDY, generators=generators(1))
+    (found,) = continue_prompts(ended, [[1]], greedy(5), generators=generators(1))
     assert (found.ids, found.stop) == ((8,), "end")
     assert len(passes) == 5
 
@@ -243,12 +238,14 @@ def test_every_rank_makes_all_passes(model):
 @pytest.mark.parametrize("prompt", [[], [5] * (CONTEXT + 1)])
 def test_a_prompt_that_does_not_fit_is_refused(model, prompt):
     with pytest.raises(UserError, match="prompt: (0|33) tokens — expected 1 to 32"):
-        continue_prompts(model, [[1], prompt], tokens=1, generators=generators(2))
+        continue_prompts(model, [[1], prompt], Settings(tokens=1), generators=generators(2))
 
 
 def test_the_model_goes_back_to_training(network, model):
     trained = copy.deepcopy(network).train()
-    continue_prompts(replace(model, forward=trained), [[1]], tokens=1, generators=generators(1))
+    continue_prompts(
+        replace(model, forward=trained), [[1]], Settings(tokens=1), generators=generators(1)
+    )
     assert trained.training and torch.is_grad_enabled()
 
 
@@ -261,7 +258,7 @@ def test_a_compiled_model_is_not_compiled_for_each_length(network, endless, monk
 
     def run(forward):
         model = replace(endless, forward=forward)
-        return continue_prompts(model, PROMPTS, tokens=5, sampling=GREEDY, generators=generators(5))
+        return continue_prompts(model, PROMPTS, greedy(5), generators=generators(5))
 
     mine = copy.deepcopy(network)
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
@@ -284,10 +281,9 @@ def test_a_caller_may_have_enough(endless):
         asked.append((row, len(ids)))
         return row == 2 and len(ids) == 3
 
-    options = {"tokens": 6, "sampling": GREEDY}
-    whole = continue_prompts(endless, PROMPTS, generators=generators(5), **options)
+    whole = continue_prompts(endless, PROMPTS, greedy(6), generators=generators(5))
     found = continue_prompts(
-        endless, PROMPTS, generators=generators(5), is_enough=is_enough, **options
+        endless, PROMPTS, greedy(6), generators=generators(5), is_enough=is_enough
     )
     assert (found[2].ids, found[2].stop) == (whole[2].ids[:3], "asked")
     assert found[:2] + found[3:] == whole[:2] + whole[3:]

@@ -1,4 +1,7 @@
-"""Choosing tokens: against transformers' warpers, and against the probabilities."""
+"""Tests of: dualtrain.generate.choose, and the ranges of dualtrain.generate.settings.
+
+Choosing tokens is checked against transformers' warpers, and against the probabilities.
+"""
 
 import math
 
@@ -13,7 +16,6 @@ from transformers.generation.logits_process import (
 
 from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import (
-    Sampling,
     banned_tokens,
     choose,
     draw,
@@ -21,6 +23,7 @@ from dualtrain.generate.choose import (
     keep_top_p,
     penalise,
 )
+from dualtrain.generate.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +65,12 @@ def test_repetition_penalty_is_that_of_transformers(logits, penalty):
 
 def test_settings_are_applied_in_the_order_of_transformers(logits):
     """Temperature, then top-k, then top-p: what can be drawn is what they leave."""
-    sampling = Sampling(temperature=3.0, top_k=40, top_p=0.8)
+    settings = Settings(temperature=3.0, top_k=40, top_p=0.8)
     warped = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(40)(None, logits / 3.0))
     numbers = np.linspace(0, 1, 4000, endpoint=False)
     for row in (0, 20, 39):
         rows = logits[row].expand(len(numbers), -1)
-        drawn = choose(rows, sampling, torch.from_numpy(numbers))
+        drawn = choose(rows, settings, torch.from_numpy(numbers))
         # Evenly spaced numbers meet every token whose probability exceeds their distance.
         probabilities = warped[row].softmax(-1)
         expected = set((probabilities > 1 / 2000).nonzero()[:, 0].tolist())
@@ -89,22 +92,22 @@ def test_the_ends_of_the_distribution():
 
 
 def test_temperature_0_takes_the_first_of_the_likeliest(logits):
-    assert torch.equal(choose(logits, Sampling(0), None), logits.argmax(-1))
-    assert choose(torch.zeros(1, 5), Sampling(0), None).item() == 0
+    assert torch.equal(choose(logits, Settings(temperature=0), None), logits.argmax(-1))
+    assert choose(torch.zeros(1, 5), Settings(temperature=0), None).item() == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1000.0])
 def test_the_ends_of_the_temperature_draw_from_what_is_allowed(logits, temperature):
     numbers = torch.linspace(0, 0.999, 40, dtype=torch.float64)
-    drawn = choose(logits, Sampling(temperature, top_p=0.9), numbers)
+    drawn = choose(logits, Settings(temperature=temperature, top_p=0.9), numbers)
     assert logits.gather(1, drawn[:, None]).isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-40, 1e-320])
 def test_next_to_0_is_greedy(logits, temperature):
-    sampling = Sampling(temperature)
-    assert sampling.is_greedy
-    assert torch.equal(choose(logits, sampling, None), logits.argmax(-1))
+    settings = Settings(temperature=temperature)
+    assert settings.is_greedy
+    assert torch.equal(choose(logits, settings, None), logits.argmax(-1))
 
 
 def test_banned_tokens():
@@ -130,9 +133,9 @@ def test_banned_tokens():
 )
 def test_values_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        Sampling(**settings)
+        Settings(**settings)
 
 
 def test_all_that_is_wrong_is_said_at_once():
-    with pytest.raises(UserError, match="(?s)--temperature.*--top-k.*--top-p"):
-        Sampling(temperature=-1, top_k=-1, top_p=2)
+    with pytest.raises(UserError, match="(?s)--top-k.*--temperature.*--top-p"):
+        Settings(temperature=-1, top_k=-1, top_p=2)

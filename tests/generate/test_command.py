@@ -1,4 +1,7 @@
-"""``dualtrain generate`` as a user runs it."""
+"""Tests of: dualtrain.generate.command, .generate and .files.
+
+``dualtrain generate`` as a user runs it: prompts, files, what is shown, what is refused.
+"""
 
 import bz2
 import gzip
@@ -118,6 +121,8 @@ ARRAY = '[\n{"prompt": "The cat"}, {"id": 1,\n"prompt": "on"}\n]'
         ("prompts", ARRAY),
         ("a.txt", "The cat\r\n\non"),
         ("a.txt.gz", gzip.compress(b"The cat\non\n")),
+        ("a.txt", gzip.compress(b"The cat\non\n")),
+        ("a.jsonl", bz2.compress(LINES.encode())),
     ],
 )
 def test_every_kind_of_file_gives_the_same_prompts(name, content, tmp_path, monkeypatch):
@@ -129,6 +134,12 @@ def test_every_kind_of_file_gives_the_same_prompts(name, content, tmp_path, monk
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
     from_stdin, places = read_prompts(Path("-"))
     assert from_stdin == prompts and places[0].startswith("standard input:")
+
+
+def test_one_object_over_several_lines_is_one_prompt(tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps({"prompt": "The cat", "id": {"a": 1}}, indent=2))
+    assert read_prompts(file) == (["The cat"], [f"{file}:1"])
 
 
 def test_prompts_from_standard_input(exported, monkeypatch):
@@ -188,9 +199,13 @@ def test_a_full_disk_is_one_sentence(generate, tmp_path):
         ("latin.txt", b"ok\ncaf\xe9", "latin.txt:2: byte 0xe9 is not UTF-8"),
         ("wide.txt", "The cat".encode("utf-16-le"), "wide.txt:1: has a zero byte"),
         ("a.json.gz", b"{}", "a.json.gz: damaged file: cannot be decompressed as gzip"),
-        ("deep.json", "[" * 99_999, "deep.json: is not JSON: it is nested too deeply"),
+        ("deep.json", "[" * 99_999, "deep.json:1: is not JSON: it is nested too deeply"),
         ("a.json", '[{"prompt": "a"},\n{"prompt": }]', "a.json:2: is not JSON: Expecting value"),
         ("a.json", '[{"prompt": "a"},\n\n3]', "a.json:3: is a JSON int — expected a JSON object"),
+        ("a.json", '{\n "prompt": "a"\n}\n{\n "prompt": "b"\n}', r"^[^\n]*a.json:4: is not JSON: "
+         "Extra data — expected one JSON object a line, or an array of objects$"),
+        ("p.csv", "prompt,id\nThe cat,1\n", "p.csv: is a table, .* — expected a line each, or"),
+        ("p.TSV.gz", gzip.compress(b"prompt\tid\n"), "p.TSV.gz: is a table, whose rows are no"),
         ("a.json", '{"prompt": "a", "prompt": "b"}', "a.json:1: .* key 'prompt' is there twice"),
         ("a.jsonl", '{"prompt": "a"}\n{"promt": "b"}\n[]\n{', "(?s)a.jsonl:2: has only promt .*"
          "did you mean prompt.*a.jsonl:3: is a JSON list.*a.jsonl:4: is not JSON"),
@@ -237,13 +252,22 @@ def test_what_does_not_go_together_is_refused(generate, tmp_path):
         (("The", "--out", nowhere), "--out: .*no is no directory"),
         (("The", "--trace"), "--trace: mode ar has no steps"),
         (("The", "--batch", 0), "--batch: 0"),
-        (("The", "--precision", "fp16"), "--precision: 'fp16' — expected fp32 or bf16"),
+        (("The", "--tokens", -1), "--tokens: -1 — expected 1 or more"),
+        (("The", "--top-k", 0), "--top-k: 0 — expected 1 or more"),
+        (("The", "--top-p", "nan"), "--top-p: nan"),
+        (("The", "--block", 0, "--steps", -1), "(?s)--steps: -1.*--block: 0"),
+        (("The", "--step", 10**12), "--step: .*has no checkpoint of step 1000000000000"),
+        (("The", "--step", -1), "--step: .*has no checkpoint of step -1"),
+        (
+            ("The", "--precision", "fp16"),
+            "--precision: 'fp16' is not known — expected fp32",
+        ),
         (("The", "--device", "tpu"), "--device: 'tpu'"),
         (("The", "--temperature", "1e300"), r"--temperature: 1e\+300 — expected 0 to 1000"),
         (("The", "--samples", 10**9), "--samples: 1000000000 — expected at most 100000"),
         (("The cat " * 20_000,), "prompt: .* tokens with <s> — expected at most 32"),
         (("The" * 60,), "prompt: .* tokens with <s> — expected at most 32"),
-        (("The <mask:x>",), "prompt: malformed gap '<mask:x>'"),
+        (("a <mask:x> b", "--tokens", 2), "prompt: '<mask:x>' is no gap — expected a whole number"),
     ):
         with pytest.raises(UserError, match=message):
             generate(*arguments)
@@ -254,7 +278,6 @@ def test_what_does_not_go_together_is_refused(generate, tmp_path):
 
 def test_an_interrupted_file_is_not_taken_for_a_whole_one(generate, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    monkeypatch.setattr("dualtrain.generate.command.ROWS_AT_ONCE", 1)
     calls = []
 
     def interrupted(*arguments, **options):
@@ -266,9 +289,9 @@ def test_an_interrupted_file_is_not_taken_for_a_whole_one(generate, tmp_path, mo
             if len(calls) == 2:
                 raise OSError("pulled the plug")
 
-    monkeypatch.setattr("dualtrain.generate.command.generate_texts", interrupted)
+    monkeypatch.setattr("dualtrain.generate.generate.generate_texts", interrupted)
     with pytest.raises(OSError, match="pulled"):
-        generate("The", "--samples", 4, "--tokens", 3, "--out", out)
+        generate("The", "--samples", 4, "--batch", 1, "--tokens", 3, "--out", out)
     assert not out.exists()
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 2
 

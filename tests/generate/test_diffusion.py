@@ -1,4 +1,7 @@
-"""Filling masks: against a plain loop over one row, and crafted models for the order."""
+"""Tests of: dualtrain.generate.diffusion.
+
+Filling masks is checked against a plain loop over one row, its order against crafted models.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualtrain.common.errors import UserError
-from dualtrain.generate import Sampling, fill_masks
-from dualtrain.generate.diffusion import plan_passes
+from dualtrain.generate.diffusion import fill_masks, plan_passes
+from dualtrain.generate.settings import Settings
 
-GREEDY = Sampling(temperature=0)
 ROW = [1, 8, MASK, MASK, 11, MASK, 9, MASK, MASK, MASK, 13, MASK]
 MASKED = [position for position, token in enumerate(ROW) if token == MASK]
 OTHERS = [[1, MASK, MASK, 20], [1, *[MASK] * 10], [1, 8, 9]]
 
 
-def fill(model, row, **options):
-    (filled,) = fill_masks(model, [row], **{"generators": generators(1), **options})
+def fill(model, row, *, seed=0, **settings):
+    settings = Settings(**{"temperature": 1.0, **settings})
+    (filled,) = fill_masks(model, [row], settings, generators=generators(1, seed))
     return filled
 
 
@@ -43,26 +46,26 @@ def test_greedy_by_confidence_is_the_plain_loop(network, model, target, steps):
     shift = 1 if target == "next" else 0
     expected = plain_loop(network, ROW, steps, shift, [MASKED])
     mine = replace(model, target=target)
-    assert fill(mine, ROW, steps=steps, sampling=GREEDY) == expected
+    assert fill(mine, ROW, steps=steps, temperature=0) == expected
     rows = [OTHERS[0], ROW, *OTHERS[1:]]
-    together = fill_masks(mine, rows, steps=steps, sampling=GREEDY, generators=generators(4))
+    settings = Settings(steps=steps, temperature=0)
+    together = fill_masks(mine, rows, settings, generators=generators(4))
     assert together[1] == expected
 
 
 def test_blocks_are_filled_from_left_to_right(network, model):
     expected = plain_loop(network, ROW, 2, 1, [MASKED[:3], MASKED[3:6], MASKED[6:]])
     # 2 passes a block, but for the last one, which has a single mask.
-    assert fill(model, ROW, steps=5, block=3, sampling=GREEDY) == expected
-    assert fill(model, ROW, steps=5, sampling=GREEDY) != expected
+    assert fill(model, ROW, steps=5, block=3, temperature=0) == expected
+    assert fill(model, ROW, steps=5, temperature=0) != expected
 
 
 @pytest.mark.parametrize("order", ["confidence", "random", "left_to_right"])
 @pytest.mark.parametrize(("steps", "block"), [(1, None), (3, None), (None, 2), (99, 1), (4, 2)])
 def test_it_fills_the_masks_and_nothing_else(model, order, steps, block):
     rows = [ROW, *OTHERS[:1], OTHERS[2]]
-    filled = fill_masks(
-        model, rows, steps=steps, block=block, order=order, generators=generators(3)
-    )
+    settings = Settings(steps=steps, block=block, order=order, temperature=1)
+    filled = fill_masks(model, rows, settings, generators=generators(3))
     for before, after in zip(rows, filled, strict=True):
         assert [new for old, new in zip(before, after, strict=True) if old != MASK] == [
             old for old in before if old != MASK
@@ -74,10 +77,10 @@ def test_it_fills_the_masks_and_nothing_else(model, order, steps, block):
 def test_a_text_does_not_depend_on_what_else_is_in_the_batch(model):
     rows = [ROW, *OTHERS]
     for order in ("confidence", "random", "left_to_right"):
-        options = {"steps": 4, "block": 5, "order": order, "sampling": Sampling(1.2, top_k=9)}
-        together = fill_masks(model, rows, generators=generators(4), **options)
+        settings = Settings(steps=4, block=5, order=order, temperature=1.2, top_k=9)
+        together = fill_masks(model, rows, settings, generators=generators(4))
         alone = [
-            fill_masks(model, [row], generators=[own], **options)[0]
+            fill_masks(model, [row], settings, generators=[own])[0]
             for row, own in zip(rows, generators(4), strict=True)
         ]
         assert together == alone
@@ -87,12 +90,13 @@ def test_the_seed_decides(model):
     first = fill(model, ROW)
     torch.manual_seed(99)
     assert fill(model, ROW) == first
-    assert fill(model, ROW, generators=generators(1, seed=1)) != first
+    assert fill(model, ROW, seed=1) != first
 
 
 def test_draws_follow_the_probabilities(network, model):
     row, draws = [1, 9, MASK, 14], 600
-    filled = fill_masks(model, [row] * draws, sampling=Sampling(0.7), generators=generators(draws))
+    settings = Settings(temperature=0.7)
+    filled = fill_masks(model, [row] * draws, settings, generators=generators(draws))
     expected = (allowed(logits_of(network, row, "full")[1], may_stop=False) / 0.7).softmax(-1)
     found = torch.bincount(torch.tensor([ids[2] for ids in filled]), minlength=WORDS) / draws
     # Half the sum of differences: about 0.04 for 600 draws of some ten likely tokens.
@@ -109,12 +113,10 @@ def order_of(model, order, scores, seed=0, block=None):
         logits[:, 20] = torch.tensor([scores[p + 1] for p in selection.tolist()])
         return SimpleNamespace(logits=logits)
 
-    result = fill(
+    (result,) = fill_masks(
         replace(model, forward=crafted),
-        row,
-        order=order,
-        block=block,
-        sampling=GREEDY,
+        [row],
+        Settings(order=order, block=block, temperature=0),
         generators=generators(1, seed),
         on_step=lambda done: filled.extend(done[0].fresh),
     )
@@ -151,7 +153,11 @@ def test_random_order_is_the_seeds(model):
 def test_steps_are_told(model):
     seen = []
     filled = fill_masks(
-        model, [ROW, OTHERS[0]], steps=3, generators=generators(2), on_step=seen.append
+        model,
+        [ROW, OTHERS[0]],
+        Settings(steps=3, temperature=1),
+        generators=generators(2),
+        on_step=seen.append,
     )
     assert [[done.row for done in step] for step in seen] == [[0, 1], [0, 1], [0]]
     of_first = [done for step in seen for done in step if done.row == 0]
@@ -165,7 +171,7 @@ def test_steps_are_told(model):
 def test_in_place_reads_a_first_mask_where_it_is(network, model):
     row = [MASK, 8, 9]
     expected = int(allowed(logits_of(network, row, "full")[0], may_stop=False).argmax())
-    assert fill(replace(model, target="in_place"), row, sampling=GREEDY) == [expected, 8, 9]
+    assert fill(replace(model, target="in_place"), row, temperature=0) == [expected, 8, 9]
 
 
 @pytest.mark.parametrize(

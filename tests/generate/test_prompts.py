@@ -1,4 +1,7 @@
-"""Gaps in texts, and text from ids piece by piece."""
+"""Tests of: dualtrain.generate.prompts, .decode.
+
+Gaps in texts become masks, and ids become text piece by piece.
+"""
 
 import pytest
 from helpers.texts import MASK
@@ -7,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dualtrain.common.errors import UserError
-from dualtrain.generate import TextStream, encode_prompt, has_gap, label_pieces, parse_gaps
+from dualtrain.generate.decode import TextStream, label_pieces
+from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
 
 
 def parse(text, tokenizer):
@@ -43,18 +47,18 @@ def test_gaps_become_masks(tokenizer, text, parts):
     [
         ("The cat", "no gap in 'The cat'"),
         ("", "no gap in ''"),
-        ("The <mask:0> sat", "empty gap '<mask:0>'"),
-        ("The <mask:x> sat", "malformed gap '<mask:x> sat'"),
-        ("The <mask:-1>", "malformed gap"),
-        ("The <mask: 3>", "malformed gap"),
-        ("The <mask:3 sat", "malformed gap"),
-        ("The <mask:3> sat <mask", "malformed gap '<mask'"),
-        ("The <mask:99999999999>", "malformed gap"),
+        ("The <mask:0> sat", "'<mask:0>' is no gap"),
+        ("The <mask:x> sat", "'<mask:x>' is no gap"),
+        ("The <mask:-1>", "'<mask:-1>' is no gap"),
+        ("The <mask: 3>", "'<mask: 3>' is no gap"),
+        ("The <mask:3 sat", "'<mask:3 sat' is no gap"),
+        ("The <mask:3> sat <mask", "'<mask' is no gap"),
+        ("The <mask:99999999999>", "'<mask:99999999999>' is no gap"),
     ],
 )
 def test_bad_gaps_are_named(tokenizer, text, message):
     assert has_gap(text) == ("<mask" in text)
-    with pytest.raises(UserError, match=f"infill: {message}.* — expected <mask:N>"):
+    with pytest.raises(UserError, match=f"infill: {message}.* — expected a whole number from 1"):
         parse(text, tokenizer)
 
 

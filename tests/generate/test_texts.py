@@ -1,4 +1,7 @@
-"""Texts for prompts: batches, samples, memory, context; settings that do not go together."""
+"""Tests of: dualtrain.generate.texts, .settings.
+
+Batches, samples, memory and context; settings that do not go together.
+"""
 
 from dataclasses import replace
 
@@ -8,8 +11,9 @@ from helpers.texts import CONTEXT
 
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.common.errors import UserError
-from dualtrain.generate import Sampling, Settings, TextModel, Watcher, generate_texts, prepare
-from dualtrain.generate.settings import Wishes, read_settings
+from dualtrain.generate.settings import Settings, with_mode
+from dualtrain.generate.text_model import TextModel
+from dualtrain.generate.texts import Watcher, generate_texts, prepare
 
 TEXTS = ["The cat", "", "The mat sat on the mat", "on"]
 GAPS = ["The <mask:3> sat", "<mask>", "The mat", "on <mask:2> the <mask:4>."]
@@ -25,18 +29,18 @@ def exported_model(trained):
     return TextModel.of(trained)
 
 
-def make(trained, texts, model=None, rows_at_once=16, watcher=None, **settings):
+def make(trained, texts, model=None, watcher=None, **settings):
     model = model or TextModel.of(trained)
     wanted = Settings(**settings)
     prompts = prepare(texts, wanted, model, trained.tokenizer)
-    return list(generate_texts(prompts, wanted, model, rows_at_once=rows_at_once, watcher=watcher))
+    return list(generate_texts(prompts, wanted, model, watcher))
 
 
 @pytest.mark.parametrize("mode", ["ar", "prefix", "diffusion"])
 def test_any_batch_size_makes_the_same_texts(trained, mode):
     texts = GAPS if mode == "diffusion" else TEXTS
     options = {"mode": mode, "tokens": 9, "samples": 2, "seed": 5}
-    found = [make(trained, texts, rows_at_once=rows, **options) for rows in (1, 3, 16)]
+    found = [make(trained, texts, batch=rows, **options) for rows in (1, 3, 16)]
     assert found[0] == found[1] == found[2]
     jobs = [(text.job.prompt.number, text.job.sample) for text in found[0]]
     assert jobs == [(number, sample) for number in range(4) for sample in range(2)]
@@ -66,7 +70,7 @@ def test_diffusion_behind_a_prompt(trained):
 
 
 def test_modes_differ(trained):
-    options = {"tokens": 12, "sampling": Sampling(0)}
+    options = {"tokens": 12, "temperature": 0}
     ar, prefix, diffusion = (
         make(trained, ["The mat sat on"], mode=mode, **options)[0].ids
         for mode in ("ar", "prefix", "diffusion")
@@ -138,7 +142,7 @@ def test_prompts_that_do_not_fit_are_named(trained, exported_model):
     )
     assert row[0] == "f:1: --steps: 1 for 30 masks in 8 blocks of 4 — expected at least one a block"
     assert row[1].startswith("f:2: 42 tokens with <s> with the gaps")
-    assert row[2].startswith("f:3: empty gap")
+    assert row[2].startswith("f:3: '<mask:0>' is no gap")
     assert row[3].startswith("f:5: --steps: 1 for 8 masks in 2 blocks")
     full = trained.decode([5] * 31)
     assert len(prepare([full], Settings(), exported_model, trained.tokenizer)) == 1
@@ -149,7 +153,7 @@ def test_prompts_that_do_not_fit_are_named(trained, exported_model):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "gaps", "message"),
+    ("settings", "gaps", "message"),
     [
         ({"mode": "difusion"}, 0, "--mode: 'difusion' .*did you mean diffusion?"),
         ({"mode": "AR"}, 0, "--mode: 'AR' — expected ar, prefix or diffusion"),
@@ -168,13 +172,13 @@ def test_prompts_that_do_not_fit_are_named(trained, exported_model):
         ({"top_p": 1.5}, 0, "--top-p: 1.5"),
     ],
 )
-def test_wishes_that_cannot_be_met(wishes, gaps, message):
+def test_settings_that_cannot_be_met(settings, gaps, message):
     with pytest.raises(UserError, match=message):
-        read_settings(Wishes(**wishes), gaps=[f"p{number}" for number in range(gaps)], prompts=2)
+        with_mode(Settings(**settings), gaps=[f"p{number}" for number in range(gaps)], prompts=2)
 
 
 def test_the_mode_follows_from_the_prompts():
-    assert read_settings(Wishes(), gaps=[], prompts=1).mode == "ar"
-    assert read_settings(Wishes(tokens=3), gaps=["prompt"], prompts=2).mode == "diffusion"
-    greedy = Wishes(temperature=0, samples=2, mode="diffusion", order="random")
-    assert read_settings(greedy, gaps=[], prompts=1).samples == 2
+    assert with_mode(Settings(), gaps=[], prompts=1).mode == "ar"
+    assert with_mode(Settings(tokens=3), gaps=["prompt"], prompts=2).mode == "diffusion"
+    greedy = Settings(temperature=0, samples=2, mode="diffusion", order="random")
+    assert with_mode(greedy, gaps=[], prompts=1).samples == 2

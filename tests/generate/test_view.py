@@ -1,4 +1,7 @@
-"""What a terminal shows while texts are made."""
+"""Tests of: dualtrain.generate.view.
+
+What a terminal shows while texts are made.
+"""
 
 import io
 import re
@@ -7,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from dualtrain.checkpoint.trained import open_trained
-from dualtrain.generate import Filled, Prompt, Settings, TextModel, generate_texts, prepare
 from dualtrain.generate import view as views
-from dualtrain.generate.texts import Job
+from dualtrain.generate.diffusion import Filled
+from dualtrain.generate.settings import Settings
+from dualtrain.generate.text_model import TextModel
+from dualtrain.generate.texts import Prompt, TextJob, generate_texts, prepare
 from dualtrain.generate.view import StreamView, UnmaskView, frame
 
 
@@ -27,9 +32,8 @@ def show(trained, view, texts, **settings):
     """Make texts with a view; return them."""
     model, wanted = TextModel.of(trained), Settings(**settings)
     made = []
-    for text in generate_texts(
-        prepare(texts, wanted, model, trained.tokenizer), wanted, model, watcher=view
-    ):
+    prompts = prepare(texts, wanted, model, trained.tokenizer)
+    for text in generate_texts(prompts, wanted, model, view):
         view.show(text)
         made.append(text)
     view.close()
@@ -78,8 +82,8 @@ def test_unmasking_is_drawn_and_the_text_is_left(trained, console, monkeypatch):
 
 def test_a_frame(tokenizer):
     ids = [1, *tokenizer.encode("The", add_special_tokens=False).ids, 4, 4, 4]
-    job = Job(Prompt(0, "The <mask:3>", tuple(ids), 3, has_gaps=True), 1)
-    row = views._Row.of(job, 4)
+    job = TextJob(Prompt(0, "The <mask:3>", tuple(ids), 3, has_gaps=True), 1)
+    row = views._PartialText.of(job, 4)
     cat, sat = (tokenizer.encode(w, add_special_tokens=False).ids[0] for w in (" cat", " sat"))
     row.take(Filled(0, [*ids[:-3], cat, 4, 4], [len(ids) - 3]))
     row.take(Filled(0, [*ids[:-3], cat, 4, sat], [len(ids) - 1]))
@@ -96,7 +100,7 @@ def test_a_frame(tokenizer):
 @pytest.mark.parametrize("height", [2, 5, 24])
 def test_a_frame_fits_and_shows_what_was_filled_last(tokenizer, height):
     ids = [1] + [4] * 200
-    row = views._Row.of(Job(Prompt(0, "", tuple(ids), 200, has_gaps=False), 0), 4)
+    row = views._PartialText.of(TextJob(Prompt(0, "", tuple(ids), 200, has_gaps=False), 0), 4)
     cat = tokenizer.encode(" cat", add_special_tokens=False).ids[0]
     row.take(Filled(0, [*ids[:150], cat, *ids[151:]], [150]))
     lines = frame([row], tokenizer, width=40, height=height, with_headings=False)
@@ -110,7 +114,7 @@ def test_generated_escape_sequences_do_not_reach_the_terminal(trained, console):
     assert trained.decode([escape]) == "\x1b"
     prompt = Prompt(0, "The", (1, 50), 0, has_gaps=False)
     view = StreamView(console, trained.tokenizer, with_headings=False)
-    view.begin([Job(prompt, 0)])
+    view.begin([TextJob(prompt, 0)])
     for token in (escape, 60, None):
         view.token(0, token)
     assert not re.search("\x1b", console.file.getvalue())

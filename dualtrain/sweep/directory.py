@@ -23,7 +23,7 @@ from dualtrain.common.locks import acquire, is_held, locked
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.recipe.yaml_source import load, shown
 from dualtrain.sweep.definition import Point, Sweep
-from dualtrain.training.prepare import RUN_LOCK
+from dualtrain.training.prepare import PROBE, RUN_LOCK, why_unwritable
 
 SWEEP = "sweep.json"
 POINT = "point.yaml"
@@ -78,9 +78,9 @@ def check(sweep: Sweep) -> Listing:
         UserError: The directory is not a sweep's, or its points were made with another recipe.
     """
     directory = sweep.directory
-    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(str(there), "is a file", "a directory", "choose another with --dir")
+    if why := why_unwritable(directory):
+        hint = "choose another with --dir"
+        raise UserError(str(directory), f"cannot be written to: {why}", "a directory", hint)
     if (directory / SWEEP).is_file():
         before = read_listing(directory)
     else:
@@ -88,7 +88,7 @@ def check(sweep: Sweep) -> Listing:
         before = Listing(points=points, data_order=DATA_ORDER)
         # Of a list that another job of an array is writing, or was killed while it did.
         names = [path.name for path in (directory.iterdir() if directory.exists() else ())]
-        if not before.points and any(not name.startswith((SWEEP, _LOCK)) for name in names):
+        if not before.points and any(not name.startswith((SWEEP, _LOCK, PROBE)) for name in names):
             raise UserError(
                 str(directory),
                 f"is not empty and has no {SWEEP}",

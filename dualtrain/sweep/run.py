@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualtrain.common import formatting
-from dualtrain.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL, UserError
+from dualtrain.common.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SAVED_AFTER_SIGNAL,
+    UserError,
+    raise_together,
+)
 from dualtrain.common.files import write_text
 from dualtrain.data.corpus import read_corpus
 from dualtrain.launch.world import launched_ranks
@@ -21,7 +27,7 @@ from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import named, setting, table_text
 from dualtrain.sweep.runner import Runner
 from dualtrain.sweep.view import SweepView
-from dualtrain.training.dataset import build_missing_dataset, check_dataset
+from dualtrain.training.dataset import build_missing_dataset, check_dataset, missing_dataset
 from dualtrain.training.start import derive_run, examine
 
 if TYPE_CHECKING:
@@ -49,11 +55,16 @@ def run_sweep(options: SweepOptions) -> int:
     recipes = [point.loaded.recipe for point in points]
     _examine(recipes, options.ranks)
     check(sweep)
+    datasets = {recipe.data.path: recipe for recipe in recipes}.values()
+    missing = [problem for recipe in datasets if (problem := missing_dataset(recipe))]
     if options.dry_run:
         print_plan(sweep, points, parallel=options.parallel, retry_failed=options.retry_failed)
+        for problem in missing:
+            print(f"warning: {problem}; this machine will refuse the sweep")
         return EXIT_DONE
+    raise_together(missing)
     # Once, before points that run at once would wait for it.
-    for recipe in {recipe.data.path: recipe for recipe in recipes}.values():
+    for recipe in datasets:
         build_missing_dataset(recipe)
     for recipe in recipes:
         derive_run(recipe, read_corpus(recipe), options.ranks)

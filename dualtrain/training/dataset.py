@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from dualtrain.common.errors import UserError
 from dualtrain.common.files import user_path
 from dualtrain.data.dataset import DATASET_FILE, DatasetInfo
 from dualtrain.data.remote import fetch_facts
@@ -51,6 +52,17 @@ def check_dataset(recipe: Recipe) -> None:
         from data_tools.convert import check_build
 
         check_build(recipe.data.build, recipe.data.path)
+
+
+def missing_dataset(recipe: Recipe) -> UserError | None:
+    """What a run says whose dataset is not there and which no key says how to get; or None."""
+    if recipe.data.build is not None or recipe.data.remote is not None:
+        return None
+    try:
+        DatasetInfo.load(recipe.data.path)
+    except UserError as error:
+        return error
+    return None
 
 
 def build_missing_dataset(recipe: Recipe) -> None:

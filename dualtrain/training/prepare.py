@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from dualtrain.common.errors import UserError
@@ -22,6 +24,7 @@ MOVED_KEYS = (("data", "path"), ("data", "remote"), ("eval", "tasks_dir"), ("eng
 
 _SIGNS = (RUN_LOCK, "metrics.jsonl")
 """What tells a run's directory from one that merely holds a recipe.yaml."""
+PROBE = ".writable"
 _PROBE_BYTES = 1 << 16
 
 
@@ -78,15 +81,26 @@ def check_run_directory(recipe: Recipe) -> None:
     Raises:
         UserError: It cannot.
     """
-    place = recipe.directory.absolute()
+    if why := why_unwritable(recipe.directory):
+        raise _unwritable(recipe.directory, why)
+
+
+def why_unwritable(directory: Path) -> str | None:
+    """Why a directory could not be made or written to; None where it could. Leaves nothing."""
+    place = directory.absolute()
     try:
         there = next(path for path in (place, *place.parents) if path.exists())
+        if not there.is_dir():
+            return f"{there} is a file"
+        # The system looks at a name only once the directory above it is there.
+        longest = max(len(os.fsencode(name)) for name in place.parts)
+        if longest > os.pathconf(there, "PC_NAME_MAX"):
+            return os.strerror(errno.ENAMETOOLONG)
+        # Permissions do not tell: nobody may make a directory in /proc.
+        with TemporaryDirectory(prefix=f"{PROBE}-", dir=there):
+            return None
     except OSError as error:
-        raise _unwritable(recipe.directory, error.strerror) from None
-    if not there.is_dir():
-        raise _unwritable(recipe.directory, f"{there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(recipe.directory, "Permission denied")
+        return error.strerror
 
 
 def has_checkpoints(run_dir: Path) -> bool:
@@ -101,7 +115,7 @@ def prepare_run_directory(recipe: Recipe) -> Path:
         UserError: when it cannot be made or written to.
     """
     run_dir = recipe.directory
-    probe = run_dir / ".writable"
+    probe = run_dir / PROBE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:

@@ -28,7 +28,7 @@ from dualtrain.progress.tensorboard import check_tensorboard
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
-from dualtrain.training.dataset import build_missing_dataset, check_dataset
+from dualtrain.training.dataset import build_missing_dataset, check_dataset, missing_dataset
 from dualtrain.training.prepare import (
     check_run_directory,
     has_checkpoints,
@@ -58,8 +58,10 @@ def show(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None) -> N
     _check_data(recipe, corpus)
     _check_origin(loaded, corpus)
     print_dry_run(loaded, derived)
-    if hostfile is None and (shortage := memory_shortage(derived, ranks=ranks or 1)):
-        print(f"warning: {shortage}; this machine will refuse the run")
+    if hostfile is None:
+        for problem in (missing_dataset(recipe), memory_shortage(derived, ranks=ranks or 1)):
+            if problem is not None:
+                print(f"warning: {problem}; this machine will refuse the run")
 
 
 def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, plain: bool) -> int:
@@ -82,18 +84,22 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
         if world.rank == 0:
             record_outcome(recipe.directory / OUTCOME, code)
         return code
-    run_dir = prepare_run_directory(recipe)
-    # Looked at before anything heavy is imported; rank 0 takes it for good.
-    lock_run_directory(recipe).close()
+    check_run_directory(recipe)
     if hostfile is None:
         ranks = ranks or default_ranks()
     total = _count(ranks, hostfile)
     examine(recipe, total)  # before hours are spent on a dataset
+    check_dataset(recipe)
+    if hostfile is None and (missing := missing_dataset(recipe)):
+        raise missing
     corpus = read_corpus(recipe)
     if corpus is not None or recipe.unique_tokens != "all":
         derived = derive_run(recipe, corpus, total)
         if hostfile is None:
             check_memory(derived, ranks=total or 1)
+    # Whatever can be refused before has left nothing; rank 0 takes the lock for good.
+    run_dir = prepare_run_directory(recipe)
+    lock_run_directory(recipe).close()
     _build_dataset(recipe)
     if ranks == 1 and hostfile is None:
         single_world()

@@ -165,13 +165,32 @@ def test_the_dry_run_refuses_a_directory_that_the_sweep_would(made: Path) -> Non
         return str(CliRunner().invoke(app, command).exception)
 
     file = made.parent / "sweep.yaml"
-    assert f"{file}: is a file" in dry_run(file)
-    assert f"{file}: is a file" in dry_run(file / "below")
+    assert f"{file} is a file" in dry_run(file)
+    assert f"{file} is a file" in dry_run(file / "below")
+    assert "/proc/x: cannot be written to: " in dry_run(Path("/proc/x"))
+    assert "File name too long" in dry_run(made.parent / "new" / (300 * "x"))
     assert "is not empty and has no sweep.json" in dry_run(made.parent)
     changed = file.read_text().replace("steps: 40", "steps: 80")
     file.write_text(changed)
     assert "steps 40 then, 80 now" in dry_run(made)
     assert not (made.parent / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.build={source: nowhere.txt}", "nowhere.txt"),
+        ("algorithms=[{use: nope}]", "no algorithm `nope`"),
+        ("steps=40", "there is no dataset"),
+    ],
+)
+def test_a_sweep_that_is_refused_leaves_nothing(made: Path, change: str, message: str) -> None:
+    new = made.parent / "new"
+    command = ["sweep", str(made.parent / "sweep.yaml"), change, "--dir", str(new / "x")]
+    found = CliRunner().invoke(app, command)
+    assert message in str(found.exception) and not new.exists()
+    dry = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert message in f"{dry.exception} {dry.output}" and not new.exists()
 
 
 def test_asking_whether_a_point_is_busy_leaves_nothing(made: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -10,14 +11,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from fractions import Fraction
 
 import pytest
 from helpers.runs import command, environment, records, results, run, slots, train_on
 
+from dualtrain.common.errors import UserError
 from dualtrain.launch.world import free_port
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.prepare import lock_run_directory
+from dualtrain.training.start import show, start
 
 
 def test_any_number_of_ranks_and_any_stage_train_the_same(tiny, tmp_path):
@@ -190,6 +194,30 @@ def test_dry_run_sees_what_the_run_refuses(tiny, tmp_path):
     assert finished.returncode == 2 and "gradient_clipping" in finished.stderr
     finished = run([*command(tiny("algorithms=[{use: nope}]")), "--dry-run"])
     assert finished.returncode == 2 and "no algorithm `nope`" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("run_dir=/proc/x", "run_dir: cannot write to /proc/x: No such file or directory"),
+        (f"run_dir=new/{300 * 'x'}", "File name too long"),
+        ("data={path: nowhere, build: {source: nowhere.txt}}", "nowhere.txt"),
+        ("data.path=nowhere", "there is no dataset"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_and_the_dry_run_says_so(tiny, tmp_path, change, message):
+    loaded = tiny(change)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        start(loaded, ranks=1, hostfile=None, plain=True)
+    assert set(tmp_path.iterdir()) == before
+    out = io.StringIO()
+    try:
+        with redirect_stdout(out):
+            show(loaded, ranks=1, hostfile=None)
+    except UserError as error:
+        out.write(str(error))
+    assert message in out.getvalue()
 
 
 def test_mistake_is_one_line_and_exit_code_2(tiny, tmp_path):

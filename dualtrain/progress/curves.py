@@ -142,4 +142,4 @@ def _draw(cells: np.ndarray, depths: Sequence[float | None]) -> None:
 def _label(value: float) -> str:
     if abs(value) >= 1000 or 1e-9 < abs(value) < 0.01:
         return f"{value:.0e}"[:LABEL_WIDTH]
-    return f"{value:.2f}"
+    return f"{value:.2f}"[:LABEL_WIDTH]

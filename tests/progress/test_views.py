@@ -8,7 +8,7 @@ import re
 from typing import cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -419,6 +419,7 @@ def test_marks_lie_over_the_line_and_alone():
     width=st.integers(curves.LABEL_WIDTH + 2, 40),
     height=st.integers(1, 6),
 )
+@example(values=[-100.0], marks=[], width=9, height=1)
 def test_plots_have_their_size(values: list[float], marks: list[float], width: int, height: int):
     lines = curves.plot(list(enumerate(values)), list(enumerate(marks)), width=width, height=height)
     assert [line.cell_len for line in lines] == [width] * height

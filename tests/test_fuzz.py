@@ -1,4 +1,4 @@
-"""Whatever is given: success or one message, exit code 0 or 2, nothing half-written.
+"""Tests of: all commands and readers, given anything: code 0 or 2, one message, nothing half-made.
 
 In the suite these are some hundreds of examples, always the same. ``DUALTRAIN_FUZZ=100 pytest
 tests/test_fuzz.py`` tries a hundred times as many, others each time, for about an hour.
@@ -7,7 +7,10 @@ tests/test_fuzz.py`` tries a hundred times as many, others each time, for about 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from helpers.fuzz import (
@@ -23,7 +26,8 @@ from helpers.fuzz import (
     refuses_or_returns,
 )
 from helpers.runs import TINY
-from helpers.tasks import SPEC, question
+from helpers.tasks import SPEC, question, write_task
+from helpers.texts import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -271,6 +275,72 @@ def check_prompt(tokenizer, prompt: str, place: str) -> None:
         refuses_or_returns(lambda: encode_prompt(prompt, tokenizer, bos_id=1))
 
 
+@pytest.fixture(scope="module")
+def model(tokenizer) -> Path:
+    """A tiny model that generates and answers at once."""
+    random_model(tokenizer.get_vocab_size()).save_pretrained("model")
+    shutil.copy("tokenizer.json", "model")
+    return Path("model")
+
+
+SMALL = st.sampled_from([0, 1, 2, 3, -1, 0.5, float("nan")])
+
+
+@examples(30)
+@given(
+    name=st.sampled_from(["", "", "p.txt", "p.jsonl"]),
+    content=json_lines({"prompt": "The <mask:3> sat"}),
+    parts=PROMPTS,
+    options=st.fixed_dictionaries(
+        {"--tokens": SMALL},
+        optional={
+            "--mode": st.sampled_from(["ar", "prefix", "diffusion", "all"]),
+            "--temperature": NUMBERS,
+            "--top-k": NUMBERS,
+            "--top-p": NUMBERS,
+            "--repetition-penalty": NUMBERS,
+            "--seed": NUMBERS,
+            "--samples": SMALL,
+            "--steps": SMALL,
+            "--block": SMALL,
+            "--batch": NUMBERS,
+            "--order": WORDS,
+        },
+    ),
+)
+def test_texts_of_a_model(model, name, content, parts, options):
+    given = [f"{option}={value}" for option, value in options.items()]
+    if name:
+        Path(name).write_bytes(content)
+        given += ["--file", name]
+    else:
+        given += ["--", "".join(parts)]
+    out = Path("texts.jsonl")
+    out.unlink(missing_ok=True)
+    ended = call("generate", str(model), "--out", str(out), *given)
+    assert out.exists() == (ended.code == 0)
+    if ended.code == 0:
+        assert all(json.loads(line) for line in out.read_text().splitlines())
+
+
+@examples(20)
+@given(data=st.data())
+def test_tasks_of_a_model(model, data):
+    record = question(2, 1) | {"label": "1", "a": None, "b": 2.5}
+    spec = st.just(SPEC) | st.fixed_dictionaries(
+        {}, optional={key: EXPRESSIONS for key in ("prompt", "choices", "gold", "group", "metric")}
+    ).map(SPEC.__or__)
+    write_task(Path("asked"), **data.draw(spec))
+    Path("asked/quiz.jsonl").write_bytes(data.draw(json_lines(record)))
+    shutil.rmtree("answers", ignore_errors=True)
+    ended = call(
+        *("eval", str(model), "--tasks-dir", "asked", "--tasks", "quiz", "--out", "answers")
+    )
+    assert Path("answers").exists() == (ended.code == 0)
+    if ended.code == 0:
+        assert "quiz" in json.dumps(json.loads(Path("answers/results.json").read_text()))
+
+
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
@@ -299,6 +369,28 @@ def test_environments(environment, complete, srun):
     refuses_or_returns(lambda: launched_ranks({**whole, **step, **environment}))
 
 
+SURROUNDINGS = (
+    *("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "HOME", "XDG_CACHE_HOME", "TMPDIR"),
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONIOENCODING", "PATH"),
+)
+WHAT_CAN_BE_SET = (SETTINGS | WORDS).filter(lambda value: "\0" not in value and is_unicode(value))
+
+
+@examples(60)
+@given(
+    environment=st.dictionaries(
+        st.sampled_from(VARIABLES + SLURM + SURROUNDINGS), WHAT_CAN_BE_SET, min_size=2
+    ),
+    command=st.sampled_from(
+        ["run recipe.yaml --dry-run", "sweep recipe.yaml --dry-run", "recipes", "fit junk"]
+        + ["data verify whole", "data inspect whole", "generate junk", "eval junk", "export junk"]
+    ),
+)
+def test_commands_in_any_environment(places, environment, command):
+    with patch.dict(os.environ, environment):
+        call(*command.split())
+
+
 @examples(60)
 @given(data=st.data())
 def test_hostfiles(folder, data):
@@ -313,7 +405,7 @@ COMMANDS: dict[str, dict[str, st.SearchStrategy | None]] = {
     "fit": {"--metric": WORDS, "--where": WORDS, "--out": WORDS, "--seed": NUMBERS},
     "alpha": {"--repetitions": NUMBERS, "--slots": NUMBERS, "--fit": WORDS},
     "compare": {"--metric": WORDS, "--where": WORDS, "--to": WORDS, "--sequences": NUMBERS},
-    "export": {"--to": WORDS, "--step": NUMBERS, "--dtype": WORDS, "--max-shard-size": WORDS},
+    "export --to exported": {"--step": NUMBERS, "--dtype": WORDS, "--max-shard-size": WORDS},
     "generate": {
         "--mode": st.sampled_from(["ar", "prefix", "diffusion", "all"]),
         "--tokens": NUMBERS,
@@ -386,7 +478,14 @@ def places(recipe, dataset):
         file.write_text('{"a": 1}')
 
 
+MADE = {"export": "exported", "merge": "merged", "tokenizer": "t.json"}
+
+
 @examples(200)
 @given(line=commands())
 def test_command_lines(places, line):
-    call(*line)
+    made = [Path(path) for word, path in MADE.items() if word in line[:2]]
+    for path in made:
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    ended = call(*line)
+    assert all(path.exists() == (ended.code == 0 and "--help" not in line) for path in made)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import typer
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -126,8 +125,8 @@ def call(*arguments: str) -> Ended:
     if error is None or isinstance(error, SystemExit):
         message = result.stderr if result.exit_code else ""
         ended = Ended(result.exit_code, message)
-    elif isinstance(error, (UserError, typer.Exit)):
-        ended = Ended(EXIT_USER_ERROR, str(error))
+    elif isinstance(error, Exception) and (mistake := cli._mistake(error)):
+        ended = Ended(EXIT_USER_ERROR, str(mistake))
     else:
         raise error
     assert ended.code in (EXIT_DONE, EXIT_USER_ERROR), (ended, result.output)

@@ -17,7 +17,10 @@ from dualtrain.data.corpus import CorpusFacts
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 from dualtrain.training.branch import check_branch, load_branch, read_parent
 
-COMMON = ("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4")
+COMMON = (
+    *("progress.interval_steps=3", "checkpoint.interval_steps=5", "eval.interval_steps=4"),
+    "eval.sequences=4",
+)
 
 RESUMED: tuple[tuple[str, ...], ...] = (
     *((f"engine.deepspeed=zero{stage}",) for stage in range(4)),

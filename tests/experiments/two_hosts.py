@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from helpers.ranks import environment
 from helpers.runs import tiny_loader
 
 TESTS = Path(__file__).parents[1]
@@ -59,11 +60,10 @@ class Host:
 
     def start(self, command: list[str], output: Path, **variables: str) -> subprocess.Popen:
         """Start a command on this host; what it prints goes to a file."""
-        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         with output.open("w") as file:
             process = subprocess.Popen(
                 [*self.enter, *command],
-                env={**os.environ, "PYTHONPATH": path, **self.environment, **variables},
+                env={**environment(), **self.environment, **variables},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

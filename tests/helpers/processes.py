@@ -24,6 +24,8 @@ IDLE_S = 120.0
 
 A slow machine is not idle, so that this is no limit for it.
 """
+kept: set[int] = set()
+"""Processes that serve this one to its end."""
 LEAST_WORK = 0.01
 """Share of a core below which is next to nothing: what a launcher takes to look after its ranks."""
 
@@ -54,10 +56,19 @@ def started() -> set[int]:
             state, parent = _read(name, "stat").rpartition(b")")[2].split(None, 2)[:2]
             # A fork has no environment of its own, and is found as a child.
             is_ours = int(parent) == mine or mark in _read(name, "environ").split(b"\0")
-            # The tracker serves this process to its end.
+            # The tracker serves this process to its end, too.
             if is_ours and state != b"Z" and b"resource_tracker" not in _read(name, "cmdline"):
                 found.add(int(name))
-    return found
+    return found - kept
+
+
+_noted = 0
+
+
+def note_start() -> None:
+    """Remember that a process was started that is no child of this one."""
+    global _noted
+    _noted += 1
 
 
 @contextmanager
@@ -107,6 +118,8 @@ class HangWatcher(threading.Thread):
                 commands = "\n".join(f"{number}: {_command(number)}" for number in numbers)
                 self.hung = f"for {self.idle_s:.0f} s nothing was done by\n{commands}"
                 _kill(numbers)
+                # What starts next has its own time.
+                work_s, since = 0.0, time.monotonic()
 
 
 def _kill(numbers: set[int]) -> None:
@@ -124,10 +137,10 @@ def _has_children() -> bool:
     return True
 
 
-def _waited_for() -> tuple[float, int]:
-    """What changes with every child that is waited for."""
+def _waited_for() -> tuple[float, int, int]:
+    """What changes with every child that is waited for, and with what is no child."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime, used.ru_minflt
+    return used.ru_utime + used.ru_stime, used.ru_minflt, _noted
 
 
 def _cpu_s(number: int) -> float:

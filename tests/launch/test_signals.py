@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 from experiments.two_hosts import newest_checkpoint, steps_done, write_recipe
+from helpers.ranks import environment
 
 from dualtrain.launch.world import free_port
 
-TESTS = Path(__file__).parents[1]
 LAYOUT = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as DeepSpeed's runner encodes it
 
 
@@ -44,11 +44,10 @@ class Run:
         self.outcome = self.directory / "logs" / "exit-code"
         self.outcome.unlink(missing_ok=True)
         options = ["--ranks", "2"] if name == "own" else []
-        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher(name), "run", str(recipe), "--plain", *options],
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment(),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -140,12 +139,11 @@ def test_second_signal_stops_at_once_and_saves_nothing(start):
 def test_run_outlives_whoever_reads_its_output(tiny_dataset, tmp_path):
     recipe = write_recipe(tmp_path, tiny_dataset, steps=3)
     command = f"{sys.executable} -m dualtrain run {recipe} --plain"
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     lines = {"piped": f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}", "closed": f"{command} >&-"}
     for name, line in lines.items():
         finished = subprocess.run(
             ["bash", "-c", line],
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
             capture_output=True,
             text=True,
         )

@@ -25,7 +25,7 @@ import numpy as np
 
 from data_tools.accept import check_made_alike, effective_arguments, recorded
 from data_tools.choose import SPLITS, Choice, choose_documents
-from data_tools.encode import Encoding, WorkerDiedError, Workers
+from data_tools.encode import Encoder, WorkerDiedError, Workers
 from data_tools.reporting import Report, StageProgress
 from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
 from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
@@ -288,19 +288,13 @@ class _Conversion:
         if spool.state.blocks:
             self._report.say(f"{spool.state.documents:,} documents are encoded already")
         if not spool.state.complete:
-            encoding = Encoding(
-                tokenizer.json,
-                self._build.tokenizer or "trained tokenizer",
-                tokenizer.special_tokens,
-                tokenizer.backend,
-                dtype,
-                self._build.min_characters,
-                self._build.max_characters,
+            encoder = Encoder(
+                self._build, tokenizer.json, tokenizer.special_tokens, tokenizer.backend, dtype
             )
             blocks = islice(self._source.blocks(), spool.state.blocks, None)
             self._show_encoding(spool.state)
             try:
-                for number, result in enumerate(encoders.encode(blocks, encoding)):
+                for number, result in enumerate(encoders.encode(blocks, encoder)):
                     if number == 0 and encoders.are_processes:
                         import_ahead("dualtrain.data.mds")  # this process has little else to do now
                     if result.problems and self._build.on_error == "stop":

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
@@ -25,6 +26,7 @@ import numpy as np
 from data_tools.sources import BadInput, Block, Document
 from data_tools.tokenizers.tokenizer import Backend, Tokenizer
 from dualtrain.common.errors import UserError
+from dualtrain.recipe.schema import BuildSection
 
 EMPTY = "empty"
 TOO_SHORT = "too short"
@@ -39,18 +41,8 @@ class WorkerDiedError(UserError):
     """Not a fault of the input: the same command can go on."""
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How documents become tokens; travels to the workers."""
-
-    tokenizer_json: str
-    tokenizer_where: str
-    special_tokens: Mapping[str, int]
-    """Ids by role."""
-    backend: Backend
-    dtype: str
-    min_characters: int = 0
-    max_characters: int | None = None
+DOCUMENT_ROW = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
+"""What is known of an encoded document: tokens, :func:`text_hash`, UTF-8 bytes of its text."""
 
 
 @dataclass
@@ -59,12 +51,8 @@ class EncodedBlock:
 
     tokens: bytes
     """Of all documents, one after another, in the dataset's dtype."""
-    lengths: np.ndarray
-    """(documents,) int64: tokens of each."""
-    hashes: np.ndarray
-    """(documents,) uint64: :func:`text_hash` of each."""
-    sizes: np.ndarray
-    """(documents,) int64: UTF-8 bytes of each text."""
+    table: np.ndarray
+    """(documents,) of :data:`DOCUMENT_ROW`."""
     filtered: Counter[str]
     """Documents left out by reason; no fault of the input."""
     problems: list[BadInput]
@@ -78,73 +66,64 @@ def text_hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def wanted(
-    document: Document, *, min_characters: int = 0, max_characters: int | None = None
-) -> str | None:
-    """Why a document is left out: :data:`EMPTY`, :data:`TOO_SHORT`, :data:`TOO_LONG`, or None."""
+def reason_to_leave_out(document: Document, build: BuildSection) -> str | None:
+    """:data:`EMPTY`, :data:`TOO_SHORT` or :data:`TOO_LONG`; None for a document that is wanted."""
     if not document.text or document.text.isspace():
         return EMPTY
-    if len(document.text) < min_characters:
+    if len(document.text) < build.min_characters:
         return TOO_SHORT
-    if max_characters is not None and len(document.text) > max_characters:
+    if build.max_characters is not None and len(document.text) > build.max_characters:
         return TOO_LONG
     return None
 
 
+@dataclass(frozen=True)
 class Encoder:
-    """Encodes blocks; one in each process."""
+    """Encodes blocks; travels to the workers, where it makes a tokenizer of its own."""
 
-    def __init__(self, encoding: Encoding) -> None:
-        self._encoding = encoding
-        self._dtype = np.dtype(encoding.dtype)
-        self._tokenizer = Tokenizer(
-            encoding.tokenizer_json,
-            where=encoding.tokenizer_where,
-            backend=encoding.backend,
-            special_tokens=encoding.special_tokens,
-        )
-        self._reserved = np.zeros(self._tokenizer.vocab_size, dtype=bool)
-        self._reserved[list(self._tokenizer.special_ids)] = True
-        self._reserved[self._tokenizer.special_tokens["<unk>"]] = False
+    build: BuildSection
+    tokenizer_json: str
+    special_tokens: Mapping[str, int]
+    """Ids by role."""
+    backend: Backend
+    dtype: str
 
     def encode(self, block: Block) -> EncodedBlock:
         """Encode a block; what is wrong with the input is in its result, never raised."""
-        lengths: list[int] = []
-        hashes: list[int] = []
-        sizes: list[int] = []
+        rows: list[tuple[int, int, int]] = []
         parts: list[bytes] = []
         problems: list[BadInput] = []
         filtered: Counter[str] = Counter()
         for document in block.documents():
             if isinstance(document, BadInput):
                 problems.append(document)
-                continue
-            reason = wanted(
-                document,
-                min_characters=self._encoding.min_characters,
-                max_characters=self._encoding.max_characters,
-            )
-            if reason is not None:
+            elif reason := reason_to_leave_out(document, self.build):
                 filtered[reason] += 1
-                continue
-            tokens = self._tokens(document)
-            if isinstance(tokens, BadInput):
+            elif isinstance(tokens := self._tokens(document), BadInput):
                 problems.append(tokens)
-                continue
-            text = document.text.encode()
-            lengths.append(len(tokens))
-            hashes.append(text_hash(text))
-            sizes.append(len(text))
-            parts.append(tokens.tobytes())
-        return EncodedBlock(
-            tokens=b"".join(parts),
-            lengths=np.array(lengths, dtype=np.int64),
-            hashes=np.array(hashes, dtype=np.uint64),
-            sizes=np.array(sizes, dtype=np.int64),
-            filtered=filtered,
-            problems=problems,
-            position=block.position,
+            else:
+                text = document.text.encode()
+                rows.append((len(tokens), text_hash(text), len(text)))
+                parts.append(tokens.tobytes())
+        table = np.array(rows, dtype=DOCUMENT_ROW)
+        return EncodedBlock(b"".join(parts), table, filtered, problems, block.position)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(
+            self.tokenizer_json,
+            where=self.build.tokenizer or "trained tokenizer",
+            backend=self.backend,
+            special_tokens=self.special_tokens,
         )
+
+    @cached_property
+    def _reserved(self) -> np.ndarray:
+        """(vocabulary,) bool: ids that no text may have."""
+        reserved = np.zeros(self._tokenizer.vocab_size, dtype=bool)
+        reserved[list(self._tokenizer.special_ids)] = True
+        reserved[self._tokenizer.special_tokens["<unk>"]] = False
+        return reserved
 
     def _tokens(self, document: Document) -> np.ndarray | BadInput:
         try:
@@ -152,24 +131,24 @@ class Encoder:
         except UserError as error:
             error = UserError(document.where, error.what, error.expected, error.hint)
             return BadInput("cannot be tokenized", error)
-        most = _DOCUMENT_BYTES // self._dtype.itemsize
+        most = _DOCUMENT_BYTES // np.dtype(self.dtype).itemsize
         if len(tokens) >= most:
-            error = UserError(
+            return BadInput.at(
+                "too many tokens",
                 document.where,
                 f"the document has {len(tokens):,} tokens",
                 f"fewer than {most:,}: offsets in a shard have 32 bits",
                 "divide it",
             )
-            return BadInput("too many tokens", error)
         if self._reserved[tokens].any():
-            error = UserError(
+            return BadInput.at(
+                "special tokens in the text",
                 document.where,
                 "the tokenizer makes special tokens of this text",
                 "ordinary tokens only",
                 "use a byte-level tokenizer, or leave the tokenizer out to have one trained",
             )
-            return BadInput("special tokens in the text", error)
-        return tokens.astype(self._dtype)
+        return tokens.astype(self.dtype)
 
 
 class Workers:
@@ -204,7 +183,7 @@ class Workers:
             worker.end()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def encode(self, blocks: Iterable[Block], encoding: Encoding) -> Iterator[EncodedBlock]:
+    def encode(self, blocks: Iterable[Block], encoder: Encoder) -> Iterator[EncodedBlock]:
         """Encode blocks, in their order.
 
         Args:
@@ -215,20 +194,20 @@ class Workers:
             WorkerDiedError: A worker process died.
         """
         if self._count == 1:
-            yield from map(Encoder(encoding).encode, blocks)
+            yield from map(encoder.encode, blocks)
             return
         waiting: deque[Future[EncodedBlock]] = deque()
         for block in blocks:
-            waiting.append(self._threads.submit(self._encode, block, encoding))
+            waiting.append(self._threads.submit(self._encode, block, encoder))
             if len(waiting) > self._count * _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def _encode(self, block: Block, encoding: Encoding) -> EncodedBlock:
+    def _encode(self, block: Block, encoder: Encoder) -> EncodedBlock:
         worker = self._idle.get()
         try:
-            return worker.encode(block, encoding)
+            return worker.encode(block, encoder)
         finally:
             self._idle.put(worker)  # a dead one as well: there are as many as there are threads
 
@@ -243,13 +222,13 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        self._is_told = False
+        self._has_encoder = False
 
-    def encode(self, block: Block, encoding: Encoding) -> EncodedBlock:
+    def encode(self, block: Block, encoder: Encoder) -> EncodedBlock:
         try:
-            if not self._is_told:
-                self._pipe.send(encoding)
-                self._is_told = True
+            if not self._has_encoder:
+                self._pipe.send(encoder)
+                self._has_encoder = True
             self._pipe.send(block)
             result = self._pipe.recv()
         except (EOFError, OSError):
@@ -276,7 +255,7 @@ def _serve(pipe: Connection) -> None:
     import tiktoken  # noqa: F401  (takes a moment, like the rest of starting: before it is needed)
 
     with contextlib.suppress(EOFError, OSError):
-        encoder = Encoder(pipe.recv())
+        encoder: Encoder = pipe.recv()
         while True:
             block = pipe.recv()
             try:

@@ -1,20 +1,26 @@
-"""Upload a finished dataset to an object store, through the uploaders of ``streaming``.
+"""``data convert`` with a URL as output, through the uploaders of ``streaming``.
 
-``convert`` makes a dataset in a local directory first, and calls :func:`upload_dataset` when the
-output is a URL. ``dataset.json`` goes last, as it is written last on a disk: a directory without it
-is no dataset, whatever interrupted the upload.
+A dataset is made in a local directory first. ``dataset.json`` goes last, as it is written last on a
+disk: a directory without it is no dataset, whatever interrupted the upload.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from data_tools.accept import check_made_alike
+from data_tools.reporting import Report, StageProgress
+from data_tools.view import ConversionView, build_with_view, print_facts, say
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import writing
+from dualtrain.common.locks import locked
 from dualtrain.data.dataset import (
     DATASET_FILE,
     INDEX_FILE,
@@ -24,13 +30,10 @@ from dualtrain.data.dataset import (
     DatasetInfo,
 )
 from dualtrain.data.remote import fetch_info
+from dualtrain.recipe.schema import BuildSection
 
 if TYPE_CHECKING:
     from dualtrain.data.mds import CloudUploader
-
-__all__ = ["check_destination", "fetch_info", "is_remote", "upload_dataset"]
-
-Report = Callable[[int, int], None]
 
 _TRIES = 3
 _REPEAT = "nothing is lost here: correct the cause and give the same command again"
@@ -46,12 +49,54 @@ def check_destination(remote: str) -> None:
     _open(remote.rstrip("/"))
 
 
-def upload_dataset(local: Path, remote: str, *, progress: Report | None = None) -> None:
+def convert_remote(
+    build: BuildSection, url: str, local: Path | None, *, workers: int | None
+) -> None:
+    """Make a dataset on this machine and upload it, unless it is there."""
+    existing = fetch_info(url)
+    if existing is not None:
+        check_made_alike(url, existing, build)
+        print_facts(url, existing)
+        say(f"{url} is there already, made with the same settings")
+        return
+    check_destination(url)  # before hours of work
+    path = local or _upload_directory(url)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent / f".{path.name}.upload.lock", remove=True):
+        if local is None and _holds_another(path, build):
+            say(f"{path}, left by an unfinished upload of something else, is removed")
+            shutil.rmtree(path)
+        build_with_view(build, path, workers=workers)
+        with ConversionView() as view:
+            upload_dataset(path, url, report=view)
+        if local is None:
+            shutil.rmtree(path)
+    say(f"uploaded to {url}")
+
+
+def _holds_another(path: Path, build: BuildSection) -> bool:
+    """Whether there is a dataset that was made differently."""
+    try:
+        if path.exists():
+            check_made_alike(str(path), DatasetInfo.load(path), build)
+    except UserError:
+        return True
+    return False
+
+
+def _upload_directory(url: str) -> Path:
+    """Where the dataset for a URL is made: the same place each time, to go on after a failure."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    return cache / "dualtrain" / "uploads" / digest
+
+
+def upload_dataset(local: Path, remote: str, *, report: Report | None = None) -> None:
     """Upload a dataset; what is there already as a whole is not sent again.
 
     Args:
         remote: URL of a directory: ``s3://``, ``gs://``, ``hf://datasets/…``, ….
-        progress: Called with the bytes uploaded and the bytes of the dataset, after each file.
 
     Raises:
         UserError: Another dataset is there; the upload failed, or not all of it arrived.
@@ -71,8 +116,8 @@ def upload_dataset(local: Path, remote: str, *, progress: Report | None = None) 
                 upload.check(names)
             upload.send(name)
             done += (local / name).stat().st_size
-            if progress is not None:
-                progress(done, total)
+            if report is not None:
+                report.show(StageProgress("uploading", done, total, "bytes"))
 
 
 class _Upload:

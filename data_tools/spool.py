@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from data_tools.encode import EncodedBlock
+from data_tools.encode import DOCUMENT_ROW, EncodedBlock
 from data_tools.sources import BadInput
 from dualtrain.common.files import replacing
 
@@ -30,8 +30,6 @@ _LEFT_OUT = "left_out.spool"
 _FILES = (_TOKENS, _DOCUMENTS, _LEFT_OUT)
 _JOURNAL = "journal.json"
 JOURNAL_S = 5.0
-
-_ROW = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ class Spool:
 
     def add(self, block: EncodedBlock) -> None:
         """Append a block's documents, and what was left out of it."""
-        rows = np.empty(len(block.lengths), dtype=_ROW)
-        rows["length"], rows["hash"], rows["bytes"] = block.lengths, block.hashes, block.sizes
+        rows = block.table
         data = {
             _TOKENS: block.tokens,
             _DOCUMENTS: rows.tobytes(),
@@ -86,8 +83,8 @@ class Spool:
             blocks=before.blocks + 1,
             position=block.position,
             documents=before.documents + len(rows),
-            tokens=before.tokens + int(block.lengths.sum()),
-            text_bytes=before.text_bytes + int(block.sizes.sum()),
+            tokens=before.tokens + int(rows["length"].sum()),
+            text_bytes=before.text_bytes + int(rows["bytes"].sum()),
             left_out=dict(left_out),
             sizes={name: before.sizes[name] + len(data[name]) for name in _FILES},
         )
@@ -111,7 +108,7 @@ class Spool:
     def table(self) -> np.ndarray:
         """(documents,) with fields length, hash and bytes."""
         self._files[_DOCUMENTS].flush()
-        return np.fromfile(self._directory / _DOCUMENTS, dtype=_ROW)
+        return np.fromfile(self._directory / _DOCUMENTS, dtype=DOCUMENT_ROW)
 
     def read(self, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
         """The documents in the given order, each (tokens,) of `dtype`.

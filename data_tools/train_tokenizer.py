@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from data_tools.choose import may_be_held_out
-from data_tools.encode import text_hash, wanted
+from data_tools.encode import reason_to_leave_out, text_hash
 from data_tools.reporting import Report, StageProgress
 from data_tools.sources import BadInput, Corpus
 from data_tools.sources.build_source import repeatable, say_what_is_left, source_name
@@ -115,13 +115,12 @@ def learn(
 
 def _texts(source: Corpus, build: BuildSection, report: Report, stage: str) -> Iterator[str]:
     """The documents that pass the filters."""
-    low, high = build.min_characters, build.max_characters
     for number, block in enumerate(source.blocks()):
         for document in block.documents():
             if isinstance(document, BadInput):
                 if build.on_error == "stop":
                     raise document.error
-            elif wanted(document, min_characters=low, max_characters=high) is None:
+            elif reason_to_leave_out(document, build) is None:
                 yield document.text
         if number % _SHOWN_EVERY == 0:
             report.show(StageProgress(stage, block.position, source.bytes, "bytes"))

@@ -123,7 +123,7 @@ for command in (run, sweep, fit, alpha, compare, generate, export, recipes, sche
 
 def mount_data_tools() -> None:
     """Add ``dualtrain data``."""
-    from data_tools.app import app as data_app
+    from data_tools.command import app as data_app
 
     app.add_typer(data_app, name="data", help="Convert corpora to MDS shards and look at them.")
 

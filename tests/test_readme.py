@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from data_tools.app import app as data_app
+from data_tools.command import app as data_app
 from dualtrain.algorithms.events import Event
 from dualtrain.cli import app
 from dualtrain.recipe.reference import markdown_reference

@@ -76,6 +76,6 @@ def build_missing_dataset(recipe: Recipe) -> None:
     if recipe.data.remote is not None:
         fetch_facts(recipe.data.remote, recipe.data.path)
     if recipe.data.build is not None:
-        from data_tools.app import build_with_view
+        from data_tools.view import build_with_view
 
         build_with_view(recipe.data.build, Path(recipe.data.path))

@@ -15,7 +15,7 @@ from helpers.conversions import Said, StopAt, files_of
 from typer.testing import CliRunner
 
 from data_tools import convert, train_tokenizer
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.convert import build_dataset
 from data_tools.reporting import Report, StageProgress
 from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer

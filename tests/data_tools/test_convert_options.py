@@ -19,7 +19,7 @@ import pytest
 from helpers.conversions import Said, StopAt, files_of, write_jsonl
 from typer.testing import CliRunner
 
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.convert import build_dataset
 from data_tools.tokenizers.tokenizer import Tokenizer
 from data_tools.train_tokenizer import train_tokenizer
@@ -274,7 +274,7 @@ def test_place_that_no_file_can_have(
     (tmp_path / "loop").symlink_to("loop")
     result = CliRunner().invoke(app, command.replace("LONG", "x" * 300).split())
     assert isinstance(result.exception, UserError), result.output
-    assert re.search("too long|cannot be written", str(result.exception))
+    assert re.search("too long|cannot be written|is a file", str(result.exception))
 
 
 @pytest.mark.parametrize(
@@ -398,3 +398,11 @@ def test_dataset_in_a_searched_directory_is_no_text(tmp_path: Path) -> None:
     assert more.splits == info.splits
     with pytest.raises(UserError, match="is a dataset already"):
         build_dataset(section(tmp_path / "mds"), tmp_path / "again")
+
+
+def test_an_empty_source_is_one_sentence(tmp_path: Path) -> None:
+    """Pydantic has one for each type that the setting may have."""
+    refused = CliRunner().invoke(app, ["convert", "", "--out", str(tmp_path / "data")])
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception).startswith("SOURCES: an empty name is given")
+    assert "\n" not in str(refused.exception)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.inspection import length_histogram
 from data_tools.verify import verify_dataset
 from dualtrain.common.errors import UserError, UserErrors

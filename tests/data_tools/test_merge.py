@@ -9,7 +9,7 @@ import pytest
 from helpers.conversions import files_of, write_jsonl
 from typer.testing import CliRunner
 
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.convert import build_dataset
 from data_tools.merge import merge_datasets
 from data_tools.tokenizers.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 from helpers.conversions import write_jsonl
 from typer.testing import CliRunner
 
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.tokenizers.tokenizer import SPECIAL_TOKENS, Tokenizer
 from data_tools.train_tokenizer import train_tokenizer
 from dualtrain.common.errors import UserError

@@ -12,8 +12,9 @@ from helpers.datasets import distinct_documents, write_dataset
 from helpers.object_store import LENGTHS, hashed_dataset, new_bucket, s3_client, s3_server
 from typer.testing import CliRunner
 
-from data_tools.app import app
+from data_tools.command import app
 from data_tools.remote import fetch_info, is_remote, upload_dataset
+from data_tools.reporting import Report, StageProgress
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
 
@@ -50,9 +51,20 @@ def test_what_is_a_url() -> None:
     assert not any(map(is_remote, ["data", "/data", "./s3:/x", "C:/data"]))
 
 
+class Sent(Report):
+    """Remembers (bytes sent, bytes of all) each time."""
+
+    def __init__(self) -> None:
+        self.bytes: list[tuple[int, int]] = []
+
+    def show(self, progress: StageProgress) -> None:
+        self.bytes.append((progress.done, progress.total))
+
+
 def test_every_file_arrives_and_nothing_local_goes(local: Path) -> None:
-    url, before, reports = new_bucket(), files(local), []
-    upload_dataset(local, url + "/", progress=lambda done, total: reports.append((done, total)))
+    url, before, report = new_bucket(), files(local), Sent()
+    upload_dataset(local, url + "/", report=report)
+    reports = report.bytes
     assert objects(url) == before == files(local)
     assert len(reports) == len(before)
     assert reports == sorted(reports)
@@ -110,9 +122,9 @@ def test_a_dataset_that_is_there_is_not_sent_again_and_another_is_refused(
     with pytest.raises(UserError, match="holds another dataset, with fingerprint") as caught:
         upload_dataset(other, url)
     assert caught.value.where == url
-    sent: list[tuple[int, int]] = []
-    upload_dataset(local, url, progress=lambda done, total: sent.append((done, total)))
-    assert objects(url) == before and not sent
+    sent = Sent()
+    upload_dataset(local, url, report=sent)
+    assert objects(url) == before and not sent.bytes
 
 
 def test_no_bucket_and_no_uploader(local: Path) -> None:

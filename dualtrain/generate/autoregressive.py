@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import choose, penalise
+from dualtrain.generate.rows import allowed_logits, fill_up
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel, fill_up
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.cache import KeyValueCache
 
 Stop = Literal["end", "asked", "tokens", "context", "filled"]
@@ -39,7 +40,7 @@ class Continuation:
 
 
 def continue_prompts(
-    model: TextModel,
+    model: ModelHandle,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     *,
@@ -84,7 +85,7 @@ def continue_prompts(
                 text.passes += 1
                 if text.stop is not None:
                     continue  # it is only kept in step with other ranks
-                if token in model.stop_ids:
+                if token in model.vocabulary.stop_ids:
                     text.stop = "end"
                 else:
                     text.ids.append(token)
@@ -98,7 +99,7 @@ def continue_prompts(
             kept = [
                 index
                 for index, text in enumerate(going)
-                if text.passes < text.most and (model.lockstep or text.stop is None)
+                if text.passes < text.most and (model.world_size > 1 or text.stop is None)
             ]
             if len(kept) < len(going):
                 going, drawn = [going[index] for index in kept], drawn[kept]
@@ -125,7 +126,7 @@ class _GrowingText:
 
 
 def _read(
-    model: TextModel, texts: Sequence[_GrowingText], kind: Literal["causal", "full"]
+    model: ModelHandle, texts: Sequence[_GrowingText], kind: Literal["causal", "full"]
 ) -> tuple[KeyValueCache, Tensor]:
     """Read the prompts into a new cache, each different one once.
 
@@ -141,18 +142,18 @@ def _read(
     cache = KeyValueCache(len(places), room, device=model.device, dtype=model.dtype)
     plan = cache.plan_prompts(lengths, kind, width)
     last = torch.arange(len(places)) * width + torch.tensor(lengths) - 1
-    logits = model.logits(ids, plan, last, may_stop=True)
+    logits = allowed_logits(model, ids, plan, last, may_stop=True)
     if len(places) == len(texts):
         return cache, logits
     cache.select(order)
     return cache, logits[order]
 
 
-def _step(model: TextModel, cache: KeyValueCache, tokens: Tensor) -> Tensor:
+def _step(model: ModelHandle, cache: KeyValueCache, tokens: Tensor) -> Tensor:
     """Read one more token of each row, (B,) int64; return the (B, V) logits of the next."""
     plan, positions = cache.plan_next()
     rows = torch.arange(len(tokens))
-    return model.logits(tokens[:, None], plan, rows, positions=positions, may_stop=True)
+    return allowed_logits(model, tokens[:, None], plan, rows, positions=positions, may_stop=True)
 
 
 def _mark(texts: Sequence[_GrowingText], logits: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.generate.choose import choose
+from dualtrain.generate.rows import allowed_logits, fill_up
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel, fill_up
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import plan_attention
 
 
@@ -42,7 +43,7 @@ class Filled:
 
 
 def fill_masks(
-    model: TextModel,
+    model: ModelHandle,
     rows: Sequence[Sequence[int]],
     settings: Settings,
     *,
@@ -69,7 +70,7 @@ def fill_masks(
     _check(model, rows)
     texts = []
     for number, (row, generator) in enumerate(zip(rows, generators, strict=True)):
-        masked = [position for position, token in enumerate(row) if token == model.mask_id]
+        masked = [position for position, token in enumerate(row) if token == model.vocabulary.mask]
         passes = plan_passes(len(masked), steps=settings.steps, block=settings.block)
         texts.append(_MaskedRow(number, list(row), masked, passes, generator))
     going = [text for text in texts if text.passes]
@@ -158,14 +159,14 @@ class _MaskedRow:
         return sorted(fresh)
 
 
-def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
-    if model.mask_id is None:
+def _check(model: ModelHandle, rows: Sequence[Sequence[int]]) -> None:
+    if model.vocabulary.mask is None:
         raise UserError("--mode", "diffusion needs a mask token, and this model has none", "ar")
     for row in rows:
         if len(row) > model.context:
             expected = f"at most {model.context}, the model's context"
             raise UserError("prompt", f"{len(row)} tokens with the gaps", expected)
-        if model.target == "next" and list(row[:1]) == [model.mask_id]:
+        if model.target == "next" and list(row[:1]) == [model.vocabulary.mask]:
             raise UserError(
                 "prompt",
                 "the first token is masked, and no position predicts it",
@@ -174,7 +175,7 @@ def _check(model: TextModel, rows: Sequence[Sequence[int]]) -> None:
 
 
 def _predict(
-    model: TextModel,
+    model: ModelHandle,
     texts: Sequence[_MaskedRow],
     asked: Sequence[list[int]],
     settings: Settings,
@@ -193,7 +194,7 @@ def _predict(
         for row, positions in enumerate(asked)
         for position in positions
     ]
-    logits = model.logits(ids, plan, torch.tensor(readers), may_stop=False)
+    logits = allowed_logits(model, ids, plan, torch.tensor(readers), may_stop=False)
     numbers = None
     if not settings.is_greedy:
         drawn = [

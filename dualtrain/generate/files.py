@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
+from dualtrain.checkpoint.trained import TrainedModel
 from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.common.files import writing
 from dualtrain.common.input_files import InputFile, check_unicode, parse_object
@@ -130,11 +129,9 @@ def result_file(file: Path) -> Iterator[Callable[[dict[str, object]], None]]:
         partial.replace(file)
 
 
-def record(
-    text: Text, settings: Settings, tokenizer: Tokenizer, *, model: str
-) -> dict[str, object]:
+def record(text: Text, settings: Settings, model: TrainedModel) -> dict[str, object]:
     """Describe a text in a line of a file."""
-    prompt = text.job.prompt
+    prompt, tokenizer = text.job.prompt, model.tokenizer
     found: dict[str, object] = {
         "prompt": prompt.text,
         "text": text.written(tokenizer),
@@ -149,5 +146,5 @@ def record(
         "sample": text.job.sample,
         "seed": settings.seed,
         "settings": settings.facts(),
-        "model": model,
+        "model": str(model.source.path),
     }

@@ -18,7 +18,6 @@ from dualtrain.generate.autoregressive import Stop
 from dualtrain.generate.files import read_prompts, record, refuse_existing, result_file
 from dualtrain.generate.prompts import has_gap, split_gaps
 from dualtrain.generate.settings import with_mode
-from dualtrain.generate.text_model import TextModel
 from dualtrain.generate.texts import Text, generate_texts, prepare
 from dualtrain.generate.view import (
     CountView,
@@ -49,29 +48,28 @@ def generate_and_show(options: GenerateOptions) -> None:
     texts, places = _prompts(options)
     options = with_mode(options, gaps=_gaps(texts, places, options.mode), prompts=len(texts))
     _check(options)
-    trained = open_trained(
+    model = open_trained(
         options.path,
         step=options.step,
         device=options.device,
         precision=options.precision,
         on_note=_note,
     )
-    model = TextModel.of(trained)
-    prompts = prepare(texts, options, model, trained.tokenizer, places=places)
-    for doubt in _doubts(trained, options):
+    prompts = prepare(texts, options, model, places=places)
+    for doubt in _doubts(model, options):
         _note(doubt)
     began, done = time.monotonic(), []
     with ExitStack() as stack:
         write = stack.enter_context(result_file(options.out)) if options.out else None
-        view = _view(options, trained, len(prompts) * options.samples)
+        view = _view(options, model, len(prompts) * options.samples)
         stack.callback(view.close)
         for text in generate_texts(prompts, options, model, view):
             if write is not None:
-                write(record(text, options, trained.tokenizer, model=str(trained.source.path)))
+                write(record(text, options, model))
             view.show(text)
             done.append(text)
     took_s = time.monotonic() - began - view.paused_s
-    _tell(_summary(done, trained, options, took_s))
+    _tell(_summary(done, model, options, took_s))
     if options.out:
         _tell(f"written to {options.out}")
 
@@ -111,8 +109,8 @@ def _check(options: GenerateOptions) -> None:
     raise_together(wrong)
 
 
-def _view(options: GenerateOptions, trained: TrainedModel, total: int) -> TextView:
-    console, tokenizer = Console(), trained.tokenizer
+def _view(options: GenerateOptions, model: TrainedModel, total: int) -> TextView:
+    console, tokenizer = Console(), model.tokenizer
     is_live = console.is_terminal and not options.plain
     if options.out and is_live:
         return CountView(console, tokenizer, total=total)
@@ -124,29 +122,29 @@ def _view(options: GenerateOptions, trained: TrainedModel, total: int) -> TextVi
         kind = PlainTextView
     else:
         kind = UnmaskView if options.is_diffusion else StreamView
-    return kind(console, tokenizer, with_headings=total > 1, mask_id=trained.vocabulary.mask)
+    return kind(console, tokenizer, with_headings=total > 1, mask_id=model.vocabulary.mask)
 
 
-def _doubts(trained: TrainedModel, options: GenerateOptions) -> Iterator[str]:
+def _doubts(model: TrainedModel, options: GenerateOptions) -> Iterator[str]:
     """What makes good text unlikely."""
-    if trained.alpha == 0 and options.mode == "ar":
+    if model.alpha == 0 and options.mode == "ar":
         yield "trained with alpha 0: this model has never predicted text from left to right"
-    if trained.alpha == 1 and options.is_diffusion:
+    if model.alpha == 1 and options.is_diffusion:
         yield "trained with alpha 1: this model has never seen a mask"
 
 
 def _summary(
-    texts: Sequence[Text], trained: TrainedModel, options: GenerateOptions, elapsed_s: float
+    texts: Sequence[Text], model: TrainedModel, options: GenerateOptions, elapsed_s: float
 ) -> str:
     """How many tokens in which time, and why the texts ended."""
     tokens = sum(len(text.new_ids) for text in texts)
     many = f"{len(texts)} text" + ("s" if len(texts) > 1 else "")
-    stops = Counter(_STOPS[text.stop].format(context=trained.context) for text in texts)
+    stops = Counter(_STOPS[text.stop].format(context=model.context) for text in texts)
     why = ", ".join(
         reason if len(texts) == 1 else f"{number} {reason}" for reason, number in stops.items()
     )
     return (
-        f"{trained.source.name}, {options.mode}: {many}, {tokens} tokens in {elapsed_s:.1f} s "
+        f"{model.source.name}, {options.mode}: {many}, {tokens} tokens in {elapsed_s:.1f} s "
         f"({tokens / elapsed_s:.0f} tokens/s); {why}"
     )
 

@@ -3,11 +3,10 @@
 ``dualtrain generate`` is a thin layer over :func:`prepare` and :func:`generate_texts`; use them
 from Python as well::
 
-    trained = open_trained("runs/quickstart")
-    model, settings = TextModel.of(trained), Settings(mode="ar", tokens=20)
-    prompts = prepare(["A list"], settings, model, trained.tokenizer)
+    model, settings = open_trained("runs/quickstart"), Settings(mode="ar", tokens=20)
+    prompts = prepare(["A list"], settings, model)
     for text in generate_texts(prompts, settings, model):
-        print(text.written(trained.tokenizer))
+        print(text.written(model.tokenizer))
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from dualtrain.checkpoint.trained import TrainedModel
 from dualtrain.common import randomness
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.generate.autoregressive import Stop, continue_prompts
@@ -24,7 +24,7 @@ from dualtrain.generate.decode import TextPiece, label_pieces
 from dualtrain.generate.diffusion import Filled, fill_masks, plan_passes
 from dualtrain.generate.prompts import encode_prompt, has_gap, parse_gaps
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
+from dualtrain.model.handle import ModelHandle
 from dualtrain.model.memory import is_out_of_memory
 
 # 256 MiB of float32 logits, of which a few copies are made, some in float64.
@@ -103,8 +103,7 @@ class Watcher:
 def prepare(
     texts: Sequence[str],
     settings: Settings,
-    model: TextModel,
-    tokenizer: Tokenizer,
+    model: TrainedModel,
     *,
     places: Sequence[str] | None = None,
 ) -> list[Prompt]:
@@ -112,15 +111,13 @@ def prepare(
 
     Args:
         texts: The prompts; an empty one begins a document.
-        settings: What is to be made of them.
-        model: Its context, and whether it has a mask token.
         places: What to call each in an error, such as ``FILE:LINE``.
 
     Raises:
         UserError: Prompts that do not fit the context or have malformed gaps, each with its place;
             a model without mask token in diffusion mode.
     """
-    if settings.is_diffusion and model.mask_id is None:
+    if settings.is_diffusion and model.vocabulary.mask is None:
         raise UserError(
             "--mode", "diffusion needs a mask token, and this model has none", "ar or prefix"
         )
@@ -128,7 +125,7 @@ def prepare(
     for number, text in enumerate(texts):
         where = "prompt" if places is None else places[number]
         try:
-            prompts.append(_prepare(number, text, settings, model, tokenizer, where))
+            prompts.append(_prepare(number, text, settings, model, where))
         except UserError as error:
             wrong.append(error)
     raise_together(wrong)
@@ -138,7 +135,7 @@ def prepare(
 def generate_texts(
     prompts: Sequence[Prompt],
     settings: Settings,
-    model: TextModel,
+    model: ModelHandle,
     watcher: Watcher | None = None,
 ) -> Iterator[Text]:
     """Make the texts, all samples of a prompt before those of the next.
@@ -175,20 +172,14 @@ def generate_texts(
         yield from texts
 
 
-def _prepare(
-    number: int,
-    text: str,
-    settings: Settings,
-    model: TextModel,
-    tokenizer: Tokenizer,
-    where: str,
-) -> Prompt:
+def _prepare(number: int, text: str, settings: Settings, model: TrainedModel, where: str) -> Prompt:
+    tokenizer, vocabulary = model.tokenizer, model.vocabulary
     gaps = settings.is_diffusion and has_gap(text)
     if gaps:
-        assert model.mask_id is not None  # prepare has seen to it
-        ids = parse_gaps(text, tokenizer, bos_id=model.begin_id, mask_id=model.mask_id, where=where)
+        mask_id = vocabulary.mask_id
+        ids = parse_gaps(text, tokenizer, bos_id=vocabulary.bos_id, mask_id=mask_id, where=where)
     else:
-        ids = encode_prompt(text, tokenizer, bos_id=model.begin_id)
+        ids = encode_prompt(text, tokenizer, bos_id=vocabulary.bos_id)
     # Behind a full context there is one more token to predict, but none to fill in.
     most = model.context - (settings.is_diffusion and not gaps)
     if len(ids) > most:
@@ -197,10 +188,9 @@ def _prepare(
         raise UserError(where, f"{len(ids)} tokens with <s>{with_what}", expected)
     if not settings.is_diffusion:
         return Prompt(number, text, tuple(ids), 0, has_gaps=False)
-    assert model.mask_id is not None
     if not gaps:
-        ids += [model.mask_id] * min(settings.tokens, model.context - len(ids))
-    masks = ids.count(model.mask_id)
+        ids += [vocabulary.mask_id] * min(settings.tokens, model.context - len(ids))
+    masks = ids.count(vocabulary.mask_id)
     try:
         plan_passes(masks, steps=settings.steps, block=settings.block)
     except UserError as error:
@@ -208,14 +198,14 @@ def _prepare(
     return Prompt(number, text, tuple(ids), masks, has_gaps=gaps)
 
 
-def _fitting(jobs: Sequence[TextJob], settings: Settings, model: TextModel) -> int:
+def _fitting(jobs: Sequence[TextJob], settings: Settings, model: ModelHandle) -> int:
     """How many of the jobs one batch takes, at least one."""
     if not settings.is_diffusion:
         return len(jobs)
     count = logits = 0
     for job in jobs:
         masks = job.prompt.masks
-        logits += min(masks, settings.block or masks) * model.vocab_size
+        logits += min(masks, settings.block or masks) * model.vocabulary.size
         if count and logits > _MAX_LOGITS:
             break
         count += 1
@@ -223,7 +213,7 @@ def _fitting(jobs: Sequence[TextJob], settings: Settings, model: TextModel) -> i
 
 
 def _make(
-    jobs: Sequence[TextJob], settings: Settings, model: TextModel, watcher: Watcher
+    jobs: Sequence[TextJob], settings: Settings, model: ModelHandle, watcher: Watcher
 ) -> list[Text]:
     generators = [
         randomness.generator(settings.seed, "generate", job.prompt.number, job.sample)
@@ -247,8 +237,8 @@ def _make(
     ]
 
 
-def _filled(job: TextJob, row: list[int], settings: Settings, model: TextModel) -> Text:
-    is_new = tuple(token == model.mask_id for token in job.prompt.ids)
+def _filled(job: TextJob, row: list[int], settings: Settings, model: ModelHandle) -> Text:
+    is_new = tuple(token == model.vocabulary.mask for token in job.prompt.ids)
     stop: Stop = "filled"
     if not job.prompt.has_gaps:
         stop = "tokens" if sum(is_new) == settings.tokens else "context"

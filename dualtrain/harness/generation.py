@@ -19,7 +19,6 @@ from dualtrain.common.randomness import generator
 from dualtrain.generate.autoregressive import continue_prompts
 from dualtrain.generate.prompts import encode_prompt
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
 
 CACHED_TOKENS = 8192
 """Tokens in the cache at once, unless a number is given."""
@@ -86,7 +85,7 @@ def write_texts(
             return any(stop in text for stop in until)
 
         written = continue_prompts(
-            TextModel.of(trained),
+            trained,
             [order.prompt for order in chosen],
             chosen[0].settings,
             generators=[generator(settings.seed, "lm_eval", *order.key) for order in chosen],

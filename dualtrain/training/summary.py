@@ -17,7 +17,6 @@ from dualtrain.generate.decode import label_pieces
 from dualtrain.generate.diffusion import fill_masks
 from dualtrain.generate.prompts import encode_prompt, parse_gaps
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
 from dualtrain.progress.metrics import FILE_NAME
 from dualtrain.progress.progress import RunFacts, Sample, Summary
 
@@ -110,7 +109,6 @@ def make_samples(run: Run) -> list[Sample]:
     """An AR sample and an infilled one, as the recipe's ``sample`` section asks."""
     wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = parse_tokenizer(run.dataset.tokenizer_path)
-    model = TextModel.of(run.handle)
 
     def generators() -> list[np.random.Generator]:
         return [randomness.generator(run.recipe.seed, "generate", 0, 0)]
@@ -120,12 +118,12 @@ def make_samples(run: Run) -> list[Sample]:
     settings = Settings(tokens=max(1, wanted.tokens), temperature=wanted.temperature)
     with run.progress.busy("sampling"):
         if prompt:
-            (new,) = continue_prompts(model, [prompt], settings, generators=generators())
+            (new,) = continue_prompts(run.handle, [prompt], settings, generators=generators())
             is_new = [False] * len(prompt) + [True] * len(new.ids)
             pieces = label_pieces([*prompt, *new.ids], is_new, tokenizer)
             samples.append(Sample("AR sample", tuple((p.text, p.label) for p in pieces)))
         if gaps:
-            (filled,) = fill_masks(model, [gaps], settings, generators=generators())
+            (filled,) = fill_masks(run.handle, [gaps], settings, generators=generators())
             is_new = [token == info.mask_id for token in gaps]
             pieces = label_pieces(filled, is_new, tokenizer)
             samples.append(Sample("infilled", tuple((p.text, p.label) for p in pieces)))

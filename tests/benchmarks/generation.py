@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,11 +26,13 @@ from helpers.models import to_llama
 
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.common import randomness
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.generate.autoregressive import continue_prompts
 from dualtrain.generate.diffusion import fill_masks
 from dualtrain.generate.prompts import encode_prompt
+from dualtrain.generate.rows import allowed_logits
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
@@ -39,7 +42,7 @@ PROMPT = "It was a dark night, and the rain fell in torrents; she looked out of 
 Texts = list[list[int]]
 
 
-def whole_rows(model: TextModel, prompt: list[int], tokens: int) -> list[int]:
+def whole_rows(model: ModelHandle, prompt: list[int], tokens: int) -> list[int]:
     """Greedy text by a pass over the row so far for every token."""
     ids = list(prompt)
     with model.inference():
@@ -47,21 +50,20 @@ def whole_rows(model: TextModel, prompt: list[int], tokens: int) -> list[int]:
             row = torch.tensor([ids])
             plan = plan_attention("causal", torch.zeros_like(row), backend="sdpa", device="cpu")
             last = torch.tensor([len(ids) - 1])
-            ids.append(int(model.logits(row, plan, last, may_stop=False).argmax()))
+            ids.append(int(allowed_logits(model, row, plan, last, may_stop=False).argmax()))
     return ids[len(prompt) :]
 
 
-def cached(model: TextModel, prompts: Texts, tokens: int) -> Texts:
+def cached(model: ModelHandle, prompts: Texts, tokens: int) -> Texts:
     generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
     settings = Settings(tokens=tokens, temperature=0)
     found = continue_prompts(model, prompts, settings, generators=generators)
     return [list(one.ids) for one in found]
 
 
-def diffused(model: TextModel, prompts: Texts, tokens: int) -> Texts:
+def diffused(model: ModelHandle, prompts: Texts, tokens: int) -> Texts:
     generators = [randomness.generator(0, "generate", row) for row in range(len(prompts))]
-    assert model.mask_id is not None
-    rows = [[*prompt, *[model.mask_id] * tokens] for prompt in prompts]
+    rows = [[*prompt, *[model.vocabulary.mask_id] * tokens] for prompt in prompts]
     settings = Settings(steps=tokens // 2, block=32, temperature=0)
     return fill_masks(model, rows, settings, generators=generators)
 
@@ -92,7 +94,7 @@ def compare(
     )
 
 
-def llama_like(model: TextModel, network: DualLM) -> tuple[TextModel, torch.nn.Module]:
+def llama_like(model: ModelHandle, network: DualLM) -> tuple[ModelHandle, torch.nn.Module]:
     """A model of the same sizes with the linear head and random weights, and its Llama."""
     sizes = network.config.to_dict() | {"head": "linear"}
     plain = DualLM(DualConfig.from_dict(sizes)).eval()
@@ -100,7 +102,8 @@ def llama_like(model: TextModel, network: DualLM) -> tuple[TextModel, torch.nn.M
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return TextModel(plain, model.context, sizes["vocab_size"], begin_id=1), to_llama(plain)
+    ids = Vocabulary(size=sizes["vocab_size"], special_ids=(), bos_id=1, eos_id=2, mask=None)
+    return ModelHandle(model=plain, vocabulary=ids, context=model.context), to_llama(plain)
 
 
 def main() -> None:
@@ -112,11 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     tokens, texts, rounds = options.tokens, options.texts, options.rounds
     trained = open_trained(options.run, device="cpu")
-    model = TextModel.of(trained)
-    endless = TextModel(
-        trained, model.context, model.vocab_size, 1, model.special_ids, (), model.mask_id
-    )
-    prompt = encode_prompt(PROMPT, trained.tokenizer, bos_id=model.begin_id)
+    endless = replace(trained, vocabulary=replace(trained.vocabulary, stop_ids=()))
+    prompt = encode_prompt(PROMPT, trained.tokenizer, bos_id=trained.vocabulary.bos_id)
     several = [prompt[: 4 + row % (len(prompt) - 3)] for row in range(texts)]
     print(f"{trained.source.name}: prompt of {len(prompt)} tokens, {tokens} new, {texts} texts")
     print(f"{'':46} {'tokens/s':>8} {'against':>8} {'ratio':>6}  {'':14} {'equal':>6}")
@@ -142,7 +142,7 @@ def main() -> None:
         lambda: [diffused(endless, [one], tokens)[0] for one in several],
     )
     assert isinstance(trained.model, DualLM)
-    random, llama = llama_like(model, trained.model)
+    random, llama = llama_like(trained, trained.model)
 
     def transformers(prompts: Texts) -> Texts:
         ids = torch.tensor(prompts)

@@ -10,7 +10,6 @@ from dualtrain.export.modeling_dualtrain import DualTrainForCausalLM
 from dualtrain.generate.autoregressive import continue_prompts
 from dualtrain.generate.diffusion import fill_masks
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 MASK = 4
@@ -103,7 +102,7 @@ def test_greedy_texts_are_dualtrains_own(case, model):
     for method, mode in {"generate": "ar", "generate_prefix": "prefix"}.items():
         texts = getattr(model, method)(ids, attention_mask=mask, max_new_tokens=12)
         own = continue_prompts(
-            TextModel.of(case.trained),
+            case.trained,
             [row.tolist() for row in rows],
             Settings(mode=mode, tokens=12, temperature=0),
             generators=[np.random.default_rng(0)] * 2,
@@ -143,7 +142,7 @@ def test_infilling_is_dualtrains_own(case, model, order):
     ids[0, [3, 4, 5, 11, 12, 20, 23]] = MASK
     for steps, block in [(None, None), (2, None), (None, 3), (5, 3), (3, 3), (40, 1)]:
         (own,) = fill_masks(
-            TextModel.of(case.trained),
+            case.trained,
             ids.tolist(),
             Settings(steps=steps, order=order, block=block, temperature=0),
             generators=[np.random.default_rng(0)],

@@ -5,7 +5,8 @@ import torch
 from helpers.texts import CONTEXT, SPECIAL, WORDS, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dualtrain.generate.text_model import TextModel
+from dualtrain.common.vocabulary import Vocabulary
+from dualtrain.model.handle import ModelHandle
 
 
 @pytest.fixture(scope="session")
@@ -14,16 +15,11 @@ def network():
 
 
 @pytest.fixture(scope="session")
-def model(network) -> TextModel:
-    return TextModel(
-        forward=network,
-        context=CONTEXT,
-        vocab_size=WORDS,
-        begin_id=1,
-        special_ids=SPECIAL,
-        stop_ids=(1, 2),
-        mask_id=4,
+def model(network) -> ModelHandle:
+    vocabulary = Vocabulary(
+        size=WORDS, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=4, stop_ids=(1, 2)
     )
+    return ModelHandle(model=network, vocabulary=vocabulary, context=CONTEXT)
 
 
 @pytest.fixture(scope="session")

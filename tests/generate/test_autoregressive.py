@@ -1,4 +1,4 @@
-"""Tests of: dualtrain.generate.autoregressive, .text_model.
+"""Tests of: dualtrain.generate.autoregressive, .rows.
 
 Text from left to right is that of passes over whole rows, and of transformers' ``generate``.
 """
@@ -12,11 +12,22 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import to_llama
-from helpers.texts import CONTEXT, SPECIAL, WORDS, allowed, generators, logits_of, random_model
+from helpers.texts import (
+    CONTEXT,
+    SPECIAL,
+    WORDS,
+    allowed,
+    generators,
+    logits_of,
+    random_model,
+    with_ids,
+)
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.generate.autoregressive import continue_prompts
 from dualtrain.generate.settings import Settings
+from dualtrain.model.handle import ModelHandle
 
 PROMPTS = [[1, 7, 12], [1], [1, 20, 21, 22, 9, 8, 7, 6], [1, 7, 12], [1, 29]]
 
@@ -31,7 +42,7 @@ def ids_of(continuations) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def endless(model):
-    return replace(model, stop_ids=())
+    return with_ids(model, stop_ids=())
 
 
 @pytest.mark.parametrize("mode", ["ar", "prefix"])
@@ -75,7 +86,7 @@ def test_greedy_is_that_of_transformers(penalty):
         assert ids_of(alone) == [ids]
     # The same with an end that some reach and some do not.
     end = expected[0][4]
-    stopping = replace(model, stop_ids=(end,))
+    stopping = with_ids(model, stop_ids=(end,))
     found = continue_prompts(stopping, PROMPTS, settings, generators=generators(5))
     for continuation, prompt in zip(found, PROMPTS, strict=True):
         ids = llama.generate(torch.tensor([prompt]), eos_token_id=end, **asked)[0, len(prompt) :]
@@ -87,9 +98,8 @@ def test_greedy_is_that_of_transformers(penalty):
 
 def _plain(network):
     """As transformers sees it: no token is special."""
-    from dualtrain.generate.text_model import TextModel
-
-    return TextModel(network, CONTEXT, WORDS, begin_id=1)
+    vocabulary = Vocabulary(size=WORDS, special_ids=(), bos_id=1, eos_id=2, mask=None)
+    return ModelHandle(model=network, vocabulary=vocabulary, context=CONTEXT)
 
 
 def test_sampling_with_a_batch_of_transformers(model, network):
@@ -162,10 +172,10 @@ def test_rows_that_end_leave_the_batch(network, model):
         return network(input_ids, **options)
 
     free = continue_prompts(
-        replace(model, stop_ids=()), PROMPTS, greedy(8), generators=generators(5)
+        with_ids(model, stop_ids=()), PROMPTS, greedy(8), generators=generators(5)
     )
     end = free[2].ids[2]
-    stopping = replace(model, forward=watched, stop_ids=(end,))
+    stopping = replace(with_ids(model, stop_ids=(end,)), model=watched)
     found = continue_prompts(stopping, PROMPTS, greedy(8), generators=generators(5))
     for before, after in zip(free, found, strict=True):
         cut = before.ids.index(end) if end in before.ids else len(before.ids)
@@ -211,7 +221,7 @@ def test_tokens_are_told_as_they_come(model):
 
 
 def test_no_token_beyond_the_vocabulary(endless):
-    few = replace(endless, vocab_size=8)
+    few = with_ids(endless, size=8)
     found = continue_prompts(
         few, [[1]], Settings(tokens=30, temperature=5.0), generators=generators(1)
     )
@@ -229,7 +239,7 @@ def test_every_rank_makes_all_passes(model):
         logits[:, 7 + len(passes)] = 5.0
         return SimpleNamespace(logits=logits)
 
-    ended = replace(model, forward=eager, stop_ids=(9,), lockstep=True)
+    ended = replace(with_ids(model, stop_ids=(9,)), model=eager, world_size=2)
     (found,) = continue_prompts(ended, [[1]], greedy(5), generators=generators(1))
     assert (found.ids, found.stop) == ((8,), "end")
     assert len(passes) == 5
@@ -244,7 +254,7 @@ def test_a_prompt_that_does_not_fit_is_refused(model, prompt):
 def test_the_model_goes_back_to_training(network, model):
     trained = copy.deepcopy(network).train()
     continue_prompts(
-        replace(model, forward=trained), [[1]], Settings(tokens=1), generators=generators(1)
+        replace(model, model=trained), [[1]], Settings(tokens=1), generators=generators(1)
     )
     assert trained.training and torch.is_grad_enabled()
 
@@ -257,7 +267,7 @@ def test_a_compiled_model_is_not_compiled_for_each_length(network, endless, monk
         return graph.forward
 
     def run(forward):
-        model = replace(endless, forward=forward)
+        model = replace(endless, model=forward)
         return continue_prompts(model, PROMPTS, greedy(5), generators=generators(5))
 
     mine = copy.deepcopy(network)

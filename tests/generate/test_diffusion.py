@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.texts import CONTEXT, MASK, SPECIAL, WORDS, allowed, generators, logits_of
+from helpers.texts import CONTEXT, MASK, SPECIAL, WORDS, allowed, generators, logits_of, with_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,7 +114,7 @@ def order_of(model, order, scores, seed=0, block=None):
         return SimpleNamespace(logits=logits)
 
     (result,) = fill_masks(
-        replace(model, forward=crafted),
+        replace(model, model=crafted),
         [row],
         Settings(order=order, block=block, temperature=0),
         generators=generators(1, seed),
@@ -191,7 +191,7 @@ def test_what_cannot_be_filled_is_refused(model, row, options, message):
 
 def test_a_model_without_mask_token_is_refused(model):
     with pytest.raises(UserError, match="needs a mask token"):
-        fill(replace(model, mask_id=None), ROW)
+        fill(with_ids(model, mask=None), ROW)
 
 
 def test_steps_share_the_masks():

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.texts import CONTEXT
+from helpers.texts import CONTEXT, with_ids
 
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.common.errors import UserError
 from dualtrain.generate.settings import Settings, with_mode
-from dualtrain.generate.text_model import TextModel
 from dualtrain.generate.texts import Watcher, generate_texts, prepare
 
 TEXTS = ["The cat", "", "The mat sat on the mat", "on"]
@@ -24,15 +23,10 @@ def trained(exported):
     return open_trained(exported)
 
 
-@pytest.fixture(scope="module")
-def exported_model(trained):
-    return TextModel.of(trained)
-
-
 def make(trained, texts, model=None, watcher=None, **settings):
-    model = model or TextModel.of(trained)
+    model = model or trained
     wanted = Settings(**settings)
-    prompts = prepare(texts, wanted, model, trained.tokenizer)
+    prompts = prepare(texts, wanted, model)
     return list(generate_texts(prompts, wanted, model, watcher))
 
 
@@ -79,7 +73,7 @@ def test_modes_differ(trained):
 
 
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
-def test_memory_that_runs_out_halves_the_batch(trained, exported_model, mode):
+def test_memory_that_runs_out_halves_the_batch(trained, mode):
     rows, notes = [], []
 
     def scarce(input_ids, **options):
@@ -93,7 +87,7 @@ def test_memory_that_runs_out_halves_the_batch(trained, exported_model, mode):
             notes.append(text)
 
     options = {"mode": mode, "tokens": 5, "samples": 2}
-    model = replace(exported_model, forward=scarce)
+    model = replace(trained, model=scarce)
     texts = ["The", "cat", "sat", "on", "mat"]
     found = make(trained, texts, model, watcher=Listener(), **options)
     assert found == make(trained, texts, **options)
@@ -106,10 +100,10 @@ def test_memory_that_runs_out_halves_the_batch(trained, exported_model, mode):
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(UserError, match="memory: does not suffice for a single text"):
-        make(trained, texts, replace(exported_model, forward=hopeless), **options)
+        make(trained, texts, replace(trained, model=hopeless), **options)
 
 
-def test_logits_of_many_masks_limit_the_batch(trained, exported_model):
+def test_logits_of_many_masks_limit_the_batch(trained):
     rows = []
 
     def watched(input_ids, **options):
@@ -117,7 +111,7 @@ def test_logits_of_many_masks_limit_the_batch(trained, exported_model):
         return trained(input_ids, **options)
 
     # As if the vocabulary were so large that 20 rows of a mask make a batch.
-    model = replace(exported_model, forward=watched, vocab_size=2**26 // 20)
+    model = replace(with_ids(trained, size=2**26 // 20), model=watched)
     make(trained, ["<mask:5>"] * 6, model, mode="diffusion", steps=1)
     assert rows == [4, 2]
     rows.clear()
@@ -125,12 +119,12 @@ def test_logits_of_many_masks_limit_the_batch(trained, exported_model):
     assert rows == [1]
 
 
-def test_prompts_that_do_not_fit_are_named(trained, exported_model):
+def test_prompts_that_do_not_fit_are_named(trained):
     long, places = "The cat sat" * 40, ["f:1", "f:2", "f:3", "f:5"]
 
     def problems(texts, **settings):
         with pytest.raises(UserError) as caught:
-            prepare(texts, Settings(**settings), exported_model, trained.tokenizer, places=places)
+            prepare(texts, Settings(**settings), trained, places=places)
         return str(caught.value).splitlines()
 
     count = 1 + len(trained.encode(long))
@@ -145,11 +139,11 @@ def test_prompts_that_do_not_fit_are_named(trained, exported_model):
     assert row[2].startswith("f:3: '<mask:0>' is no gap")
     assert row[3].startswith("f:5: --steps: 1 for 8 masks in 2 blocks")
     full = trained.decode([5] * 31)
-    assert len(prepare([full], Settings(), exported_model, trained.tokenizer)) == 1
+    assert len(prepare([full], Settings(), trained)) == 1
     assert problems([full], mode="diffusion")[0].endswith("at most 31, by the model's context")
     with pytest.raises(UserError, match="--mode: diffusion needs a mask token"):
-        without = replace(exported_model, mask_id=None)
-        prepare(["The"], Settings(mode="diffusion"), without, trained.tokenizer)
+        without = with_ids(trained, mask=None)
+        prepare(["The"], Settings(mode="diffusion"), without)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from dualtrain.checkpoint.trained import open_trained
 from dualtrain.generate import view as views
 from dualtrain.generate.diffusion import Filled
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
 from dualtrain.generate.texts import Prompt, TextJob, generate_texts, prepare
 from dualtrain.generate.view import StreamView, UnmaskView, frame
 
@@ -30,10 +29,10 @@ def console():
 
 def show(trained, view, texts, **settings):
     """Make texts with a view; return them."""
-    model, wanted = TextModel.of(trained), Settings(**settings)
+    wanted = Settings(**settings)
     made = []
-    prompts = prepare(texts, wanted, model, trained.tokenizer)
-    for text in generate_texts(prompts, wanted, model, view):
+    prompts = prepare(texts, wanted, trained)
+    for text in generate_texts(prompts, wanted, trained, view):
         view.show(text)
         made.append(text)
     view.close()

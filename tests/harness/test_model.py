@@ -25,7 +25,6 @@ from dualtrain.data.dataset import DatasetInfo
 from dualtrain.evaluate.scoring import Request, Scorer, encode_pair
 from dualtrain.evaluate.tasks import load_tasks, score_task
 from dualtrain.generate.settings import Settings
-from dualtrain.generate.text_model import TextModel
 from dualtrain.generate.texts import generate_texts, prepare
 from dualtrain.harness.model import DualtrainLM
 from dualtrain.launch.world import free_port
@@ -263,11 +262,11 @@ def test_what_a_mode_cannot_do(lm, caplog):
 @pytest.mark.parametrize("mode", ["ar", "prefix"])
 def test_texts_are_those_of_the_samplers_up_to_where_they_end(lm, mode):
     model = lm(mode=mode)
-    text_model = TextModel.of(model.trained)
     settings = Settings(mode=mode, tokens=12, temperature=0)
-    prompts = prepare(["A list", "It may raise"], settings, text_model, model.trained.tokenizer)
+    prompts = prepare(["A list", "It may raise"], settings, model.trained)
     expected = [
-        model.trained.decode(text.new_ids) for text in generate_texts(prompts, settings, text_model)
+        model.trained.decode(text.new_ids)
+        for text in generate_texts(prompts, settings, model.trained)
     ]
     until = expected[0][3:5]  # in the middle of the text, and perhaps of a token
     greedy = {"until": [until], "max_gen_toks": 12, "do_sample": False}

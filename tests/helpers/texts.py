@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualtrain.common import randomness
+from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
@@ -25,6 +28,11 @@ def random_model(vocabulary: int = WORDS, head: str = "paper") -> DualLM:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model.eval()
+
+
+def with_ids(model: ModelHandle, **changes: object) -> ModelHandle:
+    """The same with another vocabulary."""
+    return replace(model, vocabulary=replace(model.vocabulary, **changes))
 
 
 def logits_of(model: DualLM, ids: list[int], kind: str = "causal", prefix: int = 0) -> Tensor:

@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,6 +19,7 @@ from dualtrain.common.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from dualtrain.common.files import file_problem
 from dualtrain.common.options import as_command
 from dualtrain.common.terminal import forget_output, prepare_streams
+from dualtrain.evaluate.command import evaluate
 from dualtrain.export.command import export
 from dualtrain.generate.command import generate
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
@@ -49,76 +49,8 @@ def common(
     del local_rank
 
 
-@app.command("eval")
-def evaluate(
-    path: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an exported model.")
-    ],
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Names with commas, `all`, or `none`; default: those with data."),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(help="Of ar, prefix, pll, chain, elbo; default: what it was trained for."),
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None, typer.Option(help="Data of tasks, and YAML files of your own tasks.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Items of a task, evenly spread; default: all.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Dataset with the held-out text; default: the run's.")
-    ] = None,
-    sequences: Annotated[
-        int | None,
-        typer.Option(min=0, help="Held-out sequences; 0: none; default: as in the recipe."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory to make; default: RUN/eval/CHECKPOINT.")
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint of a run; default: newest.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1; default: a GPU if there is one.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16; default: fp32 on a CPU, else the run's.")
-    ] = None,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a forward pass; default: by memory.")
-    ] = None,
-    elbo_samples: Annotated[
-        int, typer.Option(min=1, help="Masks for each answer in the mode elbo.")
-    ] = 32,
-    seed: Annotated[int, typer.Option(help="Of masks and of intervals.")] = 0,
-) -> None:
-    """Held-out losses and zero-shot tasks of a trained model."""
-    from dualtrain.evaluate.command import Options
-    from dualtrain.evaluate.command import evaluate as run_evaluation
-
-    run_evaluation(
-        Options(
-            path=path,
-            step=step,
-            tasks=tasks,
-            modes=mode,
-            tasks_dir=tasks_dir,
-            limit=limit,
-            data=data,
-            sequences=sequences,
-            out=out,
-            device=device,
-            precision=precision,
-            tokens_per_batch=tokens_per_batch,
-            elbo_samples=elbo_samples,
-            seed=seed,
-        )
-    )
-
-
-for command in (run, sweep, fit, alpha, compare, generate, export, recipes, schema):
-    app.command()(as_command(command))
+for command in (run, sweep, fit, alpha, compare, generate, evaluate, export, recipes, schema):
+    app.command("eval" if command is evaluate else None)(as_command(command))
 
 
 def mount_data_tools() -> None:

@@ -20,6 +20,10 @@ Device = Annotated[
     str | None,
     typer.Option(metavar="cpu|cuda", help="Such as cpu or cuda:1; default: a GPU if there is one."),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="fp32|bf16", help="Default: fp32 on a CPU, else the run's."),
+]
 
 
 def as_command(function: Callable[..., int | None]) -> Callable[..., None]:

@@ -16,6 +16,8 @@ Mode = Literal["ar", "prefix", "pll", "chain", "elbo"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MASKING_MODES: tuple[Mode, ...] = ("pll", "chain", "elbo")
 """Those that need a mask token, and a model trained with one."""
+MOST_ELBO_SAMPLES = 10_000
+"""All masks of an answer are in memory together, and more are hardly more exact."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.input_files import InputFile, parse_object
-from dualtrain.evaluate.templates import Templates, as_plain
+from dualtrain.evaluate.templates import Templates, as_json
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.task_file import HubSection
@@ -132,7 +131,7 @@ def read_hub(hub: HubSection, fields: Templates | None, *, data: str, where: str
 
 def _as_json(row: dict[str, Any], where: str) -> str:
     try:
-        return json.dumps(row, ensure_ascii=False, sort_keys=True, default=as_plain)
+        return as_json(row, ensure_ascii=False)
     except TypeError as error:
         hint = "name those columns that are text under `hub.fields`"
         raise UserError(where, f"a column is no JSON: {error}", hint=hint) from None

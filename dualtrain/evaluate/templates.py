@@ -1,19 +1,22 @@
 """From a line of data to a question: the Jinja templates and expressions of a task file, sandboxed.
 
 A task file may come from anywhere, so its templates cannot reach anything but the line of data. A
-field that is not there is an error and never empty text; so is one that is null, and a list or a
-section that would become text as Python writes it.
+field that is not there is an error and never empty text; so is one that is null, and a boolean, a
+list or a section that would become text as Python writes it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dualtrain.common.errors import UserError
@@ -119,7 +122,7 @@ class Templates:
             raise self._error(where, "choices", answers, "a list of two or more texts")
         for answer in answers:
             if not isinstance(answer, str) or not answer:
-                is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+                is_number = _is_text(answer) and not isinstance(answer, str)
                 hint = "`| map('string') | list` makes text of numbers" if is_number else ""
                 raise self._error(where, "choices", answers, "texts that are not empty", hint)
         return list(answers)
@@ -127,7 +130,7 @@ class Templates:
     def _gold(self, record: Record, count: int, where: str) -> int:
         gold = self._value("gold", record, where)
         expected = f"a number from 0 to {count - 1}"
-        if isinstance(gold, bool) or not isinstance(gold, int):
+        if _is_boolean(gold) or not isinstance(gold, int):
             raise self._error(where, "gold", gold, expected, _gold_hint(gold))
         if not 0 <= gold < count:
             hint = "`- 1` makes numbers from 1 on begin with 0" if gold == count else ""
@@ -161,14 +164,30 @@ class Templates:
         return UserError(where, f"{key} of {self._file} gives {text}", expected, hint)
 
 
-def as_plain(value: object) -> None:
-    """What JSON has for a field that a record lacks a value in; for ``json.dumps(default=…)``.
+def as_json(value: object, **options: Any) -> str:
+    """JSON of what templates work with; options of ``json.dumps``.
 
     Raises:
-        TypeError: It is something else that JSON has no word for.
+        TypeError: Something in it has no word in JSON.
     """
-    if not isinstance(value, Undefined):
-        raise TypeError(f"a {type(value).__name__}")
+    if isinstance(value, Undefined):
+        str(value)  # raises what is undefined
+    return json.dumps(_plain(value), sort_keys=True, default=_refuse_in_json, **options)
+
+
+def _plain(value: Any) -> Any:
+    """The value of the data that a guarded one stands for."""
+    if isinstance(value, Undefined):
+        return None
+    if isinstance(value, _Boolean):
+        return bool(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _refuse_in_json(value: object) -> None:
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _check_text(item: Item, where: str) -> None:
@@ -197,6 +216,26 @@ class _Null(StrictUndefined):
         return "null"
 
 
+class _Boolean(int):
+    """A boolean of the data: it may be asked and counted with, but is not text."""
+
+    _path: str
+
+    def __new__(cls, value: bool, path: str) -> _Boolean:
+        self = super().__new__(cls, value)
+        self._path = path
+        return self
+
+    def __repr__(self) -> str:
+        return "true" if self else "false"
+
+    def __str__(self) -> str:
+        raise TypeError(f"{self._path!r} is {self!r} and no text")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
 class _List(list):
     """A list of the data, which is not text."""
 
@@ -215,6 +254,10 @@ class _Section(dict):
         super().__init__(values)
         self._path = path
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        missing = _Null(hint=f"{self._path!r} has no {key!r}") if default is None else default
+        return super().get(key, missing)
+
     def __str__(self) -> str:
         raise TypeError(f"{self._path!r} is a section and no text")
 
@@ -229,6 +272,8 @@ def _guard_fields(record: Record, where: str) -> dict[str, Any]:
 def _guard(value: Any, path: str) -> Any:
     if value is None:
         return _Null(hint=f"{path!r} is null")
+    if isinstance(value, bool):
+        return _Boolean(value, path)
     if isinstance(value, float) and not math.isfinite(value):
         return _Null(hint=f"{path!r} is {value}")
     if isinstance(value, dict):
@@ -239,7 +284,23 @@ def _guard(value: Any, path: str) -> Any:
     return value
 
 
+class _CodeGenerator(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Let ``~`` take nothing that is no text either."""
+        self.write("environment.concatenate((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
 class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _CodeGenerator
+
+    @staticmethod
+    def concatenate(parts: Iterable[Any]) -> str:
+        return "".join(str(_finalize(part)) for part in parts)
+
     def getattr(self, obj: Any, attribute: str) -> Any:
         if isinstance(obj, _Section) and attribute in obj:
             return obj[attribute]
@@ -261,25 +322,45 @@ def _environment() -> _Environment:
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalize
     )
     environment.filters |= {
+        **{name: _of_text(environment.filters[name]) for name in _TEXT_FILTERS},
         "int": _whole_number,
         "float": _number,
         "regex_replace": _regex_replace,
     }
-    environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+    environment.policies |= {"json.dumps_function": as_json, "json.dumps_kwargs": {}}
+    environment.tests |= {
+        "none": lambda value: value is None or isinstance(value, _Null),
+        "boolean": _is_boolean,
+        "true": lambda value: _is_boolean(value) and value == 1,
+        "false": lambda value: _is_boolean(value) and value == 0,
+    }
     return environment
 
 
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, (bool, _Boolean))
+
+
 def _is_text(value: object) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    """Text, or a number, which becomes it."""
+    return isinstance(value, (str, int, float)) and not _is_boolean(value)
 
 
 def _finalize(value: Any) -> Any:
     """Refuse to show what is no text, as Python would write it."""
-    if isinstance(value, (Undefined, _List, _Section)):
+    if isinstance(value, (Undefined, _Boolean, _List, _Section)):
         str(value)  # raises, with the name of the field
     if not _is_text(value):
         raise ValueError(f"{shown(value)} is no text")
     return value
+
+
+_TEXT_FILTERS = ("capitalize", "lower", "string", "title", "trim", "upper")
+
+
+def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes text and numbers only."""
+    return wraps(function)(lambda value, *rest: function(_finalize(value), *rest))
 
 
 _REFUSE: Any = object()

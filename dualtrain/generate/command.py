@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dualtrain.common.options import Device, Step
+from dualtrain.common.options import Device, Precision, Step
 from dualtrain.generate.settings import Settings
 
 
@@ -36,10 +36,7 @@ class GenerateOptions(Settings):
     ] = None
     step: Step = None
     device: Device = None
-    precision: Annotated[
-        str | None,
-        typer.Option(metavar="fp32|bf16", help="Default: fp32 on a CPU, else the run's."),
-    ] = None
+    precision: Precision = None
     plain: Annotated[
         bool, typer.Option("--plain", help="Finished texts only, also on a terminal.")
     ] = False

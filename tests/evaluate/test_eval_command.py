@@ -16,13 +16,14 @@ from helpers.runs import records, tiny_loader, train_on
 from helpers.tasks import question, write_lines, write_task
 from typer.testing import CliRunner
 
-import dualtrain.evaluate.command as command
+import dualtrain.evaluate.evaluate as evaluation
 from dualtrain.checkpoint.trained import ModelSource, find_source
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.evaluate import result_files
-from dualtrain.evaluate.command import Options, choose_modes, evaluate
+from dualtrain.evaluate.command import EvalOptions
+from dualtrain.evaluate.evaluate import choose_modes, evaluate_model
 from dualtrain.export.export import export_checkpoint
 
 
@@ -103,10 +104,10 @@ def test_by_default_all_that_is_there_is_evaluated(run_dir, recipe, tasks_dir, c
 
 
 def test_items_are_written_and_add_up(run_dir, tasks_dir, out):
-    options = Options(
-        path=str(run_dir), tasks_dir=tasks_dir, modes="elbo,ar", out=out, elbo_samples=2
+    options = EvalOptions(
+        path=run_dir, tasks_dir=tasks_dir, modes="elbo,ar", out=out, elbo_samples=2
     )
-    evaluation = evaluate(options)
+    evaluation = evaluate_model(options)
     found = results(out)
     assert sorted(os.listdir(out)) == sorted(
         [
@@ -129,10 +130,10 @@ def test_items_are_written_and_add_up(run_dir, tasks_dir, out):
 
 
 def test_results_are_the_same_again_and_never_written_over(run_dir, tasks_dir, capsys):
-    options = Options(path=str(run_dir), step=4, tasks="quiz", tasks_dir=tasks_dir, sequences=0)
-    evaluate(options)
+    options = EvalOptions(path=run_dir, step=4, tasks="quiz", tasks_dir=tasks_dir, sequences=0)
+    evaluate_model(options)
     assert "average" not in capsys.readouterr().out  # of a single task
-    evaluate(options)
+    evaluate_model(options)
     first, second = (run_dir / "eval" / name for name in ("step-00000004", "step-00000004-2"))
     one, other = results(first), results(second)
     for found in (one, other):
@@ -141,12 +142,12 @@ def test_results_are_the_same_again_and_never_written_over(run_dir, tasks_dir, c
     assert one == other
     assert (first / "quiz.pll.jsonl").read_bytes() == (second / "quiz.pll.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"--out: .*step-00000004 is there already"):
-        evaluate(replace(options, out=first))
+        evaluate_model(replace(options, out=first))
 
 
 def test_a_limit_is_told(run_dir, tasks_dir, out, capsys):
-    evaluate(
-        Options(path=str(run_dir), tasks_dir=tasks_dir, modes="ar", limit=4, sequences=0, out=out)
+    evaluate_model(
+        EvalOptions(path=run_dir, tasks_dir=tasks_dir, modes="ar", limit=4, sequences=0, out=out)
     )
     shown = capsys.readouterr().out
     assert "4/6" in shown and "4/9" in shown and "--limit 4: at most 4 items" in shown
@@ -155,7 +156,7 @@ def test_a_limit_is_told(run_dir, tasks_dir, out, capsys):
 
 
 def test_without_tasks_held_out_losses_are_all(run_dir, out, capsys):
-    evaluate(Options(path=str(run_dir), sequences=4, out=out))
+    evaluate_model(EvalOptions(path=run_dir, sequences=4, out=out))
     shown = capsys.readouterr().out
     held_out = results(out)["held_out"]
     # 4 sequences of 32 targets, each of them scored.
@@ -165,7 +166,7 @@ def test_without_tasks_held_out_losses_are_all(run_dir, out, capsys):
     assert "note: no tasks: put their data, such as arc_challenge.jsonl" in shown
     assert results(out)["tasks"] == {} and results(out)["average"] == {}
     with pytest.raises(UserError, match="there is nothing to do: neither"):
-        evaluate(Options(path=str(run_dir), tasks="none", sequences=0))
+        evaluate_model(EvalOptions(path=run_dir, tasks="none", sequences=0))
 
 
 def test_held_out_text_that_is_gone_is_noted_and_asked_for_refused(
@@ -174,15 +175,17 @@ def test_held_out_text_that_is_gone_is_noted_and_asked_for_refused(
     checkpoint = shutil.copytree(run_dir / "step-00000008", tmp_path / "step-00000008")
     moved = tiny_dataset.rename(tiny_dataset.with_name("moved"))
     try:
-        options = Options(path=str(checkpoint), tasks_dir=tasks_dir, modes="ar", out=out)
-        evaluate(options)
+        options = EvalOptions(path=checkpoint, tasks_dir=tasks_dir, modes="ar", out=out)
+        evaluate_model(options)
         assert "note: no held-out losses: " in capsys.readouterr().out
-        evaluate(replace(options, data=moved, out=tmp_path / "again", tasks="none", sequences=4))
+        evaluate_model(
+            replace(options, data=moved, out=tmp_path / "again", tasks="none", sequences=4)
+        )
         assert results(tmp_path / "again")["held_out"]["data"] == str(moved)
         with pytest.raises(UserError, match="there is nothing to do: no held-out losses"):
-            evaluate(replace(options, tasks="none"))
+            evaluate_model(replace(options, tasks="none"))
         with pytest.raises(UserError, match="there is no dataset"):
-            evaluate(replace(options, data=tiny_dataset))
+            evaluate_model(replace(options, data=tiny_dataset))
     finally:
         moved.rename(tiny_dataset)
 
@@ -192,10 +195,10 @@ def test_an_export_has_the_losses_of_its_checkpoint(run_dir, tiny_dataset, out, 
     export_checkpoint(run_dir, to=tmp_path / "export")
     own = tmp_path / "export" / "tokenizer.json"
     assert own.read_bytes() != (tiny_dataset / "tokenizer.json").read_bytes()
-    options = Options(path=str(run_dir), tasks="none", sequences=10, out=out)
-    expected = evaluate(options).held_out
+    options = EvalOptions(path=run_dir, tasks="none", sequences=10, out=out)
+    expected = evaluate_model(options).held_out
     exported = replace(options, path=str(tmp_path / "export"), out=out.with_name("exported"))
-    found = evaluate(replace(exported, data=tiny_dataset)).held_out
+    found = evaluate_model(replace(exported, data=tiny_dataset)).held_out
     assert found is not None and expected is not None
     for name, value in asdict(expected).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
@@ -211,9 +214,9 @@ def test_another_tokenizers_dataset_is_refused(run_dir, tiny_dataset, tmp_path):
         file.write_text(json.dumps(content))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         (other / "dataset.json").write_text(json.dumps(facts | {"tokenizer_sha256": digest}))
-        options = Options(path=str(run_dir), data=other, tasks="none", sequences=2)
+        options = EvalOptions(path=run_dir, data=other, tasks="none", sequences=2)
         try:
-            evaluate(replace(options, out=tmp_path / f"out-{digest[:8]}"))
+            evaluate_model(replace(options, out=tmp_path / f"out-{digest[:8]}"))
         except UserError as error:
             return str(error)
         return None
@@ -239,22 +242,22 @@ def test_names_that_are_not_utf_8(run_dir, tasks_dir, tmp_path, capsys):
     folder = shutil.copytree(tasks_dir, tmp_path / os.fsdecode(b"d\xf4nn\xe9es"))
     out = tmp_path / os.fsdecode(b"r\xe9sultats")
     sys.stdout.reconfigure(errors="backslashreplace")  # as the command line does
-    options = Options(path=str(run_dir), tasks="quiz", tasks_dir=folder, modes="ar", out=out)
-    evaluate(replace(options, sequences=0))
+    options = EvalOptions(path=run_dir, tasks="quiz", tasks_dir=folder, modes="ar", out=out)
+    evaluate_model(replace(options, sequences=0))
     assert results(out)["tasks"]["quiz"]["data"]["origin"] == str(folder / "quiz.jsonl")
     (folder / "quiz.jsonl").write_text("{")
     with pytest.raises(UserError, match="quiz.jsonl:1: is not JSON"):
-        evaluate(replace(options, out=tmp_path / "again"))
+        evaluate_model(replace(options, out=tmp_path / "again"))
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(run_dir, tasks_dir, out, capsys):
     """A limit of the size of files stands for it: what is written then fails half-way."""
-    options = Options(path=str(run_dir), tasks_dir=tasks_dir, modes="ar", sequences=0, out=out)
+    options = EvalOptions(path=run_dir, tasks_dir=tasks_dir, modes="ar", sequences=0, out=out)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(UserError, match=r"blimp.ar.jsonl: cannot be written: File too large"):
-            evaluate(options)
+            evaluate_model(options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(out.parent) == []
@@ -263,8 +266,8 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(run_dir, tasks_dir, out, ca
 def test_a_task_file_of_the_harness_beside_the_data(run_dir, tasks_dir, out, tmp_path, capsys):
     folder = shutil.copytree(tasks_dir, tmp_path / "tasks")
     (folder / "blimp_local.yaml").write_text("task: blimp_local\ndataset_path: json\n")
-    options = Options(path=str(run_dir), tasks_dir=folder, modes="ar", sequences=0, out=out)
-    evaluate(options)
+    options = EvalOptions(path=run_dir, tasks_dir=folder, modes="ar", sequences=0, out=out)
+    evaluate_model(options)
     assert list(results(out)["tasks"]) == ["blimp", "quiz"]
     assert "note: passed over: " in capsys.readouterr().out
 
@@ -285,42 +288,44 @@ def test_a_task_file_of_the_harness_beside_the_data(run_dir, tasks_dir, out, tmp
 def test_mistakes_leave_nothing_behind(changes, expected, run_dir, out, tmp_path):
     broken = write_task(tmp_path / "tasks")
     (broken / "quiz.jsonl").write_text(json.dumps(question(2, 0)) + "\n{\n")
-    options = Options(path=str(run_dir), tasks="none", tasks_dir=broken, sequences=4, out=out)
+    options = EvalOptions(path=run_dir, tasks="none", tasks_dir=broken, sequences=4, out=out)
     with pytest.raises(UserError, match=expected):
-        evaluate(replace(options, **changes))
+        evaluate_model(replace(options, **changes))
     assert os.listdir(tmp_path) == ["tasks"]
 
 
 def test_an_interrupted_evaluation_is_never_taken_for_whole(
     run_dir, tasks_dir, out, monkeypatch, capsys
 ):
-    score = command.Scorer.score
+    score = evaluation.Scorer.score
 
     def interrupted(self, requests, mode, **options):
         if mode == "prefix":
             raise KeyboardInterrupt
         return score(self, requests, mode, **options)
 
-    monkeypatch.setattr(command.Scorer, "score", interrupted)
+    monkeypatch.setattr(evaluation.Scorer, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Options(path=str(run_dir), tasks_dir=tasks_dir, sequences=0, out=out))
+        evaluate_model(EvalOptions(path=run_dir, tasks_dir=tasks_dir, sequences=0, out=out))
     assert not out.exists()
     partial = out.with_name("out.partial")
     assert os.listdir(partial) == ["blimp.ar.jsonl"]
     assert f"items scored so far: {partial}" in capsys.readouterr().err
     with pytest.raises(UserError, match="another evaluation is writing to .* or was killed"):
-        evaluate(Options(path=str(run_dir), tasks="none", sequences=4, out=out))
+        evaluate_model(EvalOptions(path=run_dir, tasks="none", sequences=4, out=out))
 
 
 def test_a_place_that_cannot_be_written_is_a_mistake(run_dir, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="out"):
-        evaluate(Options(path=str(run_dir), tasks="none", out=tmp_path / "file" / "out"))
+        evaluate_model(EvalOptions(path=run_dir, tasks="none", out=tmp_path / "file" / "out"))
 
 
 def test_large_files_of_items_are_compressed(run_dir, tasks_dir, out, monkeypatch):
     monkeypatch.setattr(result_files, "_LARGE_BYTES", 100)
-    evaluate(Options(path=str(run_dir), tasks="quiz", tasks_dir=tasks_dir, modes="ar", out=out))
+    evaluate_model(
+        EvalOptions(path=run_dir, tasks="quiz", tasks_dir=tasks_dir, modes="ar", out=out)
+    )
     name = results(out)["tasks"]["quiz"]["modes"]["ar"]["items_file"]
     assert name == "quiz.ar.jsonl.gz"
     assert len(gzip.decompress((out / name).read_bytes()).splitlines()) == 6
@@ -357,9 +362,9 @@ def test_an_exported_model_is_evaluated_with_a_dataset_of_its_tokenizer(
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(run_dir / "step-00000008" / name, model)
     shutil.copy(run_dir / "step-00000008" / "weights.safetensors", model / "model.safetensors")
-    options = Options(path=str(model), tasks_dir=tasks_dir, modes="ar", data=tiny_dataset)
-    exported = evaluate(options)
-    of_run = evaluate(Options(path=str(run_dir), tasks_dir=tasks_dir, modes="ar"))
+    options = EvalOptions(path=model, tasks_dir=tasks_dir, modes="ar", data=tiny_dataset)
+    exported = evaluate_model(options)
+    of_run = evaluate_model(EvalOptions(path=run_dir, tasks_dir=tasks_dir, modes="ar"))
     assert results(model / "eval" / "model")["model"]["recipe"] is None
     for one, other in zip(exported.results, of_run.results, strict=True):
         assert one.score == other.score
@@ -369,17 +374,17 @@ def test_an_exported_model_is_evaluated_with_a_dataset_of_its_tokenizer(
 def test_held_out_losses_take_smaller_batches_when_memory_runs_out(
     run_dir, out, monkeypatch, capsys
 ):
-    options = Options(path=str(run_dir), sequences=4, tokens_per_batch=128, out=out)
-    expected = evaluate(replace(options, out=out.with_name("before"))).held_out
-    losses = command.held_out_losses
+    options = EvalOptions(path=run_dir, sequences=4, tokens_per_batch=128, out=out)
+    expected = evaluate_model(replace(options, out=out.with_name("before"))).held_out
+    losses = evaluation.held_out_losses
 
     def small_machine(*arguments, micro_batch, **others):
         if micro_batch > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return losses(*arguments, micro_batch=micro_batch, **others)
 
-    monkeypatch.setattr(command, "held_out_losses", small_machine)
-    found = evaluate(options).held_out
+    monkeypatch.setattr(evaluation, "held_out_losses", small_machine)
+    found = evaluate_model(options).held_out
     assert found is not None and expected is not None
     assert found.diffusion_nll == pytest.approx(expected.diffusion_nll, rel=1e-5)
     assert "memory ran out: held-out losses with 1 sequence at once" in capsys.readouterr().err
@@ -389,4 +394,20 @@ def test_held_out_losses_take_smaller_batches_when_memory_runs_out(
 def test_one_process_evaluates(run_dir, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="was started on several ranks"):
-        evaluate(Options(path=str(run_dir)))
+        evaluate_model(EvalOptions(path=run_dir))
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--elbo-samples", ["0", "10001", str(10**12)]),
+        ("--tokens-per-batch", ["0", str(10**12)]),
+        ("--limit", ["0", "-1"]),
+        ("--sequences", ["-1"]),
+    ],
+)
+def test_numbers_beyond_reason_are_refused_at_once(option, values):
+    for value in values:
+        outcome = CliRunner().invoke(app, ["eval", "nowhere", option, value])
+        assert outcome.exit_code == 2
+        assert f"Invalid value for '{option}'" in outcome.output

@@ -17,7 +17,7 @@ from dualtrain.evaluate.task_data import read_hub
 from dualtrain.evaluate.tasks import load_tasks
 from dualtrain.evaluate.templates import (
     Templates,
-    as_plain,
+    as_json,
     compile_expression,
     compile_template,
 )
@@ -153,7 +153,7 @@ def test_a_null_of_the_hub_is_named_where_it_is_used(tmp_path):
     with pytest.raises(UserError, match="hub:1: question of .* fails: 'stem' is null"):
         task.file.hub_fields.record(row | {"stem": None}, where="hub:1")
     made = task.file.hub_fields.record(row | {"options": ["x", None]}, where="hub:2")
-    record = json.loads(json.dumps(made, default=as_plain))
+    record = json.loads(as_json(made))
     with pytest.raises(UserError, match=r"hub:2: choices of .* gives \['x', null\]"):
         task.file.templates.item(record, where="hub:2", line=2)
 
@@ -246,7 +246,7 @@ GOOD = {"question": "Why?", "choices": ["a", "b"], "gold": 0, "topic": "x"}
         (GOOD | {"question": None}, "prompt of {file} fails: 'question' is null"),
         (GOOD | {"question": ["a", "b"]}, "prompt of {file} fails: 'question' is a list and no"),
         (GOOD | {"question": {"text": "a"}}, "fails: 'question' is a section and no text"),
-        (GOOD | {"question": True}, "prompt of {file} fails: true is no text"),
+        (GOOD | {"question": True}, "prompt of {file} fails: 'question' is true and no text"),
         (GOOD | {"question": float("nan")}, "'question' is nan"),
         (GOOD | {"choices": None}, "choices of {file} fails: 'choices' is null"),
         (GOOD | {"choices": ["a", None]}, "gives ['a', null] — expected texts"),
@@ -313,6 +313,7 @@ def evaluated(text):
         ("{{ 'a' ~ gone }}", "'gone' is null"),
         ("{{ gone | replace('a', 'b') }}", "'gone' is null"),
         ("{{ gone | regex_replace('a', 'b') }}", "'gone' is null"),
+        ("{{ gone | tojson }}", "'gone' is null"),
         ("{{ gone | length }}", "'gone' is null"),
         ("{{ '%s' | format(gone) }}", "'gone' is null"),
         ("{{ holes | join(' ') }}", "'holes[1]' is null"),
@@ -327,7 +328,18 @@ def evaluated(text):
         ("{{ list | trim }}", "'list' is a list and no text"),
         ("{{ 'a' ~ deep }}", "'deep' is a section and no text"),
         ("{{ list | map('upper') | list }}", "a list is no text"),
-        ("{{ yes }}", "true is no text"),
+        ("{{ yes }}", "'yes' is true and no text"),
+        ("{{ yes | string }}", "'yes' is true and no text"),
+        ("{{ yes | lower }}", "'yes' is true and no text"),
+        ("{{ yes | replace('a', 'b') }}", "'yes' is true and no text"),
+        ("{{ 'a' ~ yes }}", "'yes' is true and no text"),
+        ("{{ '%s' | format(yes) }}", "'yes' is true and no text"),
+        ("{{ '{}'.format(yes) }}", "'yes' is true and no text"),
+        ("{{ [yes, yes] | join }}", "'yes' is true and no text"),
+        ("{{ 'a' ~ (year == 1999) }}", "true is no text"),
+        ("{{ (year == 1999) | upper }}", "true is no text"),
+        ("{{ list | map('upper') | string }}", "is no text"),
+        ("{{ deep.get('txt') ~ '' }}", "'deep' has no 'txt'"),
         ("{{ text.title }}", "is no text"),
         ("{{ range }}", "is no text"),
         ("{{ text | regex_replace('(', '') }}", "missing ), unterminated subpattern"),
@@ -352,6 +364,10 @@ def test_a_template_shows_nothing_but_text_and_numbers(text, expected):
         ("{{ gone | default('nothing') }}", "nothing"),
         ("{{ 'nothing' if gone is none else gone }}", "nothing"),
         ("{{ 'yes' if yes else 'no' }}", "yes"),
+        ("{{ 'yes' if yes is true and yes == true and yes is boolean else 'no' }}", "yes"),
+        ("{{ {true: 'right', false: 'wrong'}[yes] }}", "right"),
+        ("{{ yes | tojson }} {{ yes + 1 }}", "true 2"),
+        ("{{ 'year ' ~ year }}", "year 1999"),
         ("{{ deep.text }} {{ deep['text'] }} {{ deep.list[0].a }}", "inner inner b"),
         # A field of a section and not the method of Python's.
         ("{{ deep.items }}", "mine"),

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.runs import command, environment, run
+from helpers.ranks import environment
+from helpers.runs import command, said
 
-import dualtrain.cli as cli
 from dualtrain.common import locks
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import file_problem, user_path
@@ -27,15 +27,6 @@ from dualtrain.launch.world import (
 )
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.prepare import lock_run_directory, own_places, prepare_run_directory
-
-
-def said(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and standard error of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["dualtrain", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0), capsys.readouterr().err
-
 
 LONG = "It was a dark night, and " * 20
 LOOKED_UP = (["generate", LONG], ["eval", LONG], ["fit", LONG], ["run", LONG])
@@ -290,11 +281,14 @@ def test_a_dry_run_refuses_what_the_run_refuses(tiny, tmp_path, monkeypatch, cap
     assert sorted(os.listdir(tmp_path / "run")) == ["step-00000001"]
 
 
-def test_memory_that_no_machine_has_is_refused_before_the_dataset_is_made(tmp_path):
+def test_memory_that_no_machine_has_is_refused_before_the_dataset_is_made(
+    tmp_path, monkeypatch, capsys
+):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(load_recipe("quickstart", ["model.vocab_size=16777216"]).text)
     change = ["model.width=1048576", "model.heads=2", f"data.path={tmp_path / 'data'}"]
-    finished = run(["-m", "dualtrain", "run", str(recipe), *change, f"run_dir={tmp_path / 'run'}"])
-    assert finished.returncode == 2 and finished.stderr.startswith("error: model: of ")
-    assert "this machine has" in finished.stderr or "a GPU here has" in finished.stderr
+    change.append(f"run_dir={tmp_path / 'run'}")
+    code, error = said(monkeypatch, capsys, "run", str(recipe), *change)
+    assert code == 2 and error.startswith("error: model: of ")
+    assert "this machine has" in error or "a GPU here has" in error
     assert not (tmp_path / "data").exists()

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from helpers.runs import command, environment, records, results, tiny_loader
+from helpers.ranks import environment
+from helpers.runs import command, records, results, tiny_loader
 
 from dualtrain.checkpoint.files import find_defects
 from dualtrain.checkpoint.store import find_checkpoints

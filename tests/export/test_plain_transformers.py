@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers.runs import TESTS
+from helpers.ranks import TESTS
 
 IDS = torch.randint(16, 500, (2, 24), generator=torch.Generator().manual_seed(1))
 

@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.ranks import environment, on_ranks
 
+from dualtrain import cli
 from dualtrain.common.errors import UserError
 from dualtrain.progress.progress import read_metrics
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
@@ -112,3 +114,11 @@ def run(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Comp
         capture_output=True,
         text=True,
     )
+
+
+def said(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["dualtrain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0), capsys.readouterr().err

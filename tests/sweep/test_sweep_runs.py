@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from experiments.kill_sweeps import disturb, sweep, sweep_file
-from helpers.runs import environment
+from helpers.ranks import environment
 
 from dualtrain.common.errors import UserError
 from dualtrain.sweep.command import CompareOptions, SweepOptions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,23 +60,28 @@ def choose_documents(
         _, first = np.unique(hashes[kept], return_index=True)
         is_first = np.zeros(len(kept), dtype=bool)
         is_first[first] = True
-        left_out["duplicate"] += int((~is_first).sum())
-        kept = kept[is_first]
+        kept = _drop(is_first, "duplicate", kept, left_out)
     if not len(kept):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        raise UserError(where, f"no documents are left: {reasons or 'there are none'}", "some text")
+        raise no_documents(where, left_out)
     held_out, unused = _held_out(lengths[kept], hashes[kept], options, where)
     if unused.any():
         left_out["held out beyond val_tokens"] += int(unused.sum())
     chosen = {"train": kept[~held_out & ~unused], "val": kept[held_out]}
     order: dict[Split, np.ndarray] = {}
     for number, split in enumerate(SPLITS):
-        order[split] = _in_order(chosen[split], number, options.shuffle_seed)
+        order[split] = in_order(chosen[split], number, options.shuffle_seed)
     if options.max_tokens is not None:
         order["train"], cut = _first(order["train"], lengths, options.max_tokens)
         if cut:
             left_out["beyond max_tokens"] += cut
     return Choice(order, left_out)
+
+
+def no_documents(where: str, left_out: Mapping[str, int]) -> UserError:
+    """What to say when all were left out, or there were none."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    what = f"no documents are left: {reasons}" if reasons else "has no documents"
+    return UserError(where, what, "some text")
 
 
 def may_be_held_out(sizes: np.ndarray, hashes: np.ndarray, options: BuildSection) -> np.ndarray:
@@ -169,7 +175,8 @@ def _reaching(lowest: int) -> str:
     return f"{math.ceil(share / digit) * digit:.2g}"
 
 
-def _in_order(numbers: np.ndarray, split: int, seed: int | None) -> np.ndarray:
+def in_order(numbers: np.ndarray, split: int, seed: int | None) -> np.ndarray:
+    """The documents of a split, by its number, in the order of a seed; None keeps theirs."""
     if seed is None:
         return numbers
     return numbers[generator(seed, "documents on disk", split).permutation(len(numbers))]

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import IO
 import numpy as np
 
 from data_tools.accept import check_made_alike, effective_arguments, recorded
-from data_tools.choose import SPLITS, Choice, choose_documents
+from data_tools.choose import choose_documents, no_documents
 from data_tools.encode import Encoder, WorkerDiedError, Workers
 from data_tools.reporting import Report, StageProgress
-from data_tools.shards import SHARD_BYTES, check_split, import_ahead, picked_documents, write_split
+from data_tools.shards import SHARD_BYTES, SplitDocuments, import_ahead, write_dataset
 from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
 from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
 from data_tools.spool import Spool, SpoolState
@@ -53,12 +54,11 @@ from dualtrain.data.dataset import (
     LEFT_OUT_FILE,
     TOKENIZER_FILE,
     DatasetInfo,
-    SplitInfo,
+    Split,
 )
 from dualtrain.recipe.schema import BuildSection
 
 _KEY_FILE = "conversion.json"
-_GOES_ON = "the same command goes on from there"
 _WORKERS_FROM_BYTES = 8 * 2**20
 
 
@@ -87,47 +87,34 @@ def build_dataset(
     Raises:
         UserError: Unusable source or tokenizer; `path` holds something else; disk errors.
     """
-    report = report or Report()
+    report, place = report or Report(), absolute(path)
+    kept = beside(place)
+    goes_on = f"what is done is kept in {in_utf8(kept)}; the same command goes on from there"
     try:
-        place = absolute(path)
         if (place / DATASET_FILE).exists():  # also where nothing may be written
             return _accept(place, build)
         with reserved(place, marker=DATASET_FILE, on_wait=report.wait):
             if (place / DATASET_FILE).exists():
                 return _accept(place, build)
-            return _make(build, place, workers, report, shard_bytes, stdin)
-    except OSError as error:
-        partial = beside(Path(path))
-        kept = f"what is done is kept in {in_utf8(partial)}; {_GOES_ON}"
-        raise unwritable(error, path, hint=kept if os.path.exists(partial) else "") from None
-
-
-def _make(
-    build: BuildSection,
-    path: Path,
-    workers: int | None,
-    report: Report,
-    shard_bytes: int,
-    stdin: IO[bytes] | None,
-) -> DatasetInfo:
-    """Make the dataset at a place that is ours; whatever ends it, the place has it whole or not."""
-    partial = beside(path)
-    # An error in what is asked for comes before what an interrupted conversion left is looked at,
-    # and leaves it alone.
-    conversion = _Conversion(build, partial, report, stdin)
-    try:
-        info = conversion.run(workers, shard_bytes)
-        publish(conversion.dataset, path)
+            # An error in what is asked for comes before what an interrupted conversion left is
+            # looked at, and leaves it alone.
+            conversion = _Conversion(build, kept, report, stdin)
+            try:
+                info = conversion.run(workers, shard_bytes)
+                publish(conversion.dataset, place)
+            except WorkerDiedError:
+                raise
+            except UserError:
+                discard(kept)  # the input has to change before it could go on
+                raise
+            discard(kept)
+            return info
     except KeyboardInterrupt:
-        report.say(f"interrupted: what is done is kept in {in_utf8(partial)}; {_GOES_ON}")
+        if kept.exists():
+            report.say(f"interrupted: {goes_on}")
         raise
-    except WorkerDiedError:
-        raise
-    except UserError:
-        discard(partial)  # the input has to change before it could go on
-        raise
-    discard(partial)
-    return info
+    except OSError as error:
+        raise unwritable(error, path, hint=goes_on if os.path.exists(kept) else "") from None
 
 
 def check_build(build: BuildSection, path: str | Path) -> None:
@@ -188,26 +175,32 @@ class _Conversion:
         choice = choose_documents(lengths, table["hash"], self._build, where=self._where)
         shutil.rmtree(self.dataset, ignore_errors=True)  # of a conversion killed while it wrote
         self.dataset.mkdir()
-        tokenizer.save(self.dataset / TOKENIZER_FILE)
-        info = self._info(table, choice, tokenizer, spool, dtype)
-        for split, order in choice.order.items():
-            documents = spool.read(lengths, order)
-            write_split(
-                self.dataset,
-                split,
-                documents,
-                lengths[order],
-                table["bytes"][order].astype(np.int64),
-                dtype=dtype,
-                report=self._report,
-                shard_bytes=shard_bytes,
-            )
-            picked = picked_documents(len(order))
-            again = zip(picked.tolist(), spool.read(lengths, order[picked]), strict=True)
-            check_split(self.dataset, split, info, again)
         spool.copy_left_out(self.dataset / LEFT_OUT_FILE)
+        splits: dict[Split, SplitDocuments] = {
+            split: SplitDocuments(order, lengths, table["bytes"], partial(spool.read, lengths))
+            for split, order in choice.order.items()
+        }
+        left_out = Counter(spool.state.left_out) + choice.left_out
+        info = DatasetInfo.model_validate(
+            {
+                "format": FORMAT,
+                "tokenizer_file": TOKENIZER_FILE,
+                "tokenizer_sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "special_tokens": tokenizer.special_tokens,
+                "special_ids": tokenizer.special_ids,
+                "dtype": dtype,
+                "splits": {split: documents.facts for split, documents in splits.items()},
+                "skipped_documents": left_out.total(),
+                "left_out": dict(sorted(left_out.items())),
+                "sources": recorded([CorpusFile(path, size) for path, size, _ in self._files]),
+                "arguments": effective_arguments(self._build),
+            }
+        )
+        write_dataset(
+            self.dataset, info, tokenizer, splits, report=self._report, shard_bytes=shard_bytes
+        )
         spool.close()
-        (self.dataset / DATASET_FILE).write_text(info.model_dump_json(indent=2) + "\n")
         return info
 
     def _prepare(self) -> None:
@@ -274,8 +267,8 @@ class _Conversion:
         # Standard input is kept, or nothing of it would be left to encode.
         open_again = repeatable(self._build, self._stdin, self._work / "standard-input")
         tokenizer = learn(open_again, self._build, hold_out=True, report=self._report)
-        with replacing(file) as partial:
-            tokenizer.save(partial)
+        with replacing(file) as new:
+            tokenizer.save(new)
         self._source = open_again()
         return tokenizer
 
@@ -314,7 +307,7 @@ class _Conversion:
                 )
             spool.finish()
         if not spool.state.documents:
-            raise self._no_documents(spool.state.left_out)
+            raise no_documents(self._where, spool.state.left_out)
         return spool
 
     def _show_encoding(self, state: SpoolState) -> None:
@@ -328,39 +321,6 @@ class _Conversion:
                 tokens=state.tokens,
                 text_bytes=state.text_bytes,
             )
-        )
-
-    def _no_documents(self, left_out: dict[str, int]) -> UserError:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        what = f"no documents are left: {reasons}" if reasons else "has no documents"
-        return UserError(self._where, what, "some text")
-
-    def _info(
-        self, table: np.ndarray, choice: Choice, tokenizer: Tokenizer, spool: Spool, dtype: str
-    ) -> DatasetInfo:
-        left_out = Counter(spool.state.left_out) + choice.left_out
-        return DatasetInfo.model_validate(
-            {
-                "format": FORMAT,
-                "tokenizer_file": TOKENIZER_FILE,
-                "tokenizer_sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                "special_tokens": tokenizer.special_tokens,
-                "special_ids": tokenizer.special_ids,
-                "dtype": dtype,
-                "splits": {
-                    split: SplitInfo(
-                        documents=len(choice.order[split]),
-                        tokens=int(table["length"][choice.order[split]].sum()),
-                        bytes=int(table["bytes"][choice.order[split]].sum()),
-                    )
-                    for split in SPLITS
-                },
-                "skipped_documents": left_out.total(),
-                "left_out": dict(sorted(left_out.items())),
-                "sources": recorded([CorpusFile(path, size) for path, size, _ in self._files]),
-                "arguments": effective_arguments(self._build),
-            }
         )
 
 

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.choose import SPLITS
+from data_tools.choose import SPLITS, in_order
 from data_tools.reporting import Report, StageProgress
-from data_tools.shards import (
-    SHARD_BYTES,
-    check_split,
-    load_text_bytes,
-    picked_documents,
-    write_split,
-)
+from data_tools.shards import SHARD_BYTES, SplitDocuments, load_text_bytes, write_dataset
 from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import absolute, made_whole, reserved, writing
-from dualtrain.common.randomness import generator
 from dualtrain.data.dataset import (
     DATASET_FILE,
-    FORMAT,
     TOKENIZER_FILE,
     DatasetInfo,
     Split,
-    SplitInfo,
     TokenDataset,
 )
 
@@ -147,14 +138,36 @@ class _Merge:
                 before = kept[split].sum()
                 kept[split] &= _is_first(hashes[split])
                 self._left_out[DUPLICATE] += int(before - kept[split].sum())
-        facts: dict[Split, SplitInfo] = {}
-        for split in SPLITS:
-            facts[split] = self._facts(split, documents[split], kept[split])
-        info = self._info(facts)
-        self._tokenizer.save(self._directory / TOKENIZER_FILE)
+        seed = self._arguments["shuffle_seed"]
+        splits: dict[Split, SplitDocuments] = {}
         for number, split in enumerate(SPLITS):
-            self._write(split, number, documents[split], np.flatnonzero(kept[split]), info)
-        (self._directory / DATASET_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+            order = in_order(np.flatnonzero(kept[split]), number, seed)
+            if not len(order):
+                where = ", ".join(map(str, self._paths))
+                raise UserError(where, f"no documents are left for {split}", "some")
+            every = documents[split]
+            splits[split] = SplitDocuments(order, every.lengths, every.text_bytes, every.read_all)
+        skipped = sum(info.skipped_documents - sum(info.left_out.values()) for info in self._infos)
+        left_out = {reason: n for reason, n in sorted(self._left_out.items()) if n}
+        info = self._infos[0].model_copy(
+            update={
+                "tokenizer_file": TOKENIZER_FILE,
+                "tokenizer_sha256": self._tokenizer.sha256,
+                "splits": {split: documents.facts for split, documents in splits.items()},
+                "skipped_documents": skipped + sum(left_out.values()),
+                "left_out": left_out,
+                "sources": tuple(file for info in self._infos for file in info.sources),
+                "arguments": self._arguments,
+            }
+        )
+        write_dataset(
+            self._directory,
+            info,
+            self._tokenizer,
+            splits,
+            report=self._report,
+            shard_bytes=self._shard_bytes,
+        )
         return info
 
     def _hashes(self, split: Split, documents: _Documents) -> np.ndarray:
@@ -170,61 +183,6 @@ class _Merge:
                 )
         return found
 
-    def _facts(self, split: Split, documents: _Documents, kept: np.ndarray) -> SplitInfo:
-        if not kept.any():
-            raise UserError(
-                ", ".join(map(str, self._paths)), f"no documents are left for {split}", "some"
-            )
-        tokens = int(documents.lengths[kept].sum())
-        size = int(documents.text_bytes[kept].sum())
-        return SplitInfo(documents=int(kept.sum()), tokens=tokens, bytes=size)
-
-    def _info(self, facts: dict[Split, SplitInfo]) -> DatasetInfo:
-        first = self._infos[0]
-        skipped = sum(info.skipped_documents - sum(info.left_out.values()) for info in self._infos)
-        left_out = {reason: n for reason, n in sorted(self._left_out.items()) if n}
-        return DatasetInfo.model_validate(
-            {
-                "format": FORMAT,
-                "tokenizer_file": TOKENIZER_FILE,
-                "tokenizer_sha256": self._tokenizer.sha256,
-                "vocab_size": first.vocab_size,
-                "special_tokens": first.special_tokens,
-                "special_ids": first.special_ids,
-                "dtype": first.dtype,
-                "splits": facts,
-                "skipped_documents": skipped + sum(left_out.values()),
-                "left_out": left_out,
-                "sources": [file for info in self._infos for file in info.sources],
-                "arguments": self._arguments,
-            }
-        )
-
-    def _write(
-        self,
-        split: Split,
-        number: int,
-        documents: _Documents,
-        kept: np.ndarray,
-        info: DatasetInfo,
-    ) -> None:
-        seed = self._arguments["shuffle_seed"]
-        if seed is not None:
-            kept = kept[generator(seed, "documents on disk", number).permutation(len(kept))]
-        write_split(
-            self._directory,
-            split,
-            map(documents.read, kept.tolist()),
-            documents.lengths[kept],
-            documents.text_bytes[kept],
-            dtype=info.dtype,
-            report=self._report,
-            shard_bytes=self._shard_bytes,
-        )
-        picked = picked_documents(len(kept))
-        again = zip(picked.tolist(), map(documents.read, kept[picked].tolist()), strict=True)
-        check_split(self._directory, split, info, again)
-
 
 class _Documents:
     """The documents of one split of several datasets, numbered one dataset after another."""
@@ -239,6 +197,9 @@ class _Documents:
         which = int(np.searchsorted(self._ends, number, side="right"))
         before = int(self._ends[which - 1]) if which else 0
         return self._datasets[which].read(number - before)
+
+    def read_all(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+        return map(self.read, numbers.tolist())
 
 
 def _is_first(hashes: np.ndarray) -> np.ndarray:

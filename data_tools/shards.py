@@ -1,25 +1,29 @@
-"""Write one split of a dataset, and read it back before it counts."""
+"""Write a dataset, and read it back before it counts."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.reporting import Report, StageProgress
+from data_tools.tokenizers.tokenizer import Tokenizer
 from dualtrain.common.errors import UserError
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
     NOT_AN_ARRAY,
     TEXT_BYTES_FILE,
+    TOKENIZER_FILE,
     TOKENS_FIELD,
     DatasetInfo,
     Split,
+    SplitInfo,
     TokenDataset,
 )
 
@@ -40,41 +44,96 @@ def import_ahead(module: str) -> None:
     threading.Thread(target=work, name=f"import-{module}").start()
 
 
+@dataclass(frozen=True)
+class SplitDocuments:
+    """What a split is made of.
+
+    Attributes:
+        order: (documents,) numbers of its documents, in their order on disk.
+        lengths: (all documents,) tokens of each.
+        text_bytes: (all documents,) bytes of the text of each.
+        read: The tokens of documents, by their numbers.
+    """
+
+    order: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+    read: Callable[[np.ndarray], Iterable[np.ndarray]]
+
+    @property
+    def facts(self) -> SplitInfo:
+        return SplitInfo(
+            documents=len(self.order),
+            tokens=int(self.lengths[self.order].sum()),
+            bytes=int(self.text_bytes[self.order].sum()),
+        )
+
+
+def write_dataset(
+    directory: Path,
+    info: DatasetInfo,
+    tokenizer: Tokenizer,
+    splits: Mapping[Split, SplitDocuments],
+    *,
+    report: Report,
+    shard_bytes: int,
+) -> None:
+    """Write a dataset into an empty directory, read it back, and declare it whole.
+
+    Raises:
+        UserError: Something reads back differently.
+    """
+    tokenizer.save(directory / TOKENIZER_FILE)
+    for split, documents in splits.items():
+        write_split(directory, split, info, documents, report, shard_bytes)
+        _check_split(directory, split, info, documents)
+    (directory / DATASET_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+
+
 def write_split(
     directory: Path,
     split: Split,
-    documents: Iterable[np.ndarray],
-    lengths: np.ndarray,
-    text_bytes: np.ndarray,
-    *,
-    dtype: str,
+    info: DatasetInfo,
+    documents: SplitDocuments,
     report: Report,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int,
 ) -> None:
-    """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``, ``text_bytes.npy``.
-
-    Args:
-        documents: Each (tokens,) of `dtype`, in order.
-        lengths: (documents,) int64, tokens of each.
-        text_bytes: (documents,) int64, bytes of the text of each.
-        dtype: ``uint16`` or ``uint32``.
-    """
+    """Write ``directory/split``: shards, ``index.json``, ``lengths.npy``, ``text_bytes.npy``."""
     from dualtrain.data.mds import MDSWriter
 
     # Not as a context manager: that would write an index over whatever is there on an error.
     writer = MDSWriter(
-        columns={TOKENS_FIELD: f"ndarray:{dtype}"},
+        columns={TOKENS_FIELD: f"ndarray:{info.dtype}"},
         out=str(directory / split),
         hashes=["sha256"],
         size_limit=shard_bytes,
     )
-    for number, tokens in enumerate(documents):
+    order = documents.order
+    for number, tokens in enumerate(documents.read(order)):
         writer.write({TOKENS_FIELD: tokens})
         if number % _SHOWN_EVERY == 0:
-            report.show(StageProgress(f"writing {split}", number, len(lengths), "documents"))
+            report.show(StageProgress(f"writing {split}", number, len(order), "documents"))
     writer.finish()
-    _save(directory / split / LENGTHS_FILE, lengths)
-    _save(directory / split / TEXT_BYTES_FILE, text_bytes)
+    _save(directory / split / LENGTHS_FILE, documents.lengths[order].astype(np.int64))
+    _save(directory / split / TEXT_BYTES_FILE, documents.text_bytes[order].astype(np.int64))
+
+
+def _check_split(
+    directory: Path, split: Split, info: DatasetInfo, documents: SplitDocuments
+) -> None:
+    """Check every shard's size, and a hundred documents that are spread over the split."""
+    dataset = TokenDataset(directory, split, info)
+    dataset.check_shards()
+    dataset.check_documents()
+    order = documents.order
+    picked = np.unique(np.linspace(0, len(order) - 1, _PICKED).astype(np.int64))
+    for number, tokens in zip(picked.tolist(), documents.read(order[picked]), strict=True):
+        if not np.array_equal(dataset.read(number), tokens):
+            raise UserError(
+                str(dataset.shard_of(number)),
+                f"document {number} reads back differently from what was written",
+                hint="check the disk",
+            )
 
 
 def _save(file: Path, numbers: np.ndarray) -> None:
@@ -83,35 +142,6 @@ def _save(file: Path, numbers: np.ndarray) -> None:
     with file.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         stream.write(np.ascontiguousarray(numbers).data)
-
-
-def check_split(
-    directory: Path, split: Split, info: DatasetInfo, read: Iterable[tuple[int, np.ndarray]]
-) -> None:
-    """Check what was written: every shard's size, and some documents against their tokens.
-
-    Args:
-        info: Its facts; the file need not be there yet.
-        read: Documents to compare: (number in the split, tokens).
-
-    Raises:
-        UserError: Something reads back differently.
-    """
-    dataset = TokenDataset(directory, split, info)
-    dataset.check_shards()
-    dataset.check_documents()
-    for document, tokens in read:
-        if not np.array_equal(dataset.read(document), tokens):
-            raise UserError(
-                str(dataset.shard_of(document)),
-                f"document {document} reads back differently from what was written",
-                hint="check the disk",
-            )
-
-
-def picked_documents(count: int) -> np.ndarray:
-    """Numbers of at most a hundred documents spread over a split, to be read back."""
-    return np.unique(np.linspace(0, count - 1, _PICKED).astype(np.int64))
 
 
 def load_text_bytes(dataset: TokenDataset) -> np.ndarray:

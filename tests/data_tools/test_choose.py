@@ -128,7 +128,7 @@ def test_too_small_a_fraction_says_which_one_would_do() -> None:
 @pytest.mark.parametrize(
     ("count", "options", "message"),
     [
-        (0, {}, "no documents are left"),
+        (0, {}, "has no documents"),
         (1, {}, "one document cannot be divided"),
         (5, {"val_tokens": 100}, "val_tokens is 100, .* have 5 tokens"),
         (5, {"val_tokens": 5}, "all of its 5 documents are held out"),

@@ -82,7 +82,7 @@ def test_what_reads_back_differently_is_not_published(
         shard.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.convert.write_split", damage)
+        patch.setattr("data_tools.shards.write_split", damage)
         with pytest.raises(UserError, match="reads back differently"):
             build_dataset(build, tmp_path / "data")
     assert not (tmp_path / "data").exists()

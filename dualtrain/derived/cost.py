@@ -14,12 +14,12 @@ from dualtrain.engine.groups import ParameterGroup, group_parameters
 from dualtrain.method.mixing import Objective
 from dualtrain.network.arithmetic import (
     ImportedSizes,
-    Sizes,
     count_parameters,
     flops_per_token,
     matrix_names,
     parameter_shapes,
 )
+from dualtrain.network.config import DualConfig
 from dualtrain.recipe.schema import Recipe
 
 FP32, BF16 = 4, 2
@@ -76,7 +76,7 @@ class Memory:
 
 def model_cost(
     recipe: Recipe,
-    sizes: Sizes | ImportedSizes,
+    sizes: DualConfig | ImportedSizes,
     ds_config: DsConfig,
     *,
     world_size: int,
@@ -112,7 +112,9 @@ def model_cost(
     )
 
 
-def optimizer_groups(recipe: Recipe, sizes: Sizes | ImportedSizes) -> tuple[ParameterGroup, ...]:
+def optimizer_groups(
+    recipe: Recipe, sizes: DualConfig | ImportedSizes
+) -> tuple[ParameterGroup, ...]:
     """The groups that the engine will have."""
     muon = matrix_names(sizes) if recipe.optim.name == "muon" else ()
     return tuple(group_parameters(parameter_shapes(sizes), muon))
@@ -128,7 +130,7 @@ def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) 
 
 def _memory(
     recipe: Recipe,
-    sizes: Sizes | ImportedSizes,
+    sizes: DualConfig | ImportedSizes,
     parameters: int,
     states: int,
     ds_config: DsConfig,
@@ -158,7 +160,7 @@ def _memory(
     )
 
 
-def _activations(recipe: Recipe, sizes: Sizes | ImportedSizes) -> int:
+def _activations(recipe: Recipe, sizes: DualConfig | ImportedSizes) -> int:
     """Bytes that a micro-batch leaves for its backward pass.
 
     A block saves about ten vectors of the width (two residuals, two normalised inputs, queries,
@@ -166,10 +168,10 @@ def _activations(recipe: Recipe, sizes: Sizes | ImportedSizes) -> int:
     """
     tokens = recipe.micro_batch * recipe.sequence_length
     size = BF16 if recipe.engine.precision == "bf16" else FP32
-    block = tokens * (10 * sizes.width + 4 * sizes.mlp_width) * size
+    block = tokens * (10 * sizes.hidden_size + 4 * sizes.intermediate_size) * size
     if recipe.model.activation_checkpointing:
-        body = sizes.layers * tokens * sizes.width * size + block
+        body = sizes.num_hidden_layers * tokens * sizes.hidden_size * size + block
     else:
-        body = sizes.layers * block
+        body = sizes.num_hidden_layers * block
     logits = 2 * min(tokens, LOGIT_ROWS) * sizes.vocab_size * FP32
     return body + logits

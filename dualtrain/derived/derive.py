@@ -23,12 +23,12 @@ from dualtrain.derived.reasons import (
 from dualtrain.engine.config import read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
-from dualtrain.network.arithmetic import model_sizes
+from dualtrain.network.config import DualConfig
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.schema import LARGEST_STEPS, AlphaSchedule, Recipe
 
 if TYPE_CHECKING:
-    from dualtrain.network.arithmetic import ImportedSizes, Sizes
+    from dualtrain.network.arithmetic import ImportedSizes
 
 
 LONGEST_SCHEDULE = 10**6
@@ -240,10 +240,10 @@ def known_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> int | None:
 
 def _look_at_model(
     recipe: Recipe, vocab_size: int | None
-) -> tuple[Sizes | ImportedSizes | None, tuple[str, str] | None, list[str]]:
+) -> tuple[DualConfig | ImportedSizes | None, tuple[str, str] | None, list[str]]:
     """The model's sizes, as far as they are known; of an imported one also what is to be said."""
     if recipe.model.hf is None:
-        sizes = None if vocab_size is None else model_sizes(recipe.model, vocab_size)
+        sizes = None if vocab_size is None else DualConfig.of_recipe(recipe.model, vocab_size)
         return sizes, None, []
     # Here, because it takes seconds to import, and our own model does without.
     from dualtrain.model import hugging_face

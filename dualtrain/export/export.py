@@ -157,7 +157,7 @@ def _made_whole(directory: Path | str) -> Iterator[Path]:
             yield partial
 
 
-def _generation(config: PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
+def _generation(config: DualConfig | PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
     """How ``generate`` begins and ends a text, and what it never writes."""
     # The beginning of the next document ends a text, too, where a model was taught to write it.
     ends = list(dict.fromkeys([info.eos_id, info.bos_id]))

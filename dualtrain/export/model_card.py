@@ -18,6 +18,7 @@ from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.derived.derive import run_length
 from dualtrain.export.card_results import held_out, task_scores
+from dualtrain.network.config import DualConfig
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 
 _SHOWN_FILES = 10
@@ -79,7 +80,7 @@ def write_model_card(
     directory: Path,
     source: ModelSource,
     *,
-    config: PretrainedConfig,
+    config: DualConfig | PretrainedConfig,
     values: Mapping[str, Any],
     parameters: int,
     names: Mapping[str, str],
@@ -122,7 +123,10 @@ def _table(rows: Iterator[tuple[str, str]]) -> str:
 
 
 def _model_rows(
-    recipe: Recipe, config: PretrainedConfig, values: Mapping[str, Any], parameters: int
+    recipe: Recipe,
+    config: DualConfig | PretrainedConfig,
+    values: Mapping[str, Any],
+    parameters: int,
 ) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{parameters:,}, in {values['torch_dtype']}"
     yield "architecture", values["architectures"][0]

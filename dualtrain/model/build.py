@@ -1,14 +1,17 @@
-"""Models: from a recipe, from a checkpoint's ``config.json``, from the directory of an export."""
+"""Models: from a recipe, from a checkpoint's ``config.json``, from the directory of an export.
+
+transformers takes seconds to import, and our own model does without: only imported ones ask for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, read_object
@@ -19,16 +22,16 @@ from dualtrain.engine.parameters import (
     whole_parameters,
 )
 from dualtrain.model.exported import is_exported, read_exported_config
-from dualtrain.model.hugging_face import build_imported
-from dualtrain.model.imported import ImportedLM
-from dualtrain.model.imported_config import parse_config
-from dualtrain.model.pretrained import load_pretrained
-from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.initialize import initialize_parameter
 from dualtrain.network.norms import norm_parameters
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from dualtrain.model.imported import ImportedLM
 
 CONFIG = "config.json"
 """The model's configuration, in a checkpoint as in an export."""
@@ -51,6 +54,8 @@ def build_model(
     """
     section = recipe.model
     if section.hf is not None:
+        from dualtrain.model.hugging_face import build_imported
+
         model = build_imported(recipe, info, ds_config, pretrained=pretrained)
     else:
         model = _build_own(recipe, info, ds_config)
@@ -77,17 +82,10 @@ def _build_own(recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object
 
 def model_config(recipe: Recipe, info: DatasetInfo) -> DualConfig:
     """The configuration of the recipe's model for a dataset's vocabulary."""
-    section = recipe.model
-    return DualConfig(
-        vocab_size=model_sizes(section, info.vocab_size).vocab_size,
-        width=section.width,
-        layers=section.layers,
-        heads=section.heads,
-        mlp_width=section.mlp_width,
-        rope_theta=section.rope_theta,
-        norm_eps=section.norm_eps,
-        head=section.head,
-        sequence_length=recipe.sequence_length,
+    return DualConfig.of_recipe(
+        recipe.model,
+        info.vocab_size,
+        max_position_embeddings=recipe.sequence_length,
         bos_token_id=info.bos_id,
         eos_token_id=info.eos_id,
         pad_token_id=info.pad_id,
@@ -112,11 +110,14 @@ def read_exported(directory: Path) -> nn.Module:
     Raises:
         UserError: Its files are missing, or do not fit one another.
     """
-    model = _on_meta(read_config(directory / CONFIG)).to_empty(device="cpu")
-    if isinstance(model, ImportedLM):
-        load_pretrained(directory, model)
-    else:
+    config = read_config(directory / CONFIG)
+    model = _on_meta(config).to_empty(device="cpu")
+    if isinstance(config, DualConfig):
         load_safetensors(directory, model)
+    else:
+        from dualtrain.model.pretrained import load_pretrained
+
+        load_pretrained(directory, cast("ImportedLM", model))
     return model
 
 
@@ -130,13 +131,19 @@ def read_config(file: Path) -> DualConfig | PretrainedConfig:
     if is_exported(values):
         return read_exported_config(values, where=str(file))
     if values.get("model_type") == DualConfig.model_type:
-        return DualConfig.from_dict(values)
+        return DualConfig.of(values)
+    from dualtrain.model.imported_config import parse_config
+
     return parse_config(values, where=str(file))
 
 
-def _on_meta(config: PretrainedConfig) -> nn.Module:
+def _on_meta(config: DualConfig | PretrainedConfig) -> nn.Module:
     with torch.device("meta"):
-        return DualLM(config) if isinstance(config, DualConfig) else ImportedLM(config)
+        if isinstance(config, DualConfig):
+            return DualLM(config)
+        from dualtrain.model.imported import ImportedLM
+
+        return ImportedLM(config)
 
 
 def load_safetensors(directory: Path, model: nn.Module) -> None:

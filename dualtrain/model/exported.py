@@ -11,11 +11,11 @@ own defaults for rotary settings that 5 has renamed, without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from dualtrain.common.errors import UserError
 from dualtrain.model.handle import Target
-from dualtrain.model.imported_config import check_sizes
 from dualtrain.network.config import DualConfig
 
 CODE = "modeling_dualtrain"
@@ -26,22 +26,6 @@ _APPEND_EOS = "append_eos"
 _HEAD = "head"
 # The old name: transformers before 4.56 knows no other, and newer ones know both.
 _DTYPE = "torch_dtype"
-# In an export, and in a DualConfig.
-_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_width",
-    "max_position_embeddings": "sequence_length",
-    "rms_norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
-    "mask_token_id": "mask_token_id",
-}
-
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -62,8 +46,7 @@ def exported_config(
         append_eos: Whether the texts of its training ended with ``</s>``.
         dtype: Of the exported weights, such as ``float32``.
     """
-    values = {name: getattr(config, ours) for name, ours in _NAMES.items()}
-    values |= {_HEAD: config.head, _TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
+    values = asdict(config) | {_TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
     values |= {"tie_word_embeddings": False, "use_cache": True}
     auto_map = {
         "AutoConfig": f"{CODE}.DualTrainConfig",
@@ -80,8 +63,8 @@ def exported_config(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "auto_map": auto_map,
-        "num_key_value_heads": config.heads,
-        "head_dim": config.head_size,
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -111,6 +94,17 @@ def exported_import(
     return exported
 
 
+def check_sizes(sizes: Mapping[str, object], where: str) -> None:
+    """Refuse sizes of which no model can be made; transformers looks at few of them.
+
+    Raises:
+        UserError: One is no integer above 0.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(where, f"{name}: {size!r}", "an integer above 0")
+
+
 def is_exported(values: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is from an export of a ``DualLM``, also when saved again."""
     return _TARGET in values and _HEAD in values
@@ -127,15 +121,14 @@ def read_exported_config(values: Mapping[str, Any], *, where: str) -> DualConfig
     """
     # transformers 5 keeps the base here only.
     values = {**values, **(values.get("rope_parameters") or {})}
-    missing = [name for name in _NAMES if name not in values]
+    missing = [f.name for f in fields(DualConfig) if f.name not in values]
     if missing:
         raise UserError(where, f"lacks {', '.join(missing)}", hint="export the model again")
     check_sizes({name: values[name] for name in _SIZES}, where)
     for name in ("rms_norm_eps", "rope_theta"):
         if not isinstance(values[name], int | float) or values[name] <= 0:
             raise UserError(where, f"{name}: {values[name]!r}", "a number above 0")
-    own = {ours: values[name] for name, ours in _NAMES.items()}
-    return DualConfig(**own, head=values[_HEAD])
+    return DualConfig.of(values)
 
 
 def exported_target(values: Mapping[str, Any]) -> Target:

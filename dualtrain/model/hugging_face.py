@@ -29,7 +29,8 @@ from dualtrain.engine.parameters import (
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
 from dualtrain.model.pretrained import NewRows, load_pretrained
-from dualtrain.network.arithmetic import VOCABULARY_MULTIPLE, ImportedSizes
+from dualtrain.network.arithmetic import ImportedSizes
+from dualtrain.network.config import VOCABULARY_MULTIPLE
 from dualtrain.network.norms import norm_parameters
 from dualtrain.recipe.schema import ModelSection, Recipe
 

@@ -89,7 +89,7 @@ class ImportedLM(nn.Module):
             attention_plan=plan_rows(input_ids) if attention is None else attention,
         ).last_hidden_state
         return head_output(
-            self.get_output_embeddings(),
+            self,
             hidden,
             targets=targets,
             weights=weights,
@@ -97,6 +97,10 @@ class ImportedLM(nn.Module):
             selection=selection,
             reduction=reduction,
         )
+
+    def prepare_head(self, hidden: Tensor) -> Tensor:
+        """Nothing: the body has applied its norm."""
+        return hidden
 
     @property
     def body(self) -> Any:
@@ -249,9 +253,9 @@ def imported_sizes(config: PretrainedConfig) -> ImportedSizes:
     mlp_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return ImportedSizes(
         vocab_size=config.vocab_size,
-        width=config.hidden_size,
-        layers=config.num_hidden_layers,
-        mlp_width=mlp_width or 4 * config.hidden_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        intermediate_size=mlp_width or 4 * config.hidden_size,
         attention_width=heads * head_size,
         shapes=shapes,
         vocabulary=tuple(dict.fromkeys(names[id(end)] for end in ends)),

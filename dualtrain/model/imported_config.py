@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.file_kinds import read_object
+from dualtrain.model.exported import check_sizes
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox")
 """Values of ``model_type`` that can be imported; ``gpt_neox`` is Pythia's."""
@@ -105,17 +106,6 @@ def remove_dropout(config: PretrainedConfig) -> None:
     """Set every dropout probability to 0, in place: the method trains without."""
     for name in find_dropouts(config):
         setattr(config, name, 0.0)
-
-
-def check_sizes(sizes: Mapping[str, object], where: str) -> None:
-    """Refuse sizes of which no model can be made; transformers looks at few of them.
-
-    Raises:
-        UserError: One is no integer above 0.
-    """
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(where, f"{name}: {size!r}", "an integer above 0")
 
 
 def _check_sizes(config: PretrainedConfig, where: str) -> None:

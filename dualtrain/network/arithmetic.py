@@ -8,48 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
-from typing import TYPE_CHECKING, Literal, Protocol
+from math import prod
+from typing import Literal
 
-if TYPE_CHECKING:
-    from dualtrain.recipe.schema import ModelSection
+from dualtrain.network.config import DualConfig
 
-HeadKind = Literal["paper", "linear"]
 AttentionKind = Literal["causal", "full", "prefix"]
-
-VOCABULARY_MULTIPLE = 64
-"""The dataset's vocabulary is rounded up to a multiple of this."""
-
-
-class ModelSizes(Protocol):
-    """What the closed forms need; ``DualConfig`` has it, and so may anything else."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
-    @property
-    def head(self) -> HeadKind: ...
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model whose vocabulary is known."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    mlp_width: int
-    head: HeadKind
 
 
 @dataclass(frozen=True)
 class ImportedSizes:
-    """The same of an imported model, whose parameters are no function of a few sizes.
+    """The sizes of an imported model, whose parameters are no function of a few sizes.
 
     Attributes:
         vocab_size: Rows of the embedding and of the output matrix.
@@ -59,9 +28,9 @@ class ImportedSizes:
     """
 
     vocab_size: int
-    width: int
-    layers: int
-    mlp_width: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
     attention_width: int
     shapes: Mapping[str, tuple[int, ...]]
     vocabulary: tuple[str, ...]
@@ -80,17 +49,7 @@ class ParameterCount:
     without_vocabulary: int
 
 
-def model_sizes(model: ModelSection, vocab_size: int) -> Sizes:
-    """The model's sizes.
-
-    Args:
-        vocab_size: Tokens of the dataset's vocabulary; counts where the recipe says nothing.
-    """
-    rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Sizes(rows, model.width, model.layers, model.mlp_width, model.head)
-
-
-def count_parameters(sizes: ModelSizes | ImportedSizes) -> ParameterCount:
+def count_parameters(sizes: DualConfig | ImportedSizes) -> ParameterCount:
     """Count the parameters of a model.
 
     A block of a ``DualLM`` has four square attention matrices, three of the SwiGLU MLP and the
@@ -102,19 +61,24 @@ def count_parameters(sizes: ModelSizes | ImportedSizes) -> ParameterCount:
         total = sum(prod(shape) for shape in sizes.shapes.values())
         vocabulary = sum(prod(sizes.shapes[name]) for name in sizes.vocabulary)
         return ParameterCount(total=total, without_vocabulary=total - vocabulary)
-    body = sizes.layers * (_block_matrix_elements(sizes) + 2 * sizes.width) + sizes.width
+    body = (
+        sizes.num_hidden_layers * (_block_matrix_elements(sizes) + 2 * sizes.hidden_size)
+        + sizes.hidden_size
+    )
     if sizes.head == "paper":
-        body += sizes.width**2 + sizes.vocab_size
-    return ParameterCount(total=body + 2 * sizes.vocab_size * sizes.width, without_vocabulary=body)
+        body += sizes.hidden_size**2 + sizes.vocab_size
+    return ParameterCount(
+        total=body + 2 * sizes.vocab_size * sizes.hidden_size, without_vocabulary=body
+    )
 
 
-def parameter_shapes(sizes: ModelSizes | ImportedSizes) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(sizes: DualConfig | ImportedSizes) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter of a model by name, in the model's order."""
     if isinstance(sizes, ImportedSizes):
         return dict(sizes.shapes)
-    width, mlp, rows = sizes.width, sizes.mlp_width, sizes.vocab_size
+    width, mlp, rows = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
-    for layer in range(sizes.layers):
+    for layer in range(sizes.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = (width,)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -132,7 +96,7 @@ def parameter_shapes(sizes: ModelSizes | ImportedSizes) -> dict[str, tuple[int, 
     return shapes
 
 
-def matrix_names(sizes: ModelSizes | ImportedSizes) -> tuple[str, ...]:
+def matrix_names(sizes: DualConfig | ImportedSizes) -> tuple[str, ...]:
     """Names of the matrices that Muon updates: the body's, and the paper's head's projection."""
     if isinstance(sizes, ImportedSizes):
         return sizes.matrices
@@ -142,7 +106,7 @@ def matrix_names(sizes: ModelSizes | ImportedSizes) -> tuple[str, ...]:
 
 
 def flops_per_token(
-    sizes: ModelSizes | ImportedSizes,
+    sizes: DualConfig | ImportedSizes,
     sequence_length: int,
     attention: AttentionKind,
     supervised_share: float | None = None,
@@ -172,17 +136,17 @@ def flops_per_token(
     if supervised_share is None:
         supervised_share = 1.0 if attention == "causal" else 0.5
     keys = sequence_length / 2 if attention == "causal" else sequence_length
-    projection, attention_width = 0, sizes.width
+    projection, attention_width = 0, sizes.hidden_size
     if isinstance(sizes, ImportedSizes):
         elements = sum(prod(sizes.shapes[name]) for name in sizes.matrices)
         attention_width = sizes.attention_width
     else:
-        elements = sizes.layers * _block_matrix_elements(sizes)
-        projection = sizes.width**2 if sizes.head == "paper" else 0
-    body = 2 * elements + sizes.layers * 4 * attention_width * keys
-    head = 2 * (projection + sizes.vocab_size * sizes.width)
+        elements = sizes.num_hidden_layers * _block_matrix_elements(sizes)
+        projection = sizes.hidden_size**2 if sizes.head == "paper" else 0
+    body = 2 * elements + sizes.num_hidden_layers * 4 * attention_width * keys
+    head = 2 * (projection + sizes.vocab_size * sizes.hidden_size)
     return 3 * (body + supervised_share * head)
 
 
-def _block_matrix_elements(sizes: ModelSizes) -> int:
-    return 4 * sizes.width**2 + 3 * sizes.width * sizes.mlp_width
+def _block_matrix_elements(sizes: DualConfig) -> int:
+    return 4 * sizes.hidden_size**2 + 3 * sizes.hidden_size * sizes.intermediate_size

@@ -1,101 +1,104 @@
 """The configuration of a ``DualLM``: what its weights mean, and nothing about how it is run.
 
-The attention backend, compilation and activation checkpointing are choices of a run, so they are
-arguments elsewhere and never written into a model's ``config.json``.
+The names are transformers', as in an exported ``config.json``; a recipe's are shorter. Needs
+neither torch nor transformers: a dry run counts with it.
 """
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dualtrain.common.errors import UserError
-from dualtrain.network.arithmetic import HeadKind
+
+if TYPE_CHECKING:
+    from dualtrain.recipe.schema import ModelSection
+
+HeadKind = Literal["paper", "linear"]
+
+VOCABULARY_MULTIPLE = 64
+"""The dataset's vocabulary is rounded up to a multiple of this."""
+
+_FORMER = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "sequence_length": "max_position_embeddings",
+}
+"""Names in the checkpoints of earlier versions, which are also the recipe's."""
 
 
-class DualConfig(PretrainedConfig):
-    """Sizes and constants of a dual-objective language model.
+@dataclass(frozen=True)
+class DualConfig:
+    """Sizes and constants of a dual-objective language model; by default the paper's of 470M.
 
-    The defaults are the paper's 470M model. Attributes can be read and set by transformers' own
-    names (``hidden_size``, ...), too; arguments and ``config.json`` have the names below.
-
-    Args:
+    Attributes:
         vocab_size: Rows of the embedding and of the output matrix.
-        width: Width of the residual stream.
-        layers: Transformer blocks.
-        heads: Attention heads; ``width`` is divisible by them.
-        mlp_width: Hidden width of the SwiGLU MLP.
-        rope_theta: Base of the rotary frequencies.
-        norm_eps: Epsilon of RMSNorm.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Hidden width of the SwiGLU MLP.
+        max_position_embeddings: Tokens of a training sequence. Longer rows work too.
         head: ``paper``: norm, linear, GELU, linear with bias; ``linear``: Llama's layout.
-        sequence_length: Tokens of a training sequence. Longer rows work too.
-        bos_token_id: ``<s>``, which begins each document.
-        eos_token_id: ``</s>``.
-        pad_token_id: ``<pad>``.
-        mask_token_id: ``<mask>``, in place of a token the model is to predict.
-        **kwargs: What ``PretrainedConfig`` takes.
 
     Raises:
         UserError: The heads do not divide the width into parts of even size, or ``head`` is
             unknown.
     """
 
-    model_type = "dualtrain"
-    # Names that tools around transformers look for.
-    attribute_map = {
-        "hidden_size": "width",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "num_key_value_heads": "heads",
-        "intermediate_size": "mlp_width",
-        "rms_norm_eps": "norm_eps",
-        "max_position_embeddings": "sequence_length",
-    }
+    vocab_size: int = 51_200
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 3554
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-7
+    rope_theta: float = 160_000.0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = 3
+    mask_token_id: int = 4
+    head: HeadKind = "paper"
 
-    def __init__(
-        self,
-        vocab_size: int = 51_200,
-        width: int = 1024,
-        layers: int = 24,
-        heads: int = 16,
-        mlp_width: int = 3554,
-        rope_theta: float = 160_000.0,
-        norm_eps: float = 1e-7,
-        head: HeadKind = "paper",
-        sequence_length: int = 2048,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | None = 2,
-        pad_token_id: int | None = 3,
-        mask_token_id: int = 4,
-        **kwargs,  # a type would have to fit all that PretrainedConfig takes
-    ) -> None:
-        # Untied always; transformers 4 would assume tied. A config.json may repeat the key.
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
-        self.vocab_size = vocab_size
-        self.width = width
-        self.layers = layers
-        self.heads = heads
-        self.mlp_width = mlp_width
-        self.rope_theta = rope_theta
-        self.norm_eps = norm_eps
-        self.head = head
-        self.sequence_length = sequence_length
-        self.mask_token_id = mask_token_id
+    model_type: ClassVar[str] = "dualtrain"
+
+    def __post_init__(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
         if width % (2 * heads):
             raise UserError(
                 "model.heads",
                 f"{heads} heads do not divide width {width} into parts of even size",
                 "width to be a multiple of 2 * heads (rotary embeddings turn pairs)",
             )
-        if head not in ("paper", "linear"):
-            raise UserError("model.head", f"{head!r}", "paper or linear")
+        if self.head not in ("paper", "linear"):
+            raise UserError("model.head", f"{self.head!r}", "paper or linear")
+
+    @classmethod
+    def of_recipe(cls, model: ModelSection, vocab_size: int, **others: int) -> DualConfig:
+        """The configuration of a recipe's model.
+
+        Args:
+            vocab_size: Tokens of the dataset's vocabulary; count where the recipe says nothing.
+            others: What the section does not say: token ids, length of a sequence.
+        """
+        rows = model.vocab_size or ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        section = model.model_dump(include={*_FORMER, "rope_theta", "head"})
+        return cls.of({**section, "vocab_size": rows, **others})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> DualConfig:
+        """A configuration by names, also those of earlier versions; others are left aside."""
+        named = {_FORMER.get(name, name): value for name, value in values.items()}
+        return cls(**{f.name: named[f.name] for f in fields(cls) if f.name in named})
+
+    def to_json_string(self) -> str:
+        """What a checkpoint's ``config.json`` holds, as transformers' configurations say it."""
+        return json.dumps({"model_type": self.model_type, **asdict(self)}, indent=2) + "\n"
 
     @property
-    def head_size(self) -> int:
+    def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.width // self.heads
+        return self.hidden_size // self.num_attention_heads

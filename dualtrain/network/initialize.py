@@ -30,11 +30,11 @@ def initial_std(name: str, config: DualConfig) -> float:
         name: Name of the parameter in ``DualLM``, such as ``model.layers.0.mlp.up_proj.weight``.
     """
     module = name.split(".")[-2]
-    body = math.sqrt(2 / (5 * config.width))
+    body = math.sqrt(2 / (5 * config.hidden_size))
     if module in ("o_proj", "down_proj"):
         return 0.0
     if module in ("embed_tokens", "lm_head"):
-        return math.sqrt(2 / (config.width + config.vocab_size))
+        return math.sqrt(2 / (config.hidden_size + config.vocab_size))
     if module in ("gate_proj", "up_proj"):
         layer = int(name.split("layers.")[1].split(".")[0])
         return body * math.sqrt(1 / (2 * (layer + 1)))

@@ -10,6 +10,8 @@ Shapes: N positions (of the B*T of a micro-batch), W width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,10 +101,14 @@ class OutputLayer(nn.Linear):
             self.bias,
             torch.where(weights == 0, 0, targets),
             weights / positions,
-            z_loss,
-            rows,
-            torch.is_grad_enabled(),
+            _FusedSettings(z_loss, rows, torch.is_grad_enabled()),
         )
+
+
+class _FusedSettings(NamedTuple):
+    z_loss: float
+    rows: int
+    with_gradients: bool  # of whoever calls: inside a Function they are never enabled
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -121,16 +127,15 @@ class _FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         weights: Tensor,
-        z_loss: float,
-        rows: int,
-        with_gradients: bool,
+        settings: _FusedSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        z_loss, rows = settings.z_loss, settings.rows
         compute = _compute_type(weight)
         exact = torch.promote_types(compute, torch.float32)
         device_type = hidden.device.type
         gradients = None
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
-        if with_gradients:
+        if settings.with_gradients:
             gradients = (
                 torch.empty(hidden.shape, dtype=compute, device=hidden.device),
                 torch.zeros(weight.shape, dtype=exact, device=hidden.device),
@@ -173,7 +178,7 @@ class _FusedLoss(torch.autograd.Function):
                 ctx.saved_tensors, ctx.needs_input_grad, ctx.types, strict=False
             )
         )
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None)
 
 
 def _accumulate(

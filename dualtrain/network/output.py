@@ -6,22 +6,18 @@ layers do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
 from dualtrain.network.loss import OutputLayer, select_positions
 
 
-@dataclass
-class DualOutput(ModelOutput):
+class DualOutput(NamedTuple):
     """What ``DualLM`` returns; fields that were not asked for are None.
 
-    A ``ModelOutput`` (a dictionary) because ZeRO-3 finds the tensors of no other container.
+    A tuple because ZeRO-3 finds tensors in no class of one's own.
 
     Attributes:
         loss: Scalar float32, to differentiate: ``cross_entropy + z_loss``.
@@ -41,8 +37,18 @@ class DualOutput(ModelOutput):
     logits: Tensor | None = None
 
 
+class HasHead(Protocol):
+    """A model as its head sees it."""
+
+    def get_output_embeddings(self) -> OutputLayer: ...
+
+    def prepare_head(self, hidden: Tensor) -> Tensor:
+        """What comes before the output matrix, position by position, such as a norm."""
+        ...
+
+
 def head_output(
-    head: OutputLayer,
+    model: HasHead,
     hidden: Tensor,
     *,
     targets: Tensor | None,
@@ -50,22 +56,20 @@ def head_output(
     z_loss: float,
     selection: Tensor | None,
     reduction: Literal["mean", "none"],
-    prepare: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> DualOutput:
     """Run the output layer for the positions that need it.
 
     Args:
         hidden: (B, T, W), from the last block.
         targets: See ``DualLM.forward``, as for the other arguments.
-        prepare: What comes before the matrix, position by position, such as a norm.
 
     Raises:
         ValueError: (N,) targets without a selection.
     """
+    head, prepare = model.get_output_embeddings(), model.prepare_head
     if targets is None:
-        if selection is None:
-            return DualOutput(logits=head(prepare(hidden)))
-        return DualOutput(logits=head(prepare(_pick(hidden, selection))))
+        chosen = hidden if selection is None else _pick(hidden, selection)
+        return DualOutput(logits=head(prepare(chosen)))
     if targets.ndim == 1:
         if selection is None:
             raise ValueError("targets of single positions need a selection")

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from dualtrain.network.attention import AttentionPlan, plan_rows
 from dualtrain.network.config import DualConfig
@@ -65,11 +64,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: DualConfig) -> None:
         super().__init__()
-        self.head_size = config.head_size
-        self.q_proj = Linear(config.width, config.width)
-        self.k_proj = Linear(config.width, config.width)
-        self.v_proj = Linear(config.width, config.width)
-        self.o_proj = Linear(config.width, config.width)
+        self.head_size = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, rotary: Rotary, plan: AttentionPlan) -> Tensor:
         query, key, value = (
@@ -85,9 +84,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DualConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.width, config.mlp_width)
-        self.up_proj = Linear(config.width, config.mlp_width)
-        self.down_proj = Linear(config.mlp_width, config.width)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -98,9 +97,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DualConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden: Tensor, *, rotary: Rotary, plan: AttentionPlan) -> Tensor:
@@ -115,9 +114,9 @@ class Body(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.embed_tokens = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, input_ids: Tensor, *, plan: AttentionPlan, positions: Tensor | None = None
@@ -144,7 +143,7 @@ class Body(nn.Module):
         return hidden
 
 
-class DualLM(PreTrainedModel):
+class DualLM(nn.Module):
     """A language model with two objectives: next tokens causally, masked tokens with full context.
 
     Args:
@@ -152,19 +151,15 @@ class DualLM(PreTrainedModel):
             left out: call :meth:`initialize` after ``to_empty``.
     """
 
-    config: DualConfig
-    config_class = DualConfig
-    base_model_prefix = "model"
-    _no_split_modules = ["Block"]
-
     def __init__(self, config: DualConfig, seed: int = 0) -> None:
-        super().__init__(config)
-        self.initial_seed = seed
+        super().__init__()
+        self.config = config
         self.model = Body(config)
-        if config.head == "paper":
-            self.head_projection = Linear(config.width, config.width)
-        self.lm_head = OutputLayer(config.width, config.vocab_size, bias=config.head == "paper")
-        self.post_init()  # comes back through _init_weights, module by module
+        width, is_papers = config.hidden_size, config.head == "paper"
+        if is_papers:
+            self.head_projection = Linear(width, width)
+        self.lm_head = OutputLayer(width, config.vocab_size, bias=is_papers)
+        self.initialize(seed)
 
     def forward(
         self,
@@ -207,9 +202,8 @@ class DualLM(PreTrainedModel):
             attention = plan_rows(input_ids)
         hidden = self.model(input_ids, plan=attention, positions=positions)
         return head_output(
-            self.lm_head,
+            self,
             hidden,
-            prepare=self._prepare,
             targets=targets,
             weights=weights,
             z_loss=z_loss,
@@ -217,7 +211,7 @@ class DualLM(PreTrainedModel):
             reduction=reduction,
         )
 
-    def _prepare(self, hidden: Tensor) -> Tensor:
+    def prepare_head(self, hidden: Tensor) -> Tensor:
         """Apply what the head does before its output matrix."""
         hidden = self.model.norm(hidden)
         if self.config.head == "paper":
@@ -227,20 +221,9 @@ class DualLM(PreTrainedModel):
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Fill every parameter with its initial values, the same ones on any device."""
-        self.initial_seed = seed
         for name, parameter in self.named_parameters():
-            initialize_parameter(name, parameter, self.config, seed)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the parameters a module holds itself; transformers calls this.
-
-        For every module of a new model, and for those that a loaded checkpoint says nothing about.
-        """
-        prefix = next(name for name, other in self.named_modules() if other is module)
-        for name, parameter in module.named_parameters(recurse=False):
-            # transformers 5 marks what it has already loaded.
-            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
-                initialize_parameter(f"{prefix}.{name}", parameter, self.config, self.initial_seed)
+            if not parameter.is_meta:
+                initialize_parameter(name, parameter, self.config, seed)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -263,7 +246,7 @@ class DualLM(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> OutputLayer:
         return self.lm_head
 
 
@@ -279,8 +262,8 @@ def rotary_tables(config: DualConfig, positions: Tensor) -> Rotary:
     Returns:
         Two (T, 1, D / 2) or (B, T, 1, D / 2) float32 tensors.
     """
-    even = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / (config.rope_theta ** (even / config.head_size))
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1.0 / (config.rope_theta ** (even / config.head_dim))
     angle = (positions.float()[..., None] * frequency)[..., None, :]
     return angle.cos(), angle.sin()
 

@@ -241,8 +241,7 @@ def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
     recipe, model = state.recipe, state.model
     muon = muon_parameter_names(model) if recipe.optim.name == "muon" else ()
     groups = group_parameters(parameter_shapes(model), muon)
-    # transformers annotates its own `to` so that type checkers reject a device.
-    torch.nn.Module.to(model, state.device)
+    model.to(state.device)
     state.engine = build_engine(model, build_optimizer(model, groups, recipe.optim), config)
     state.optimizer_groups = groups
     return Gradients(state.engine, clip_norm=recipe.optim.clip_norm)

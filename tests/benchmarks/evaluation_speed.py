@@ -26,8 +26,8 @@ import torch
 import yaml
 
 SHAPES = {
-    "small": {"layers": 6, "width": 192, "heads": 6, "mlp_width": 512, "vocab_size": 8192},
-    "470m": {"layers": 24, "width": 1024, "heads": 16, "mlp_width": 3554, "vocab_size": 51_200},
+    "small": (8192, 192, 6, 6, 512),
+    "470m": (51_200, 1024, 24, 16, 3554),
 }
 VOCABULARY = 8192
 """Of the tokenizer, for both: ids above it are never read, but cost the head as much."""
@@ -106,7 +106,7 @@ def write_tasks(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def make_model(folder: Path, shape: str, texts: list[str], context: int) -> None:
     """Write a model with random weights as ours and as a Llama, with one tokenizer."""
-    from helpers.models import to_llama
+    from helpers.models import save_model, to_llama
 
     from data_tools.tokenizers.tokenizer import Tokenizer
     from dualtrain.model.exported_tokenizer import write_tokenizer
@@ -114,14 +114,16 @@ def make_model(folder: Path, shape: str, texts: list[str], context: int) -> None
     from dualtrain.network.transformer import DualLM
 
     tokenizer = Tokenizer.train(texts, VOCABULARY)
-    model = DualLM(DualConfig(**SHAPES[shape], head="linear", sequence_length=context), seed=0)
+    model = DualLM(
+        DualConfig(*SHAPES[shape], head="linear", max_position_embeddings=context), seed=0
+    )
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 # Some are zero at first, and a Llama of zeros would agree with anything.
                 parameter.normal_(0, parameter.shape[1] ** -0.5, generator=noise)
-    model.save_pretrained(folder / "ours")
+    save_model(model, folder / "ours")
     tokenizer.save(folder / "ours" / "tokenizer.json")
     to_llama(model).save_pretrained(folder / "llama")
     write_tokenizer(

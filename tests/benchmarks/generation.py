@@ -34,7 +34,6 @@ from dualtrain.generate.rows import allowed_logits
 from dualtrain.generate.settings import Settings
 from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import plan_attention
-from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
 PROMPT = "It was a dark night, and the rain fell in torrents; she looked out of the window"
@@ -96,13 +95,13 @@ def compare(
 
 def llama_like(model: ModelHandle, network: DualLM) -> tuple[ModelHandle, torch.nn.Module]:
     """A model of the same sizes with the linear head and random weights, and its Llama."""
-    sizes = network.config.to_dict() | {"head": "linear"}
-    plain = DualLM(DualConfig.from_dict(sizes)).eval()
+    plain = DualLM(replace(network.config, head="linear")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    ids = Vocabulary(size=sizes["vocab_size"], special_ids=(), bos_id=1, eos_id=2, mask=None)
+    rows = plain.config.vocab_size
+    ids = Vocabulary(size=rows, special_ids=(), bos_id=1, eos_id=2, mask=None)
     return ModelHandle(model=plain, vocabulary=ids, context=model.context), to_llama(plain)
 
 

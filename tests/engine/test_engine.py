@@ -20,11 +20,10 @@ from dualtrain.engine.build import (
     build_engine,
     build_optimizer,
     set_learning_rate,
-    whole_parameters,
 )
 from dualtrain.engine.config import merge_settings
 from dualtrain.engine.groups import group_parameters, muon_scale
-from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes
+from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes, whole_parameters
 from dualtrain.engine.process import (
     check_precision,
     init_distributed,
@@ -32,7 +31,6 @@ from dualtrain.engine.process import (
     prepare_process,
 )
 from dualtrain.model.build import build_model
-from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import load_recipe
@@ -249,17 +247,9 @@ def test_bf16_is_refused_by_a_gpu_that_would_emulate_it(monkeypatch):
 @pytest.mark.parametrize("head", ["paper", "linear"])
 def test_groups_of_the_dry_run_are_the_models(head):
     recipe = load_recipe("paper/470m", [f"model.head={head}"]).recipe
-    sizes = model_sizes(recipe.model, 16_384)
+    sizes = DualConfig.of_recipe(recipe.model, 16_384)
     with torch.device("meta"):
-        model = DualLM(
-            DualConfig(
-                vocab_size=sizes.vocab_size,
-                width=sizes.width,
-                layers=sizes.layers,
-                mlp_width=sizes.mlp_width,
-                head=head,
-            )
-        )
+        model = DualLM(sizes)
     muon = muon_parameter_names(model)
     assert list(optimizer_groups(recipe, sizes)) == group_parameters(parameter_shapes(model), muon)
     adamw = load_recipe("paper/470m", ["optim.name=adamw"]).recipe

@@ -77,7 +77,14 @@ class Cell:
         """The model, with gains that bf16 cannot hold."""
         if self.family == "dual":
             model = DualLM(
-                DualConfig(VOCABULARY, width=12, layers=2, heads=2, mlp_width=20, head="paper")
+                DualConfig(
+                    VOCABULARY,
+                    hidden_size=12,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    intermediate_size=20,
+                    head="paper",
+                )
             )
         else:
             torch.manual_seed(0)

@@ -261,9 +261,14 @@ for precision in ("fp32", "bf16"):
 
 def test_memory_is_at_most_twice_the_weights(paper, tmp_path):
     checkpoint = shutil.copytree(paper.run_dir / "step-00000003", tmp_path / "step-00000003")
-    config = DualConfig.from_dict(
+    config = DualConfig.of(
         json.loads((checkpoint / "config.json").read_text())
-        | {"width": 512, "layers": 5, "heads": 8, "mlp_width": 1536}
+        | {
+            "hidden_size": 512,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 8,
+            "intermediate_size": 1536,
+        }
     )
     save_file(dict(DualLM(config).named_parameters()), checkpoint / WEIGHTS)
     (checkpoint / "config.json").write_text(config.to_json_string())

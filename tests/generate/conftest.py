@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.models import save_model
 from helpers.texts import CONTEXT, SPECIAL, WORDS, random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -48,6 +49,6 @@ def exported(tokenizer, tmp_path_factory):
     # Texts that end of themselves would make the tests depend on where.
     with torch.no_grad():
         network.lm_head.bias[:5] = -30.0
-    network.save_pretrained(folder)
+    save_model(network, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

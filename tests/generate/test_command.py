@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.models import save_model
 from helpers.texts import random_model
 from typer.testing import CliRunner
 
@@ -299,7 +300,7 @@ def test_an_interrupted_file_is_not_taken_for_a_whole_one(generate, tmp_path, mo
 def test_a_model_without_mask_token(generate, tokenizer, tmp_path):
     network = random_model(tokenizer.get_vocab_size() + 2)
     folder = tmp_path / "plain"
-    network.save_pretrained(folder)
+    save_model(network, folder)
     config = json.loads((folder / "config.json").read_text())
     config["mask_token_id"] = None
     (folder / "config.json").write_text(json.dumps(config))

@@ -15,6 +15,7 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from helpers.models import save_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -61,12 +62,12 @@ def export_noisy_model(dataset: Path, directory: Path) -> Path:
     info = DatasetInfo.load(dataset)
     config = DualConfig(
         vocab_size=512,
-        width=32,
-        layers=2,
-        heads=2,
-        mlp_width=48,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
         head="linear",
-        sequence_length=CONTEXT,
+        max_position_embeddings=CONTEXT,
         bos_token_id=info.bos_id,
         eos_token_id=info.eos_id,
         mask_token_id=info.mask_id,
@@ -75,7 +76,7 @@ def export_noisy_model(dataset: Path, directory: Path) -> Path:
     noise = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=noise)
-    model.save_pretrained(directory)
+    save_model(model, directory)
     shutil.copy(dataset / "tokenizer.json", directory)
     return directory
 

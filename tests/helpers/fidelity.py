@@ -106,7 +106,14 @@ class Trained:
 
 def make_model() -> DualLM:
     """Both heads' parts; 13 square matrices, 6 tall, 3 wide: none fit 2 or 4 partitions evenly."""
-    config = DualConfig(vocab_size=512, width=12, layers=3, heads=2, mlp_width=20, head="paper")
+    config = DualConfig(
+        vocab_size=512,
+        hidden_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=20,
+        head="paper",
+    )
     model = DualLM(config, seed=SEED)
     noise = torch.Generator().manual_seed(SEED)
     with torch.no_grad():

@@ -39,7 +39,14 @@ PARTS = (
 
 
 def tiny_model(seed: int = 0) -> DualLM:
-    config = DualConfig(VOCABULARY, width=16, layers=2, heads=2, mlp_width=24, head="linear")
+    config = DualConfig(
+        VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        head="linear",
+    )
     model = DualLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # as made, the blocks add nothing: every position would see only itself

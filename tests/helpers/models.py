@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dualtrain.network.transformer import DualLM
@@ -52,3 +54,10 @@ def to_llama(model: DualLM) -> LlamaForCausalLM:
     llama = LlamaForCausalLM(LlamaConfig.from_dict(values))
     llama.load_state_dict(model.state_dict())
     return llama.train(model.training)
+
+
+def save_model(model: DualLM, directory: Path) -> None:
+    """Write a model as the directory of one, without code and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(model.config.to_json_string())
+    save_file(model.state_dict(), directory / "model.safetensors")

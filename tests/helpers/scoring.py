@@ -22,7 +22,13 @@ CONTEXT = 32
 
 def make_model(dtype: torch.dtype = torch.float64) -> DualLM:
     """Every weight matters: those of a new model's attention and MLP outputs are zero."""
-    config = DualConfig(vocab_size=WORDS, width=32, layers=2, heads=2, mlp_width=44)
+    config = DualConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=44,
+    )
     model = DualLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -20,7 +20,13 @@ WORDS, CONTEXT, SPECIAL, MASK = 30, 32, (0, 1, 2, 3, 4), 4
 def random_model(vocabulary: int = WORDS, head: str = "paper") -> DualLM:
     """As made, the blocks would add nothing, and the context would not matter."""
     config = DualConfig(
-        vocabulary, width=16, layers=2, heads=2, mlp_width=24, head=head, sequence_length=CONTEXT
+        vocabulary,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        head=head,
+        max_position_embeddings=CONTEXT,
     )
     model = DualLM(config)
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,13 @@ from dualtrain.network.transformer import DualLM
 @pytest.fixture
 def tiny_config() -> Callable[..., DualConfig]:
     def make(**changes: object) -> DualConfig:
-        sizes = {"vocab_size": 96, "width": 32, "layers": 2, "heads": 2, "mlp_width": 44}
+        sizes = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 44,
+        }
         return DualConfig(**(sizes | changes))
 
     return make

@@ -30,13 +30,21 @@ def test_the_papers_model_has_exactly_the_papers_parameters():
 def test_closed_form_counts_what_the_model_has(head):
     for config in (
         DualConfig(head=head),
-        DualConfig(vocab_size=320, width=48, layers=3, heads=4, mlp_width=100, head=head),
+        DualConfig(
+            vocab_size=320,
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=100,
+            head=head,
+        ),
     ):
         model = on_meta(config)
         count = count_parameters(config)
-        assert count.total == model.num_parameters()
-        vocabulary = 2 * config.vocab_size * config.width
-        assert count.without_vocabulary == model.num_parameters() - vocabulary
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert count.total == total
+        vocabulary = 2 * config.vocab_size * config.hidden_size
+        assert count.without_vocabulary == total - vocabulary
 
 
 def test_flops_of_the_papers_model():
@@ -56,7 +64,7 @@ def test_flops_agree_with_torchs_own_counter(head, tiny_model):
         model(ids)
     # It multiplies all pairs, causal or not; and the forward pass is a third of a training step.
     assert flops_per_token(config, length, "full", 1.0) * length / 3 == counter.get_total_flops()
-    half_the_pairs = config.layers * 4 * config.width * (length / 2)
+    half_the_pairs = config.num_hidden_layers * 4 * config.hidden_size * (length / 2)
     causal = flops_per_token(config, length, "causal")
     assert causal == flops_per_token(config, length, "full", 1.0) - 3 * half_the_pairs
 

@@ -11,7 +11,14 @@ from dualtrain.network.transformer import DualLM
 
 @pytest.fixture(scope="module")
 def model():
-    config = DualConfig(vocab_size=64, width=32, layers=2, heads=2, mlp_width=48, head="paper")
+    config = DualConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        head="paper",
+    )
     model = DualLM(config, seed=1).eval()
     # The output projections begin at 0, and then attention would change nothing.
     generator = torch.Generator().manual_seed(0)

@@ -14,14 +14,23 @@ CUT = math.sqrt(1 - 2 * 2 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(mat
 
 @pytest.fixture(scope="module")
 def model() -> DualLM:
-    return DualLM(DualConfig(vocab_size=640, width=128, layers=3, heads=4, mlp_width=300), seed=5)
+    return DualLM(
+        DualConfig(
+            vocab_size=640,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=300,
+        ),
+        seed=5,
+    )
 
 
 def expected_std(name: str, config: DualConfig) -> float:
     """The paper's table, written out."""
-    body = math.sqrt(2 / (5 * config.width))
+    body = math.sqrt(2 / (5 * config.hidden_size))
     if "embed_tokens" in name or "lm_head" in name:
-        return math.sqrt(2 / (config.width + config.vocab_size))
+        return math.sqrt(2 / (config.hidden_size + config.vocab_size))
     if "gate_proj" in name or "up_proj" in name:
         layer = int(name.split(".")[2])
         return body * math.sqrt(1 / (2 * (layer + 1)))
@@ -54,7 +63,13 @@ def test_the_shape_is_a_truncated_normal_not_just_its_moments(model):
 
 
 def test_seed_decides_everything_and_the_global_generator_nothing():
-    config = DualConfig(vocab_size=64, width=16, layers=2, heads=2, mlp_width=24)
+    config = DualConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
     torch.manual_seed(1)
     first = DualLM(config, seed=7)
     state = torch.get_rng_state()

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import save_model
 
 from dualtrain.common.errors import UserError
 from dualtrain.engine.parameters import muon_parameter_names
+from dualtrain.model.build import read_exported
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.loss import select_positions
@@ -62,10 +64,10 @@ def naive_forward(model: DualLM, ids: torch.Tensor, seen: torch.Tensor) -> torch
     """(B, T, V) logits in float64, from the parameters and the description in the paper."""
     state = {name: p.detach().double() for name, p in model.named_parameters()}
     config = model.config
-    size = config.width // config.heads
+    size = config.hidden_size // config.num_attention_heads
 
     def norm(x, name):
-        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * state[name]
+        return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * state[name]
 
     def turn(x):
         pair = torch.arange(size // 2, dtype=torch.float64)
@@ -75,11 +77,13 @@ def naive_forward(model: DualLM, ids: torch.Tensor, seen: torch.Tensor) -> torch
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     x = state["model.embed_tokens.weight"][ids]
-    for layer in range(config.layers):
+    for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}"
         h = norm(x, f"{at}.input_layernorm.weight")
         q, k, v = (
-            (h @ state[f"{at}.self_attn.{n}_proj.weight"].T).unflatten(-1, (config.heads, size))
+            (h @ state[f"{at}.self_attn.{n}_proj.weight"].T).unflatten(
+                -1, (config.num_attention_heads, size)
+            )
             for n in "qkv"
         )
         scores = torch.einsum("bqhd,bkhd->bhqk", turn(q), turn(k)) / size**0.5
@@ -271,22 +275,18 @@ def test_muon_has_the_bodys_matrices_and_the_heads_projection(tiny_model):
 @HEADS
 def test_saved_models_come_back(tiny_model, head, tmp_path):
     model = tiny_model(head=head, rope_theta=1234.0, mask_token_id=7)
-    model.save_pretrained(tmp_path)
-    again = DualLM.from_pretrained(tmp_path)
-    assert (again.config.head, again.config.rope_theta) == (head, 1234.0)
-    assert (again.config.mask_token_id, again.config.hidden_size) == (7, 32)
+    save_model(model, tmp_path)
+    again = read_exported(tmp_path)
+    assert again.config == model.config and again.config.head == head
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_parameters_missing_from_a_saved_model_get_initial_values(tiny_config, tmp_path):
-    model = DualLM(tiny_config())
-    state = model.state_dict()
-    for lost in ("head_projection.weight", "model.layers.1.mlp.up_proj.weight"):
-        state.pop(lost)
-    model.save_pretrained(tmp_path, state_dict=state)
-    again = DualLM.from_pretrained(tmp_path)
-    for (name, mine), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
+def test_configurations_of_earlier_checkpoints_are_read(tiny_config):
+    """They had the recipe's names, among what transformers adds, and left out the defaults."""
+    former = {"model_type": "dualtrain", "transformers_version": "4.57.1", "vocab_size": 96}
+    former |= {"width": 32, "layers": 2, "heads": 2, "mlp_width": 44, "norm_eps": 1e-5}
+    changes = {"rms_norm_eps": 1e-5, "max_position_embeddings": 64}
+    assert DualConfig.of({**former, "sequence_length": 64}) == tiny_config(**changes)
 
 
 def test_models_can_be_copied(tiny_model):
@@ -296,6 +296,6 @@ def test_models_can_be_copied(tiny_model):
 
 def test_impossible_sizes_are_the_users_mistake():
     with pytest.raises(UserError, match=r"model.heads: 3 heads do not divide width 32"):
-        DualConfig(width=32, heads=3)
+        DualConfig(hidden_size=32, num_attention_heads=3)
     with pytest.raises(UserError, match=r"model.head: 'cubic' — expected paper or linear"):
         DualConfig(head="cubic")

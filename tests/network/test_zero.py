@@ -86,7 +86,14 @@ def distance(first: Tensor, second: Tensor) -> float:
 
 
 def make_model(head: str) -> DualLM:
-    config = DualConfig(vocab_size=96, width=32, layers=2, heads=2, mlp_width=44, head=head)
+    config = DualConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=44,
+        head=head,
+    )
     model = DualLM(config)
     generator = torch.Generator().manual_seed(WEIGHT_SEED)
     with torch.no_grad():

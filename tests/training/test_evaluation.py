@@ -183,7 +183,9 @@ def test_after_a_stop_signal_tasks_are_left_out_and_losses_are_not(pair):
 
 def test_a_signal_ends_a_task_between_two_batches(tiny_dataset, tasks_dir):
     """And leaves the model as it was."""
-    config = DualConfig(512, width=16, layers=1, heads=2, mlp_width=24)
+    config = DualConfig(
+        512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
     model = DualLM(config).train()
     model.initialize(0)
     vocabulary = DatasetInfo.load(tiny_dataset).vocabulary

@@ -28,9 +28,6 @@ class DualObjective(Algorithm):
     The z-loss is not an algorithm of its own: it needs the log-sum-exp of the logits that the
     model's fused cross-entropy has computed anyway, chunk by chunk, and whole logits never exist.
     So ``objective.z_loss`` is an option of the model's loss, with this example's weights.
-
-    Args:
-        objective: The recipe's ``objective``.
     """
 
     def __init__(self, *, seed: int, objective: ObjectiveSection) -> None:

@@ -91,11 +91,6 @@ class State:
     for reading.
 
     Attributes:
-        recipe: The resolved recipe.
-        steps: Steps of the whole run.
-        rank: This process, 0..world_size-1.
-        world_size: Processes of the run.
-        device: This rank's device.
         vocabulary: What ids are no text.
         mixture: Which slots a step has. Data is prepared ahead by it, so it never changes.
         model: The bare model; ``engine`` wraps it.
@@ -192,12 +187,7 @@ class Dispatcher:
         return tuple(self._algorithms.values())
 
     def dispatch(self, event: Event, state: State) -> None:
-        """Announce an event to every algorithm.
-
-        Raises:
-            UserError: As raised by an algorithm.
-            AlgorithmError: For any other error of an algorithm, which is its cause.
-        """
+        """Announce an event to every algorithm."""
         algorithms = list(self._algorithms.items())
         for name, algorithm in reversed(algorithms) if event.is_after else algorithms:
             try:
@@ -216,11 +206,7 @@ class Dispatcher:
         return {name: algorithm.state_dict() for name, algorithm in self._algorithms.items()}
 
     def load_state_dict(self, states: Mapping[str, Mapping[str, object]]) -> None:
-        """Resume every algorithm from what :meth:`state_dict` returned.
-
-        Raises:
-            UserError: The algorithms of the recipe are not those of the checkpoint.
-        """
+        """Resume every algorithm from what :meth:`state_dict` returned."""
         saved = [name for name in states if name not in _FORMER]
         if saved != list(self._algorithms):
             raise UserError(

@@ -41,9 +41,6 @@ class InputMasking(Algorithm):
         share: Probability that a sequence gets gaps.
         max_rate: A sequence with gaps has each token masked with a probability that is uniform
             between 0 and this.
-
-    Raises:
-        ValueError: A probability outside [0, 1].
     """
 
     def __init__(self, *, share: float = 0.3, max_rate: float = 0.5) -> None:

@@ -54,11 +54,7 @@ METHODS = ("match", "apply", "state_dict", "load_state_dict")
 
 
 def build_algorithms(recipe: Recipe) -> list[Algorithm]:
-    """Make all algorithms of a run, in the order in which they run.
-
-    Raises:
-        UserError: One or more entries of ``algorithms`` are wrong; all are named.
-    """
+    """Make all algorithms of a run, in the order in which they run."""
     extra: list[Algorithm] = []
     errors: list[UserError] = []
     for i, entry in enumerate(recipe.algorithms):
@@ -71,15 +67,7 @@ def build_algorithms(recipe: Recipe) -> list[Algorithm]:
 
 
 def build_extra(entry: AlgorithmEntry, *, where: str) -> Algorithm:
-    """Make one extra algorithm.
-
-    Args:
-        where: Its place in the recipe, for messages.
-
-    Raises:
-        UserError: There is no such algorithm, it cannot be imported, it is no algorithm, or it
-            refuses its arguments.
-    """
+    """Make one extra algorithm."""
     kind = _find(entry.use, f"{where}.use")
     _check_arguments(kind, entry.args, f"{where}.args")
     try:

@@ -29,11 +29,7 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the marker knows of a file.
-
-    Attributes:
-        hash: XXH3-128, hexadecimal.
-    """
+    """What the marker knows of a file."""
 
     size: int
     hash: str
@@ -142,11 +138,7 @@ def write_marker(directory: Path, facts: dict[str, FileFacts]) -> None:
 
 
 def read_marker(directory: Path) -> dict[str, FileFacts]:
-    """The files that a checkpoint's marker lists.
-
-    Raises:
-        ValueError: There is none, or it is damaged; says what is wrong.
-    """
+    """The files that a checkpoint's marker lists."""
     marker = directory / MARKER
     if not marker.is_file():
         raise ValueError(f"no {MARKER}, so it is not a whole checkpoint")
@@ -172,7 +164,6 @@ def find_defects(
     """What is wrong with a checkpoint.
 
     Args:
-        required: Files without which it is none.
         share: (index, number of readers) of the reader that hashes every so manyth file; None
             compares only sizes.
         only: The files that matter, of those that the marker lists; None: all.

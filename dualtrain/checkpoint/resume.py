@@ -90,7 +90,6 @@ class Resume:
     Attributes:
         kind: ``fresh``; ``full`` continues exactly; ``branch`` continues another run in a directory
             of its own, with changes; ``weights`` takes the weights and starts at 0.
-        notes: What the user is to know of how it was chosen.
     """
 
     kind: Kind
@@ -108,10 +107,6 @@ def agree_on_start(resume: str, run_dir: Path, world: World) -> Resume:
 
     Rank 0 chooses, so that ranks with different views of a directory cannot part; every rank hashes
     its share of the files. All ranks call this.
-
-    Raises:
-        UserError: on every rank; as in :func:`choose_resume`, or for a damaged checkpoint that
-            ``resume`` does not allow to pass over.
     """
     damaged: dict[Path, str] = {}
     while True:
@@ -136,11 +131,6 @@ def choose_resume(
 
     Args:
         damaged: Checkpoints whose files are not as they were saved, and what is wrong with them.
-
-    Raises:
-        UserError: when ``must``, or a path, names nothing that can be continued; when ``never``, or
-            an older checkpoint of the same run, would mix two runs in one directory; when a damaged
-            checkpoint would have to be passed over, and ``resume`` is not ``auto``.
     """
     wrong = {**_damaged_by_size(run_dir), **(damaged or {})}
     own = [path for path in find_checkpoints(run_dir) if path not in wrong]
@@ -232,11 +222,7 @@ def _mixed(resume: str, run_dir: Path, newest: Path) -> UserError:
 
 
 def check_compatible(resume: Resume, *, recipe_text: str, fingerprint: str) -> None:
-    """Refuse to continue a checkpoint with which this run would become another.
-
-    Raises:
-        UserError: naming every recipe key that differs with both values, or the dataset.
-    """
+    """Refuse to continue a checkpoint with which this run would become another."""
     path = resume.path
     assert path is not None
     state = read_state(path)
@@ -309,9 +295,6 @@ def share_rank_states(states: Sequence[Mapping[str, Any]], rank: int, world_size
     With the same number of ranks, its own. With another, the unfinished averages go to rank 0,
     which counts for all; algorithms must have had the same state everywhere. The state of the
     global generators is None for a rank that is new.
-
-    Raises:
-        UserError: An algorithm's state differs between the ranks that saved it.
     """
     if len(states) == world_size:
         return dict(states[rank])

@@ -101,11 +101,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_state(path: Path) -> dict:
-    """The checkpoint's ``state.json``.
-
-    Raises:
-        UserError: when it is damaged.
-    """
+    """The checkpoint's ``state.json``."""
     try:
         state = json.loads((path / STATE).read_text())
     except ValueError as error:
@@ -131,9 +127,6 @@ def save(
         texts: Small files by name, the recipe among them; only rank 0's are written.
         facts: What ``state.json`` holds besides step and format; the same on every rank.
         rank_state: What this rank needs to continue exactly; torch-serialisable.
-
-    Returns:
-        The checkpoint's directory, whole.
 
     Raises:
         SaveFailed: on every rank, when one could not write, as on a full disk.
@@ -174,10 +167,6 @@ def load(
 
     Args:
         path: The checkpoint; it may come from another number of ranks or another ZeRO stage.
-        states: From :func:`load_rank_states`.
-
-    Raises:
-        UserError: when a part of the state is missing, although no file is.
     """
     try:
         load_state(engine, path, [SavedPieces(*state["pieces"]) for state in states])
@@ -208,9 +197,6 @@ def load_rank_states(path: Path) -> list[dict]:
     """What each rank gave to :func:`save` as ``rank_state``, in order; with three keys more.
 
     ``random`` is for :func:`set_random_state`, ``pieces`` and ``buffers`` for :func:`load`.
-
-    Raises:
-        UserError: when a file is damaged.
     """
     states = []
     for rank in range(read_state(path)["world_size"]):
@@ -256,11 +242,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def retain(run_dir: Path, keep: int | None) -> list[Path]:
-    """Remove whole checkpoints beyond the newest ``keep``; None keeps all.
-
-    Returns:
-        Those that could not be removed; a run does not end for them.
-    """
+    """Remove whole checkpoints beyond the newest ``keep``; None keeps all."""
     if keep is None:
         return []
     left = []
@@ -290,11 +272,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write weights as safetensors.
-
-    Raises:
-        OSError: They cannot be written, whatever the library makes of it.
-    """
+    """Write weights as safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -325,14 +303,7 @@ def _publish(partial: Path, path: Path, files: dict[str, FileFacts]) -> None:
 
 
 def _agree(files: Files, partial: Path, world: World) -> dict[str, FileFacts]:
-    """Wait for all ranks, and find out together whether all have written.
-
-    Returns:
-        What they have written so far.
-
-    Raises:
-        SaveFailed: One could not.
-    """
+    """Wait for all ranks, and find out together whether all have written."""
     import torch.distributed as dist
 
     mine = (files.error, files.facts)

@@ -82,7 +82,6 @@ def build_engine(
 
     Args:
         model: On the rank's device, in fp32; DeepSpeed casts it for bf16, all but its norms.
-        config: From ``deepspeed_config``.
     """
     import deepspeed
     from deepspeed.runtime import torch_autocast

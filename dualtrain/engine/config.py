@@ -33,7 +33,6 @@ class DsConfig:
     """A ds_config file, checked by itself.
 
     Attributes:
-        stage: ZeRO stage, 0 to 3.
         offloads_optimizer: Whether master weights and optimizer states live in host memory.
         offloads_parameters: Whether the weights do, too, while they are not used.
     """
@@ -51,13 +50,8 @@ def deepspeed_config(
     """Merge a recipe and its ds_config into what ``deepspeed.initialize`` takes.
 
     Args:
-        recipe: The recipe; its ``engine.deepspeed`` names the ds_config.
         slots_per_step_per_rank: Micro-steps of a rank in a step: S / world_size, or 2 S /
             world_size where each batch is run with both objectives.
-
-    Returns:
-        A configuration with every value that matters; :func:`zero_stage` and
-        :func:`bfloat16_mode` read it.
 
     Raises:
         UserError: There is no such ds_config; it has unknown keys, values of the wrong kind, or
@@ -75,15 +69,7 @@ def deepspeed_config(
 def merge_settings(
     ds_config: str, *, precision: Precision, micro_batch: int, accumulation: int, world_size: int
 ) -> dict[str, object]:
-    """Merge a ds_config with the few settings of a recipe that DeepSpeed has to know.
-
-    Args:
-        precision: The recipe's ``engine.precision``.
-        accumulation: Micro-steps of a rank in a step.
-
-    Raises:
-        UserError: As in :func:`deepspeed_config`.
-    """
+    """Merge a ds_config with the few settings of a recipe that DeepSpeed has to know."""
     given = read_ds_config(ds_config)
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -153,11 +139,7 @@ def bfloat16_mode(precision: Precision, stage: int) -> BFloat16:
 
 
 def read_ds_config(path_or_name: str) -> DsConfig:
-    """Read a ds_config and check all that can be checked without a recipe.
-
-    Raises:
-        UserError: See :func:`deepspeed_config`.
-    """
+    """Read a ds_config and check all that can be checked without a recipe."""
     path = find_ds_config(path_or_name, where="engine.deepspeed")
     file = str(path)
     try:

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 class Gradients:
     """Measure, and clip, the mean gradient over all slots of a step before anything changes it.
 
-    Args:
-        engine: DeepSpeed's engine, right after it was made.
-        clip_norm: Largest global L2 norm of the gradient; None never clips.
-
     Attributes:
         norm: () float32 on the device: global L2 norm of the newest prepared gradient before
             clipping, the same on every rank; NaN before the first. Not finite if an element was

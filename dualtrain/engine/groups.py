@@ -45,12 +45,7 @@ def muon_scale(rows: int, cols: int) -> float:
 def group_parameters(
     shapes: Mapping[str, tuple[int, ...]], muon_names: Iterable[str]
 ) -> list[ParameterGroup]:
-    """Divide parameters into one group per Muon matrix shape and one for AdamW.
-
-    Args:
-        shapes: Full (unpartitioned) shape of each trainable parameter by name, in model order.
-        muon_names: The matrices that Muon updates; empty for AdamW alone.
-    """
+    """Divide parameters into one group per Muon matrix shape and one for AdamW."""
     chosen = set(muon_names)
     by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
     rest: list[str] = []

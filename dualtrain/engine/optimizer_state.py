@@ -156,15 +156,7 @@ def _count_updates(engine: DeepSpeedEngine) -> int:
 
 
 def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedPieces]) -> None:
-    """Fill a new engine's masters, moments, momenta and weights from a checkpoint.
-
-    Args:
-        engine: Just initialised; its model has the checkpoint's parameters.
-        saved: Of every rank that saved, in order.
-
-    Raises:
-        MissingState: A part of the state is in no file.
-    """
+    """Fill a new engine's masters, moments, momenta and weights from a checkpoint."""
     source = _Source(checkpoint, saved)
     prologue = getattr(engine.optimizer, "checkpoint_event_prologue", None)
     if prologue is not None:
@@ -181,11 +173,7 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedP
 
 @torch.no_grad()
 def load_masters(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Give a new engine the checkpoint's weights, in fp32 also where it computes in bf16.
-
-    Raises:
-        MissingState: A parameter is not in the checkpoint.
-    """
+    """Give a new engine the checkpoint's weights, in fp32 also where it computes in bf16."""
     from safetensors import safe_open
 
     names = {id(p): name for name, p in module_of(engine).named_parameters()}

@@ -53,9 +53,6 @@ def partitioned_build(config: Mapping[str, Any]) -> AbstractContextManager[objec
 
     No rank ever holds the whole model then. Values that a module's ``__init__`` gives its
     parameters survive, values that come later need :func:`whole_parameters`.
-
-    Args:
-        config: From ``deepspeed_config``.
     """
     zero = config["zero_optimization"]
     if zero["stage"] != 3:

@@ -39,11 +39,7 @@ def prepare_process(*, compile_model: bool) -> None:
 
 
 def choose_device(world: World) -> torch.device:
-    """The rank's GPU, or the CPU where there is none.
-
-    Raises:
-        UserError: There are more ranks than GPUs on this machine.
-    """
+    """The rank's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     available = torch.cuda.device_count()

@@ -47,9 +47,6 @@ def read_hostfile(hostfile: Path, *, ranks: int | None = None) -> list[Machine]:
 
     Args:
         ranks: Processes a machine, instead of all its slots.
-
-    Raises:
-        UserError: for what is wrong with the file, all of it at once.
     """
     where = "--hostfile"
     example = "a text file with a line `HOST slots=N` for each machine"
@@ -94,13 +91,8 @@ def run_hostfile(
     while the ranks may still be saving; so rank 0 leaves its exit code in a file, too.
 
     Args:
-        hostfile: See :func:`read_hostfile`.
-        ranks: Processes on each machine; None for all slots.
         outcome: File in the directory that all machines see, where rank 0 calls
             :func:`record_outcome`.
-
-    Raises:
-        UserError: when the hostfile is wrong, or a program is missing that the runner needs.
     """
     machines = read_hostfile(hostfile, ranks=ranks)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]

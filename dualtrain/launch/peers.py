@@ -88,10 +88,6 @@ def explaining_lost_peers(
 ) -> Iterator[None]:
     """Turn the failure of a collective into :class:`LostPeer`, which says what happened.
 
-    Args:
-        newest_step: Tells the step that the run will continue from; None if there is none yet.
-        timeout_s: The recipe's ``engine.timeout_s``.
-
     Raises:
         LostPeer: with an empty message on a rank whose neighbour on the same machine speaks.
     """

@@ -35,9 +35,6 @@ class StepVote:
     It is taken on the CPU, in a process group of its own, while the device still works on the
     step's last backward pass: neither the device nor its communication waits for it.
 
-    Args:
-        timeout_s: Longest wait for the other ranks.
-
     Attributes:
         signals: To be entered; a second one ends this process at once.
         is_acknowledged: Whether the user has been told that the first one has arrived.

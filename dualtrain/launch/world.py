@@ -33,7 +33,6 @@ class World:
     """This process among all ranks.
 
     Attributes:
-        rank: 0 .. world_size - 1 over all machines.
         local_rank: Index on this machine; also the index of its GPU.
     """
 

@@ -55,10 +55,6 @@ def alpha_at(schedule: AlphaSchedule | Fraction, step: int, steps: int) -> Fract
     Step n stands at n / steps of the run. ``phases``: the alpha of the first phase whose ``until``
     lies after that point. ``linear``: on the straight line from ``start`` at 0 through each
     phase's alpha at its ``until``.
-
-    Args:
-        schedule: A constant share, or the recipe's schedule.
-        step: 0..steps-1.
     """
     if isinstance(schedule, (Fraction, int)):
         return Fraction(schedule)
@@ -85,7 +81,6 @@ class Mixture:
 
     Args:
         alpha: AR share, or a function from the step to it (see :func:`alpha_at`).
-        slots: S, micro-batches in a step: global_batch / micro_batch.
         rotation: Whether the objectives share each pass over the text; else each goes through all
             of it at its own pace.
 
@@ -197,14 +192,6 @@ class Mixture:
         dealt like cards, going on in each step where the last one ended: over any window of steps
         the ranks' numbers differ by at most one. Every rank runs its AR slots first, so at most one
         micro-step of a step has ranks with different objectives.
-
-        Args:
-            step: 0..steps-1.
-            rank: 0..world_size-1.
-            world_size: Ranks; a divisor of S.
-
-        Raises:
-            ValueError: The ranks do not divide S, or there is no such step or rank.
         """
         if self._batches % world_size or not 0 <= rank < world_size:
             raise ValueError(

@@ -116,11 +116,7 @@ def masking_noise(
     """Draw the noise of each sequence from the generator of (seed, purpose, stream, sequence).
 
     Args:
-        purpose: Such as ``"corruption"``.
         stream: Number of the stream, from ``mixing.STREAM_NUMBERS``.
-        sequence_ids: (B,) absolute indices in the stream.
-        length: T.
-        spans: Draw what span corruption needs, too.
     """
     rows = [
         generator(seed, purpose, stream, int(sequence)).random(2 + (4 if spans else 1) * length)
@@ -143,10 +139,6 @@ def with_scheduled_rate(
 
     That is GPT-BERT's formula: the first step has exactly `start`; `end` belongs to step N, which a
     run of N steps does not come to.
-
-    Args:
-        step: Finished updates n, 0..steps-1.
-        steps: N, updates of the run.
     """
     rate = schedule.start + (schedule.end - schedule.start) * step / steps
     return replace(noise, rate=torch.full_like(noise.rate, rate))
@@ -169,8 +161,6 @@ def validation_noise(
     Args:
         sequence_ids: (B,) which of the held-out sequences.
         sequences: N, all held-out sequences that are scored.
-        length: T.
-        spans: Draw what span corruption needs, too.
     """
     noise = masking_noise(seed, "validation", 0, sequence_ids, length, spans=spans)
     strata = generator(seed, "validation strata", sequences).permutation(sequences)
@@ -180,29 +170,14 @@ def validation_noise(
 
 
 def hidden_targets(document_ids: Tensor) -> Tensor:
-    """Tell which positions have a target that is no input of their row: a document's last ones.
-
-    Args:
-        document_ids: (B, T) integers, equal within a document.
-
-    Returns:
-        (B, T) bool.
-    """
+    """Tell which positions have a target that is no input of their row: a document's last ones."""
     hidden = torch.ones_like(document_ids, dtype=torch.bool)
     hidden[:, :-1] = document_ids[:, 1:] != document_ids[:, :-1]
     return hidden
 
 
 def scored_targets(inputs: Tensor, document_ids: Tensor, special_ids: Sequence[int]) -> Tensor:
-    """Tell which targets are scored, in every mode: all but an ``<unk>`` that is an input, too.
-
-    Args:
-        inputs: (B, T) int64.
-        document_ids: (B, T) int32.
-
-    Returns:
-        (B, T) bool.
-    """
+    """Tell which targets are scored, in every mode: all but an ``<unk>`` that is an input, too."""
     return hidden_targets(document_ids) | _following(~_is_special(inputs, special_ids))
 
 
@@ -214,14 +189,7 @@ def autoregressive(
     special_ids: Sequence[int],
     ar_weight: float = 1.0,
 ) -> Example:
-    """Make the example of the autoregressive objective: clean inputs, every target scored.
-
-    Args:
-        inputs: (B, T) int64.
-        targets: (B, T) int64.
-        document_ids: (B, T) int32.
-        special_ids: Tokens that are never masked; see :func:`scored_targets`.
-    """
+    """Make the example of the autoregressive objective: clean inputs, every target scored."""
     weights = ar_weight * scored_targets(inputs, document_ids, special_ids).float()
     return Example(inputs, targets, weights, "causal", document_ids)
 
@@ -251,17 +219,11 @@ def diffusion(
     weigh the same, T in all: its loss is their mean cross-entropy, on the scale of the AR loss.
 
     Args:
-        inputs: (B, T) int64, clean.
-        targets: (B, T) int64.
-        document_ids: (B, T) int32.
         mask_id: The token that replaces a masked one.
         noise: Of these B sequences and T positions; the rates are in it.
         vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
         exact: Estimate the bound without the deviations of the published scheme (see the
             module). For held-out losses; uniform corruption only.
-
-    Raises:
-        ValueError: `exact` with spans; spans without `vocab_size` or without their noise.
     """
     special = _is_special(inputs, special_ids)
     hidden = hidden_targets(document_ids)
@@ -312,12 +274,7 @@ def choose_positions(special: Tensor, noise: MaskingNoise, total: Tensor) -> Ten
     """Choose k = max(1, floor(total·u + u')) positions of each row, or all ordinary ones if fewer.
 
     Args:
-        special: (B, T) bool, positions that may not be chosen.
-        noise: Chooses the positions of smallest ``order``.
         total: (B,) int64, the number of tokens that the rate is a share of.
-
-    Returns:
-        (B, T) bool.
     """
     count = _count(noise.rate, noise, total)
     ranking = noise.order.masked_fill(special, torch.inf).argsort(dim=1)

@@ -20,10 +20,6 @@ def learning_rate_factor(schedule: ScheduleSection, step: int, steps: int) -> fl
     """Return the factor on the peak learning rate.
 
     Warm-up multiplies the rest of the schedule; where it overlaps a decay, both count.
-
-    Args:
-        step: Finished updates n, 0..steps-1.
-        steps: N, updates of the run.
     """
     start = warmup_factor(step, schedule.warmup_steps)
     if schedule.name == "wsd":

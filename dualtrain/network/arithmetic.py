@@ -21,7 +21,6 @@ class ImportedSizes:
     """The sizes of an imported model, whose parameters are no function of a few sizes.
 
     Attributes:
-        vocab_size: Rows of the embedding and of the output matrix.
         shapes: Of each parameter by name, in the model's order; of tied ones once.
         vocabulary: Names of the embedding and of the output matrix; one name if they are tied.
         matrices: Names of the body's matrices, which are those that Muon updates.
@@ -126,12 +125,8 @@ def flops_per_token(
     width of its attention for the W beside K.
 
     Args:
-        sequence_length: T, in tokens.
         attention: Kind of attention; ``prefix`` is counted as ``full``.
         supervised_share: s; by default 1 causally, else 1/2, the mean of uniform masking.
-
-    Returns:
-        Floating-point operations per input token.
     """
     if supervised_share is None:
         supervised_share = 1.0 if attention == "causal" else 0.5

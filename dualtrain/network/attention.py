@@ -66,16 +66,7 @@ class AttentionPlan:
     backend: Backend
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Apply softmax attention.
-
-        Args:
-            query: (B, T, H, D), rotated.
-            key: (B, T, H, D), rotated.
-            value: (B, T, H, D), of the same type.
-
-        Returns:
-            (B, T, H, D), of the same type.
-        """
+        """Attend, with (B, T, H, D) rotated queries and keys and values; returns the same shape."""
         raise NotImplementedError
 
 
@@ -159,9 +150,6 @@ def resolve_backend(
         name: ``auto``, ``sdpa``, ``varlen`` or ``flex``. auto is sdpa on a CPU; on CUDA varlen
             where there is one, else flex where there is a compiler, else sdpa.
         dtype: Compute type, if known: varlen is for half precision only.
-
-    Raises:
-        UserError: The backend asked for cannot train on this device, torch or precision.
     """
     device = torch.device(device)
     if name == "auto":
@@ -191,7 +179,6 @@ def plan_attention(
     """Prepare attention for one micro-batch.
 
     Args:
-        kind: causal, full or prefix.
         document_ids: (B, T) integers on the CPU, never decreasing within a row: positions with
             equal ids are one document.
         backend: From :func:`resolve_backend`. varlen cannot express prefix attention, nor compute
@@ -199,9 +186,6 @@ def plan_attention(
         dtype: Compute type of the attention (bfloat16 also under autocast).
         in_prefix: (B, T) bool on the CPU, tokens that all of their document see; for the prefix
             kind only.
-
-    Returns:
-        The plan, its tensors on the device.
 
     Raises:
         ValueError: Document ids that decrease or are not on the CPU; ``in_prefix`` missing, or

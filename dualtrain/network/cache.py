@@ -25,7 +25,6 @@ class KeyValueCache:
     """The keys and values of B rows, which may be of different lengths.
 
     Args:
-        rows: B.
         capacity: C, tokens that a row can have in the end.
     """
 
@@ -49,11 +48,6 @@ class KeyValueCache:
 
         Args:
             lengths: (B,) tokens of each prompt; rows are filled up behind them.
-            kind: ``full`` for prompts that see themselves bidirectionally.
-            width: Length of the rows given to the model.
-
-        Raises:
-            ValueError: There is something in the cache already, or a prompt exceeds row or cache.
         """
         if self._layers:
             raise ValueError("prompts come first")
@@ -67,11 +61,7 @@ class KeyValueCache:
         return _PromptPlan(kind, "sdpa", self._layers, self.capacity, inner)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows, in this order; one named twice is continued twice.
-
-        Args:
-            rows: Indices of the rows that there are now.
-        """
+        """Go on with some of the rows, in this order; one named twice is continued twice."""
         self.lengths = self.lengths[list(rows)]
         index = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
         for layer, (keys, values) in enumerate(self._layers):
@@ -82,9 +72,6 @@ class KeyValueCache:
 
         Returns:
             The plan, and (B, 1) int64 positions of the tokens, on the device.
-
-        Raises:
-            ValueError: A row is full.
         """
         if int(self.lengths.max()) >= self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens")

@@ -25,9 +25,6 @@ def initial_std(name: str, config: DualConfig) -> float:
     layer i (from 0) times sqrt(1 / (2 (i + 1))); sqrt(2 / (W + V)) for the embedding and the
     output matrix; 0 for the matrices that write into the residual stream (Samuel and Charpentier
     2025, released code).
-
-    Args:
-        name: Name of the parameter in ``DualLM``, such as ``model.layers.0.mlp.up_proj.weight``.
     """
     module = name.split(".")[-2]
     body = math.sqrt(2 / (5 * config.hidden_size))

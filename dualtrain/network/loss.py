@@ -34,9 +34,6 @@ def select_positions(weights: Tensor) -> Tensor | None:
     Returns:
         (N,) int64 indices into the flattened batch, all different: those with a non-zero weight in
         order, then some of the others to fill up. None if (nearly) all positions are needed.
-
-    Raises:
-        ValueError: The weights are on another device.
     """
     if weights.device.type != "cpu":
         raise ValueError("weights must be on the CPU: positions are selected without the device")
@@ -75,12 +72,10 @@ class OutputLayer(nn.Linear):
         """Return logits, losses of single positions, or the loss of all.
 
         Args:
-            hidden: (N, W), after the head's norm and projection.
             targets: (N,) int64; None asks for the logits.
             weights: (N,) float32; None asks for each position's loss. Where a weight is 0 the
                 target may be anything.
             positions: What the weighted sums are divided by: B*T, all positions.
-            z_loss: Factor on the squared log-sum-exp of the logits.
             with_top: Without weights: also tell where the target is the likeliest token.
 
         Returns:

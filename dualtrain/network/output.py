@@ -57,15 +57,7 @@ def head_output(
     selection: Tensor | None,
     reduction: Literal["mean", "none"],
 ) -> DualOutput:
-    """Run the output layer for the positions that need it.
-
-    Args:
-        hidden: (B, T, W), from the last block.
-        targets: See ``DualLM.forward``, as for the other arguments.
-
-    Raises:
-        ValueError: (N,) targets without a selection.
-    """
+    """Run the output layer for the positions that need it."""
     head, prepare = model.get_output_embeddings(), model.prepare_head
     if targets is None:
         chosen = hidden if selection is None else _pick(hidden, selection)

@@ -176,7 +176,6 @@ class DualLM(nn.Module):
         """Compute logits, the loss, or each position's loss.
 
         Args:
-            input_ids: (B, T) int64.
             attention: From :func:`plan_attention`; None is causal, each row one document.
             positions: (B, T) int64, where each token stands for the rotary embedding; None counts
                 through each row, as training does.
@@ -255,9 +254,6 @@ def rotary_tables(config: DualConfig, positions: Tensor) -> Rotary:
 
     Made anew in each forward pass rather than kept in a buffer, which casting the model to bf16
     would round, and materialising it from the meta device would leave empty.
-
-    Args:
-        positions: (T,) or (B, T) integers.
 
     Returns:
         Two (T, 1, D / 2) or (B, T, 1, D / 2) float32 tensors.

@@ -37,16 +37,11 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
     """Load the recipe of a branch.
 
     Args:
-        name: A recipe, as in ``load_recipe``.
         start: A step of the run that name and overrides name, or a checkpoint's directory.
 
     Returns:
         The recipe with ``checkpoint.resume`` set, the unique subset of the run that it leaves, and
         a directory beside that run's, unless it has another already.
-
-    Raises:
-        UserError: There is no such checkpoint; the overrides ask for another unique subset; as in
-            ``load_recipe``.
     """
     pairs = [override.partition("=") for override in overrides]
     named = {key.strip(): value.strip() for key, _, value in pairs}
@@ -76,19 +71,12 @@ def load_branch(name: str, overrides: Sequence[str], start: str) -> LoadedRecipe
 
 
 def read_parent(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint was made with.
-
-    Raises:
-        UserError: It has settings that this version does not know.
-    """
+    """The recipe that a checkpoint was made with."""
     return load_recipe(str(checkpoint / RECIPE)).recipe
 
 
 def check_branch(recipe: Recipe, checkpoint: Path, corpus: CorpusFacts) -> list[str]:
     """Check that the data of a branch goes on where its parent's was.
-
-    Returns:
-        What the user is to know of it.
 
     Raises:
         UserError: The branch has other unique tokens, would end where it begins, or its alpha
@@ -123,11 +111,7 @@ def check_branch(recipe: Recipe, checkpoint: Path, corpus: CorpusFacts) -> list[
 
 
 def inherit_metrics(parent: Path, run_dir: Path, step: int) -> None:
-    """Begin a branch's metrics with its parent's up to a step, so that they tell the whole history.
-
-    Raises:
-        UserError: The parent's metrics cannot be read.
-    """
+    """Begin a branch's metrics with its parent's up to a step: they tell the whole history."""
     source = parent / FILE_NAME
     if not source.is_file():
         return

@@ -23,9 +23,6 @@ def with_dataset_there(loaded: LoadedRecipe) -> LoadedRecipe:
 
     ``data.path=DIR`` for a dataset of one's own says nothing of how a recipe makes its own. A
     recipe that names both is another matter: what is there was once made for it, and may be stale.
-
-    Raises:
-        UserError: what is there is no whole dataset.
     """
     build, path = loaded.recipe.data.build, user_path(loaded.recipe.data.path)
     by_hand = {key for key, origin in loaded.origins.items() if origin.startswith(COMMAND_LINE)}
@@ -43,11 +40,7 @@ def with_dataset_there(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 def check_dataset(recipe: Recipe) -> None:
-    """Refuse what :func:`build_missing_dataset` would refuse before it makes anything.
-
-    Raises:
-        UserError: as there.
-    """
+    """Refuse what :func:`build_missing_dataset` would refuse before it makes anything."""
     if recipe.data.build is not None:
         from data_tools.convert import check_build
 
@@ -69,9 +62,6 @@ def build_missing_dataset(recipe: Recipe) -> None:
     """Make ``data.path`` as ``data.build`` or ``data.remote`` says, unless it is there already.
 
     Of a remote dataset only the facts are fetched; shards follow when they are read.
-
-    Raises:
-        UserError: when what is there was made with other arguments, or the sources are unusable.
     """
     if recipe.data.remote is not None:
         fetch_facts(recipe.data.remote, recipe.data.path)

@@ -35,11 +35,7 @@ _KEYS = {"--tasks-dir": "eval.tasks_dir", "--tasks": "eval.tasks"}
 
 
 def read_tasks(section: EvalSection) -> TaskItems:
-    """Find the tasks of a recipe and read their items.
-
-    Raises:
-        UserError: There is no such task, or no data of it; something is wrong with a file.
-    """
+    """Find the tasks of a recipe and read their items."""
     if not section.tasks:
         return []
     try:
@@ -57,14 +53,6 @@ class TaskScoring:
 
     Making one goes through every item without the model, so that what cannot be scored is found
     before the first step.
-
-    Attributes:
-        modes: In which answers are scored, in this order.
-        warnings: What the user should know of the items.
-
-    Args:
-        tasks: From :func:`read_tasks`.
-        scorer: Of the model, on all ranks.
 
     Raises:
         UserError: No item of a task fits the model's context.
@@ -98,12 +86,8 @@ class TaskScoring:
         """Score all tasks in a mode. Called by all ranks at once, and the same on all.
 
         Args:
-            mode: One of :attr:`modes`.
             is_stopping: Asked before each batch whether to leave out the rest; all ranks ask
                 together, and must get the same answer.
-
-        Returns:
-            A result for each task; None when they were not all scored.
         """
         results, name = [], ""
 

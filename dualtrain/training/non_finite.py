@@ -58,10 +58,6 @@ class LossWatch:
     They are put side by side on the device and copied all at once, behind the last slot's forward
     pass and ahead of its backward pass. So when the host asks for them, the device still has a
     backward pass to work on: nothing is synchronised.
-
-    Args:
-        slots: Slots of this rank in a step.
-        skipped: Steps without an update so far.
     """
 
     def __init__(self, slots: int, device: torch.device, *, skipped: int = 0) -> None:
@@ -116,11 +112,7 @@ def describe(ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
 
 
 def write_report(run: Run, ranks: list[list[SlotLoss]], *, cause: Cause) -> str:
-    """Write down the step that is not finite.
-
-    Returns:
-        A sentence for the user: where the report is, or why it could not be written.
-    """
+    """Write down the step that is not finite."""
     path = run.run_dir / DIRECTORY / f"step-{run.state.step:08d}.json"
     if run.world.rank == 0:
         try:

@@ -58,14 +58,7 @@ class Origin:
         corpus: CorpusFacts,
         slots_per_rank: int,
     ) -> Origin:
-        """Choose and check it; every rank calls this.
-
-        Args:
-            slots_per_rank: Micro-batches of a rank in a step.
-
-        Raises:
-            UserError: as in ``choose_resume``, ``check_compatible``, ``check_branch``.
-        """
+        """Choose and check it; every rank calls this."""
         run_dir, text = recipe.directory, dump_recipe(recipe)
         config = deepspeed_config(
             recipe, world_size=world.world_size, slots_per_step_per_rank=slots_per_rank

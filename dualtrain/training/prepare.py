@@ -39,9 +39,6 @@ def own_places(recipe: str, overrides: Sequence[str]) -> list[str]:
 
     Returns:
         Overrides to come before the user's; none where the recipe means that run by itself.
-
-    Raises:
-        UserError: The file is there and no recipe.
     """
     file = user_path(recipe)
     if file.name != "recipe.yaml" or not file.is_file():
@@ -76,11 +73,7 @@ def _at(values: Plain, path: Sequence[str]) -> str | None:
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Refuse a run directory that cannot be made or written to, without making it.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """Refuse a run directory that cannot be made or written to, without making it."""
     if why := why_unwritable(recipe.directory):
         raise _unwritable(recipe.directory, why)
 
@@ -109,11 +102,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def prepare_run_directory(recipe: Recipe) -> Path:
-    """Make the run directory.
-
-    Raises:
-        UserError: when it cannot be made or written to.
-    """
+    """Make the run directory."""
     run_dir = recipe.directory
     probe = run_dir / PROBE
     try:
@@ -141,9 +130,6 @@ def lock_run_directory(recipe: Recipe) -> IO[bytes]:
     """Claim the run directory for this process, until the returned file is closed.
 
     The kernel gives the lock back when the process ends, however it ends.
-
-    Raises:
-        UserError: when another process is at work there.
     """
     path = recipe.directory / RUN_LOCK
     try:

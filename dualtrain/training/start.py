@@ -41,11 +41,7 @@ OUTCOME = Path("logs", "exit-code")
 
 
 def show(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None) -> None:
-    """The dry run: show a recipe and what follows from it; nothing is made or changed.
-
-    Raises:
-        UserError: for what :func:`start` would refuse.
-    """
+    """The dry run: show a recipe and what follows from it; nothing is made or changed."""
     from dualtrain.derived.dry_run import print_dry_run
 
     recipe = loaded.recipe
@@ -69,9 +65,6 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
 
     Under a launcher this process is one rank. Otherwise it is the only rank, or the parent that
     first makes the dataset if the recipe says how, then starts the ranks with the resolved recipe.
-
-    Raises:
-        UserError: for everything that can be refused before any rank starts.
     """
     recipe = loaded.recipe
     world = current_world()

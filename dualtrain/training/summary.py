@@ -85,9 +85,6 @@ def sample_rows(run: Run) -> tuple[list[int], list[int]]:
     """The ids of the recipe's prompt and of its text with gaps; empty where none is wanted.
 
     Called before training, so that a mistake in them does not come to light after it.
-
-    Raises:
-        UserError: a malformed gap, or a text longer than the model's context.
     """
     wanted, info = run.recipe.sample, run.dataset.info
     tokenizer = parse_tokenizer(run.dataset.tokenizer_path)

@@ -54,17 +54,7 @@ Thing = TypeVar("Thing")
 
 
 def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
-    """Run a recipe as one rank, from its newest checkpoint if there is one.
-
-    Args:
-        recipe: The resolved recipe; the same on every rank.
-
-    Returns:
-        The exit code: done, saved after a signal, or stopped by a non-finite loss.
-
-    Raises:
-        UserError: for what the user can mend, before the first step.
-    """
+    """Run a recipe as one rank, from its newest checkpoint if there is one."""
     # A caller that trains several recipes keeps its process group from one to the next.
     joins_group = not dist.is_initialized()
     run = assemble(recipe, view=view)
@@ -178,12 +168,7 @@ def acknowledge_signal(run: Run) -> None:
 
 
 def slot_loss(state: State, dispatcher: Dispatcher, model: ModelHandle) -> None:
-    """From the clean sequences of the state's slot to its loss.
-
-    Args:
-        state: With slot and batch; is given example, output and loss.
-        dispatcher: The algorithms, which make the example.
-    """
+    """From the clean sequences of the state's slot to its loss."""
     dispatcher.dispatch(Event.BATCH_START, state)
     dispatcher.dispatch(Event.BEFORE_FORWARD, state)
     state.output = forward(state, model)
@@ -220,9 +205,6 @@ def leave_out(run: Run, cause: Cause) -> None:
 
     Args:
         cause: What is not finite. After a bad gradient DeepSpeed has made no update already.
-
-    Raises:
-        NonFiniteLoss: when it does not; the report is written by then.
     """
     allowed, losses = run.recipe.engine.skip_non_finite, run.losses
     ranks = run.vote.gather(losses.slots())
@@ -314,10 +296,6 @@ def save(run: Run, *, is_final: bool) -> None:
     Args:
         is_final: Whether the run ends here; otherwise it survives a full disk without the
             checkpoint.
-
-    Raises:
-        UserError: when the last checkpoint of the run cannot be written.
-        NonFiniteLoss: as in :func:`record`, of what no record has shown yet.
     """
     finite = run.meter.finite().float()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)

@@ -38,8 +38,6 @@ class DualObjective(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         slot, batch = state.slot, state.batch
-        if slot is None or batch is None:
-            raise ValueError("BATCH_START without a slot and its batch")
         if slot.objective == "ar":
             state.example = objectives.autoregressive(
                 batch.inputs,

@@ -88,7 +88,7 @@ class State:
 
     Algorithms change ``model`` at INIT; ``learning_rate`` at STEP_START; ``example`` from
     BATCH_START to BEFORE_FORWARD; ``output`` at AFTER_FORWARD; ``loss`` at AFTER_LOSS. The rest is
-    for reading.
+    for reading. What has not come yet is no attribute: ``slot`` before the first BATCH_START.
 
     Attributes:
         vocabulary: What ids are no text.
@@ -117,15 +117,15 @@ class State:
     mixture: Mixture
     model: DualLM | ImportedLM
     step: int = 0
-    engine: DeepSpeedEngine | None = None
-    optimizer_groups: Sequence[ParameterGroup] = ()
-    alpha: float = float("nan")
-    learning_rate: float = float("nan")
-    slot: Slot | None = None
-    batch: Batch | None = None
-    example: Example | None = None
-    output: DualOutput | None = None
-    loss: Tensor | None = None
+    engine: DeepSpeedEngine = field(init=False)
+    optimizer_groups: Sequence[ParameterGroup] = field(init=False)
+    alpha: float = field(init=False)
+    learning_rate: float = field(init=False)
+    slot: Slot = field(init=False)
+    batch: Batch = field(init=False)
+    example: Example = field(init=False)
+    output: DualOutput = field(init=False)
+    loss: Tensor = field(init=False)
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -50,16 +50,10 @@ class InputMasking(Algorithm):
         self.share, self.max_rate = share, max_rate
 
     def match(self, event: Event, state: State) -> bool:
-        return (
-            event is Event.BEFORE_FORWARD
-            and state.slot is not None
-            and state.slot.objective == "ar"
-        )
+        return event is Event.BEFORE_FORWARD and state.slot.objective == "ar"
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         example, batch = state.example, state.batch
-        if example is None or batch is None:
-            raise ValueError("BEFORE_FORWARD without an example")
         stream = STREAM_NUMBERS[batch.stream]
         rows = []
         for sequence in batch.sequence_ids.tolist():

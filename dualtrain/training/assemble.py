@@ -1,19 +1,22 @@
 """From a resolved recipe to everything the loop needs, checked before the first step.
 
 ``train`` calls :func:`assemble`. The order matters: what can be refused cheaply is refused before
-processes meet, and processes meet before memory is spent.
+ranks meet (:func:`check`), and ranks meet (:func:`meet`) before memory is spent (:func:`build`).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from dualtrain.algorithms.events import Dispatcher, Event, State
+from dualtrain.algorithms.events import Algorithm, Dispatcher, Event, State
 from dualtrain.algorithms.registry import build_algorithms
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.common.file_kinds import parse_tokenizer
@@ -23,6 +26,7 @@ from dualtrain.data.corpus import read_corpus
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.data.prefetch import Prefetcher
 from dualtrain.data.shard_cache import ShardCache
+from dualtrain.derived.cost import ModelCost
 from dualtrain.derived.derive import Derived, build_mixture, derive
 from dualtrain.derived.memory import check_memory
 from dualtrain.engine.build import (
@@ -48,8 +52,9 @@ from dualtrain.launch.vote import StepVote
 from dualtrain.launch.world import (
     World,
     current_world,
+    single_world,
 )
-from dualtrain.method.mixing import Mixture, Slot
+from dualtrain.method.mixing import Mixture
 from dualtrain.model.build import build_model
 from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import resolve_backend
@@ -57,31 +62,57 @@ from dualtrain.progress.progress import Meter, Progress, ViewChoice, peak_flops
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.dataset import build_missing_dataset
 from dualtrain.training.evaluation import TaskItems, TaskScoring, read_tasks
-from dualtrain.training.non_finite import LossWatch
+from dualtrain.training.losses import LossWatch
 from dualtrain.training.origin import Origin
 from dualtrain.training.prepare import lock_run_directory, prepare_run_directory
 from dualtrain.training.run import Run
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a rank has found out by itself."""
+
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    algorithms: list[Algorithm]
+    tasks: TaskItems
+
+
+@dataclass(frozen=True)
+class Met:
+    """What all ranks know since they have met, before memory is spent."""
+
+    lock: IO[bytes] | None
+    train: TokenDataset
+    held_out: ValidationData
+    derived: Derived
+    cost: ModelCost
+    mixture: Mixture
+    origin: Origin
+
+
 def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
-    """Build a run on this rank and restore its newest checkpoint.
+    """Build a run on this rank and restore its newest checkpoint."""
+    rank = check(recipe)
+    return build(recipe, rank, meet(recipe, rank), view)
 
-    Args:
-        recipe: The resolved recipe, the same on every rank.
 
-    Raises:
-        UserError: for everything in the recipe, the dataset or the machine that does not fit.
-    """
-    world = current_world()
-    assert world is not None
+def check(recipe: Recipe) -> Checked:
+    """Refuse what this rank cannot do, before it waits for others."""
+    world = current_world() or single_world()
     prepare_process(compile_model=recipe.model.compile)
     device = choose_device(world)
     check_precision(recipe.engine.precision, device)
-    compute_dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-    backend = resolve_backend(recipe.model.attention, device, compute_dtype)
-    algorithms = build_algorithms(recipe)
-    tasks = read_tasks(recipe.eval)
-    lock = None
+    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    backend = resolve_backend(recipe.model.attention, device, dtype)
+    return Checked(world, device, dtype, backend, build_algorithms(recipe), read_tasks(recipe.eval))
+
+
+def meet(recipe: Recipe, rank: Checked) -> Met:
+    """Join the other ranks, open the data, and agree on where the run starts."""
+    world, lock = rank.world, None
     if world.rank == 0:
         prepare_run_directory(recipe)
         lock = lock_run_directory(recipe)
@@ -90,107 +121,127 @@ def assemble(recipe: Recipe, *, view: ViewChoice) -> Run:
         build_missing_dataset(recipe)  # every machine has a copy of its own
     if not torch.distributed.is_initialized():
         init_distributed(timeout_s=recipe.engine.timeout_s)
-
     shards = open_shards(recipe, world)
-    dataset = TokenDataset.open(recipe.data.path, "train", source=shards)
+    train = TokenDataset.open(recipe.data.path, "train", source=shards)
     corpus = read_corpus(recipe)
     assert corpus is not None  # the dataset is open
     derived = derive(recipe, corpus=corpus, world_size=world.world_size)
     assert derived.cost is not None  # the vocabulary is known
     check_memory(derived, ranks=world.local_world_size)
-    mixture = build_mixture(recipe, derived.steps)
-    slots_per_rank = mixture.slots_per_step // world.world_size
-    origin = Origin.of(
-        recipe, world=world, dataset=dataset, corpus=corpus, slots_per_rank=slots_per_rank
-    )
+    origin = Origin.of(recipe, world, train.info, corpus, derived)
     if world.rank == 0:
         write_text(origin.run_dir / checkpoint.RECIPE, origin.text)
-    is_fresh = origin.resume.kind == "fresh"
-    model = build_model(recipe, dataset.info, origin.config, pretrained=is_fresh)
-    if origin.resume.kind == "weights":
-        checkpoint.load_weights(origin.path, model)
-    state = State(
-        recipe=recipe,
-        steps=derived.steps,
-        rank=world.rank,
-        world_size=world.world_size,
-        device=device,
-        vocabulary=dataset.info.vocabulary,
-        mixture=mixture,
-        model=model,
+    held_out = ValidationData(
+        TokenDataset.open(recipe.data.path, "val", source=shards),
+        sequence_length=recipe.sequence_length,
+        append_eos=recipe.data.append_eos,
+        sequences=recipe.eval.sequences,
     )
-    meter = Meter(
-        device,
-        ar_weight=recipe.objective.ar_weight,
-        flops_per_token=derived.cost.flops_per_token,
-        peak_flops=peak_flops(torch.cuda.get_device_name(device))
-        if device.type == "cuda"
-        else None,
-    )
-    dispatcher = Dispatcher(algorithms, logger=meter)
+    mixture = build_mixture(recipe, derived.steps)
+    return Met(lock, train, held_out, derived, derived.cost, mixture, origin)
+
+
+def build(recipe: Recipe, rank: Checked, met: Met, view: ViewChoice) -> Run:
+    """Build the model and its engine, and restore what the run continues."""
+    world, origin = rank.world, met.origin
+    state = _begin(recipe, rank, met)
+    meter = _make_meter(recipe, rank.device, met.cost)
+    dispatcher = Dispatcher(rank.algorithms, logger=meter)
     is_changed = _announce_model(dispatcher, state)
     gradients = _attach_engine(state, origin.config)
     if origin.resume.kind == "weights" and not is_changed:
         # DeepSpeed has made bf16 weights of them, and its masters of those.
-        assert state.engine is not None
         load_masters(state.engine, origin.path)
     if origin.resume.continues:
-        _restore(state, dispatcher, meter, origin, world)
-    assert state.engine is not None
-    handle = ModelHandle(
-        model=state.engine,
-        vocabulary=state.vocabulary,
-        context=recipe.sequence_length,
-        target=recipe.objective.target,
-        device=device,
-        dtype=compute_dtype,
-        backend=backend,
-        rank=world.rank,
-        world_size=world.world_size,
-    )
-    data = training_data(recipe, dataset, derived, mixture)
-    dataset.prepare_all(data.documents)
+        checkpoint.load(origin.path, state.engine, world, origin.rank_states)
+        checkpoint.set_random_state(origin.mine["random"])
+        dispatcher.load_state_dict(origin.mine["algorithms"])
+        meter.load_state_dict(origin.mine["meter"])
+        state.step = origin.first_step
+    handle = _make_handle(state, rank)
     progress = Progress.open(
         origin.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
     )
+    slots_per_rank = met.mixture.slots_per_step // world.world_size
     return Run(
         recipe=recipe,
-        text=origin.text,
-        fingerprint=origin.fingerprint,
-        zero_stage=origin.zero_stage,
-        derived=derived,
         world=world,
-        run_dir=origin.run_dir,
-        dataset=dataset,
-        validation=ValidationData(
-            TokenDataset.open(recipe.data.path, "val", source=shards),
-            sequence_length=recipe.sequence_length,
-            append_eos=recipe.data.append_eos,
-            sequences=recipe.eval.sequences,
-        ),
-        tasks=_task_scoring(tasks, recipe, handle, dataset, progress.message),
+        origin=origin,
+        derived=met.derived,
+        parameters=met.cost.parameters,
+        dataset=met.train,
+        held_out=met.held_out,
+        tasks=_task_scoring(rank.tasks, recipe, handle, met.train, progress.message),
         state=state,
         dispatcher=dispatcher,
         handle=handle,
-        batches=Prefetcher(
-            data,
-            _slots(mixture, state.step, world),
-            depth=recipe.data.prefetch_steps * slots_per_rank,
-            pin_memory=device.type == "cuda",
-        ),
+        batches=_prefetch(state, met, world),
         slots_per_rank=slots_per_rank,
         gradients=gradients,
         meter=meter,
         progress=progress,
-        losses=LossWatch(slots_per_rank, device, skipped=origin.facts.get("skipped_steps", 0)),
+        losses=LossWatch(slots_per_rank, rank.device, skipped=origin.skipped_steps),
         vote=StepVote(timeout_s=recipe.engine.timeout_s),
-        first_step=state.step,
-        elapsed_before_s=origin.facts.get("elapsed_s", 0.0),
-        last_eval=origin.facts.get("last_eval"),
-        last_scores=origin.facts.get("last_scores", []),
-        lock=lock,
-        last_saved=origin.resume.path if origin.resume.kind == "full" else None,
-        notes=origin.resume.notes,
+        lock=met.lock,
+    )
+
+
+def _begin(recipe: Recipe, rank: Checked, met: Met) -> State:
+    """The state at INIT: with the bare model, in its first values or a checkpoint's weights."""
+    origin, info = met.origin, met.train.info
+    is_fresh = origin.resume.kind == "fresh"
+    model = build_model(recipe, info, origin.config, pretrained=is_fresh)
+    if origin.resume.kind == "weights":
+        checkpoint.load_weights(origin.path, model)
+    return State(
+        recipe=recipe,
+        steps=met.derived.steps,
+        rank=rank.world.rank,
+        world_size=rank.world.world_size,
+        device=rank.device,
+        vocabulary=info.vocabulary,
+        mixture=met.mixture,
+        model=model,
+    )
+
+
+def _make_meter(recipe: Recipe, device: torch.device, cost: ModelCost) -> Meter:
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return Meter(
+        device,
+        ar_weight=recipe.objective.ar_weight,
+        flops_per_token=cost.flops_per_token,
+        peak_flops=peak,
+    )
+
+
+def _make_handle(state: State, rank: Checked) -> ModelHandle:
+    """The engine, as evaluation and sampling call it."""
+    return ModelHandle(
+        model=state.engine,
+        vocabulary=state.vocabulary,
+        context=state.recipe.sequence_length,
+        target=state.recipe.objective.target,
+        device=rank.device,
+        dtype=rank.dtype,
+        backend=rank.backend,
+        rank=state.rank,
+        world_size=state.world_size,
+    )
+
+
+def _prefetch(state: State, met: Met, world: World) -> Prefetcher:
+    """This rank's slots and their sequences, from here to the end, in the order of the loop."""
+    recipe, mixture = state.recipe, met.mixture
+    data = training_data(recipe, met.train, met.derived, mixture)
+    met.train.prepare_all(data.documents)
+    steps = range(state.step, mixture.steps)
+    slots = (mixture.for_rank(step, world.rank, world.world_size) for step in steps)
+    return Prefetcher(
+        data,
+        chain.from_iterable(slots),
+        depth=recipe.data.prefetch_steps * mixture.slots_per_step // world.world_size,
+        pin_memory=state.device.type == "cuda",
     )
 
 
@@ -247,17 +298,6 @@ def _attach_engine(state: State, config: dict[str, object]) -> Gradients:
     return Gradients(state.engine, clip_norm=recipe.optim.clip_norm)
 
 
-def _restore(
-    state: State, dispatcher: Dispatcher, meter: Meter, origin: Origin, world: World
-) -> None:
-    assert state.engine is not None
-    checkpoint.load(origin.path, state.engine, world, origin.rank_states)
-    checkpoint.set_random_state(origin.mine["random"])
-    dispatcher.load_state_dict(origin.mine["algorithms"])
-    meter.load_state_dict(origin.mine["meter"])
-    state.step = origin.facts["step"]
-
-
 def _task_scoring(
     tasks: TaskItems,
     recipe: Recipe,
@@ -281,9 +321,3 @@ def _task_scoring(
         scorer=scorer,
         tokenizer=parse_tokenizer(dataset.tokenizer_path),
     )
-
-
-def _slots(mixture: Mixture, step: int, world: World) -> Iterator[Slot]:
-    """This rank's slots from a step to the end of the run, in the order of the loop."""
-    for number in range(step, mixture.steps):
-        yield from mixture.for_rank(number, world.rank, world.world_size)

@@ -146,7 +146,7 @@ class _NoModel:
 def evaluate(run: Run, *, with_tasks: bool) -> None:
     """Held-out losses, and scores on the run's tasks if asked for, on all ranks."""
     with run.progress.busy("evaluating"), run.meter.paused():
-        losses = held_out_losses(run.handle, run.validation, micro_batch=run.recipe.micro_batch)
+        losses = held_out_losses(run.handle, run.held_out, micro_batch=run.recipe.micro_batch)
     run.last_eval = losses.record(run.state.step, run.elapsed_s())
     run.progress.record(run.last_eval)
     run.state.metrics = losses.metrics()

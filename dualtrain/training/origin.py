@@ -20,7 +20,8 @@ from dualtrain.checkpoint.resume import (
     with_notes,
 )
 from dualtrain.data.corpus import CorpusFacts
-from dualtrain.data.dataset import TokenDataset
+from dualtrain.data.dataset import DatasetInfo
+from dualtrain.derived.derive import Derived
 from dualtrain.engine.config import deepspeed_config, zero_stage
 from dualtrain.launch.world import World
 from dualtrain.recipe.load import dump_recipe
@@ -33,6 +34,8 @@ class Origin:
     """Where a run starts.
 
     Attributes:
+        text: The recipe as YAML; goes into every checkpoint.
+        fingerprint: The dataset's; a resumed run must have the same.
         config: For ``deepspeed.initialize``.
         resume: The checkpoint to start from, if any.
         facts: Its ``state.json``; empty unless the run continues one.
@@ -42,7 +45,7 @@ class Origin:
     run_dir: Path
     text: str
     fingerprint: str
-    config: dict[str, object]
+    config: dict[str, Any]
     resume: Resume
     facts: dict[str, Any]
     rank_states: list[dict[str, Any]]
@@ -52,16 +55,17 @@ class Origin:
     def of(
         cls,
         recipe: Recipe,
-        *,
         world: World,
-        dataset: TokenDataset,
+        info: DatasetInfo,
         corpus: CorpusFacts,
-        slots_per_rank: int,
+        derived: Derived,
     ) -> Origin:
         """Choose and check it; every rank calls this."""
         run_dir, text = recipe.directory, dump_recipe(recipe)
         config = deepspeed_config(
-            recipe, world_size=world.world_size, slots_per_step_per_rank=slots_per_rank
+            recipe,
+            world_size=world.world_size,
+            slots_per_step_per_rank=derived.slots_per_step // world.world_size,
         )
         resume = agree_on_start(recipe.checkpoint.resume, run_dir, world)
         if world.rank == 0:
@@ -71,7 +75,7 @@ class Origin:
         mine: dict[str, Any] = {}
         if resume.path is not None and resume.continues:
             path = resume.path
-            check_compatible(resume, recipe_text=text, fingerprint=dataset.info.fingerprint)
+            check_compatible(resume, recipe_text=text, fingerprint=info.fingerprint)
             facts = checkpoint.read_state(path)
             if resume.kind == "branch":
                 resume = with_notes(resume, *check_branch(recipe, path, corpus))
@@ -82,13 +86,27 @@ class Origin:
             resume = with_notes(resume, change or f"from {path}, ranks and stage as before")
             states = checkpoint.load_rank_states(path)
             mine = share_rank_states(states, world.rank, world.world_size)
-        fingerprint = dataset.info.fingerprint
-        return cls(run_dir, text, fingerprint, config, resume, facts, states, mine)
+        return cls(run_dir, text, info.fingerprint, config, resume, facts, states, mine)
 
     @property
     def zero_stage(self) -> int:
-        """DeepSpeed's, 0 to 3."""
+        """ZeRO's, 0 to 3."""
         return zero_stage(self.config)
+
+    @property
+    def first_step(self) -> int:
+        """Updates done before this process started."""
+        return self.facts.get("step", 0)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time that the run took before this process started."""
+        return self.facts.get("elapsed_s", 0.0)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update so far."""
+        return self.facts.get("skipped_steps", 0)
 
     @property
     def path(self) -> Path:

@@ -18,7 +18,8 @@ from dualtrain.launch.world import World
 from dualtrain.model.handle import ModelHandle
 from dualtrain.progress.progress import EvalRecord, Meter, Progress, TasksRecord
 from dualtrain.recipe.schema import Recipe
-from dualtrain.training.non_finite import LossWatch
+from dualtrain.training.losses import LossWatch
+from dualtrain.training.origin import Origin
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -31,35 +32,25 @@ class Run:
     """The parts of a run that the loop works with; one on every rank.
 
     Attributes:
-        text: The same as YAML; goes into every checkpoint.
-        fingerprint: Of the dataset; a resumed run must have the same.
-        zero_stage: DeepSpeed's, 0 to 3.
         derived: Steps, tokens and slots that follow from the recipe.
-        tasks: The tasks to be scored, if there are any.
+        held_out: The sequences of an evaluation.
         state: What algorithms see, the engine among it.
         handle: The engine as evaluation and sampling call it.
         batches: Slots and sequences of this rank, made ahead.
-        slots_per_rank: Micro-batches of this rank in a step.
         gradients: The raw gradient of the step: its norm, and clipping.
         progress: Records and view; silent on ranks other than 0.
-        losses: Of the slots of the step, watched for NaN.
-        vote: The ranks' agreement on signals and bad losses.
-        first_step: Updates done before this process started.
-        elapsed_before_s: Wall time the run took before this process started.
-        last_scores: The newest scores on tasks, of each mode.
-        notes: What is to be said of where the run starts.
         lock: Rank 0's claim to the run directory.
+        last_scores: The newest scores on tasks, of each mode.
+        last_saved: The newest checkpoint.
     """
 
     recipe: Recipe
-    text: str
-    fingerprint: str
-    zero_stage: int
-    derived: Derived
     world: World
-    run_dir: Path
+    origin: Origin
+    derived: Derived
+    parameters: int
     dataset: TokenDataset
-    validation: ValidationData
+    held_out: ValidationData
     tasks: TaskScoring | None
     state: State
     dispatcher: Dispatcher
@@ -71,20 +62,24 @@ class Run:
     progress: Progress
     losses: LossWatch
     vote: StepVote
-    first_step: int
-    elapsed_before_s: float
-    last_eval: EvalRecord | None
-    last_scores: list[TasksRecord]
-    last_saved: Path | None
-    notes: tuple[str, ...]
     lock: IO[bytes] | None
-    _began: float = field(default_factory=time.monotonic)
-    _waited_s: float = 0.0
+    last_eval: EvalRecord | None = field(init=False)
+    last_scores: list[TasksRecord] = field(init=False)
+    last_saved: Path | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        facts, resume = self.origin.facts, self.origin.resume
+        self.last_eval = facts.get("last_eval")
+        self.last_scores = facts.get("last_scores", [])
+        self.last_saved = resume.path if resume.kind == "full" else None
+        self._began, self._waited_s = time.monotonic(), 0.0
+
+    @property
+    def run_dir(self) -> Path:
+        return self.origin.run_dir
 
     @property
     def engine(self) -> DeepSpeedEngine:
-        """DeepSpeed's engine around the model."""
-        assert self.state.engine is not None
         return self.state.engine
 
     def dispatch(self, event: Event) -> None:
@@ -93,7 +88,7 @@ class Run:
 
     def elapsed_s(self) -> float:
         """Wall time of the run so far, over all the processes that worked on it."""
-        return self.elapsed_before_s + time.monotonic() - self._began
+        return self.origin.elapsed_s + time.monotonic() - self._began
 
     def data_wait_s(self) -> float:
         """Seconds this rank waited for data since the last call."""

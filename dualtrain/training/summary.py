@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 def run_facts(run: Run) -> RunFacts:
     """What does not change during the run, for the view."""
     state, derived = run.state, run.derived
-    assert derived.cost is not None  # the vocabulary is known by now
     device = "CPU"
     if state.device.type == "cuda":
         device = f"{run.world.world_size} x {torch.cuda.get_device_name(state.device)}"
@@ -36,14 +35,14 @@ def run_facts(run: Run) -> RunFacts:
         run_dir=str(run.run_dir),
         devices=device,
         ranks=run.world.world_size,
-        parameters=derived.cost.parameters,
+        parameters=run.parameters,
         steps=state.steps,
         tokens_per_step=derived.tokens_per_step,
         unique_tokens=derived.unique_tokens,
         epochs=derived.repetitions,
         ar_passes=derived.ar_passes,
-        first_step=run.first_step,
-        elapsed_s=run.elapsed_before_s,
+        first_step=run.origin.first_step,
+        elapsed_s=run.origin.elapsed_s,
     )
 
 

@@ -10,11 +10,10 @@ finite, which decides whether there is an update, the device is still at the las
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
-from dualtrain.algorithms.events import Dispatcher, Event, State
+from dualtrain.algorithms.events import Event, State
 from dualtrain.checkpoint import store as checkpoint
 from dualtrain.common.errors import (
     EXIT_DONE,
@@ -33,24 +32,21 @@ from dualtrain.engine.skip import (
 from dualtrain.launch.vote import Verdict
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.model.build import CONFIG
-from dualtrain.model.handle import ModelHandle
-from dualtrain.network.attention import plan_attention, to_device
-from dualtrain.network.loss import select_positions
-from dualtrain.network.output import DualOutput
 from dualtrain.progress.progress import ViewChoice, train_record
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.assemble import assemble
 from dualtrain.training.evaluation import evaluate
-from dualtrain.training.non_finite import (
+from dualtrain.training.losses import (
     Cause,
     NonFiniteLoss,
+)
+from dualtrain.training.non_finite import (
     describe,
     write_report,
 )
 from dualtrain.training.run import Run
+from dualtrain.training.slot import slot_loss
 from dualtrain.training.summary import report_groups, run_facts, sample_rows, summarise
-
-Thing = TypeVar("Thing")
 
 
 def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
@@ -78,7 +74,7 @@ def fit(run: Run) -> int:
     report_groups(run)
     for warning in [*run.derived.warnings, *(run.tasks.warnings if run.tasks else ())]:
         run.progress.message(f"warning: {warning}")
-    for note in run.notes:
+    for note in run.origin.resume.notes:
         run.progress.event("resume", note, step=state.step)
     run.dispatch(Event.FIT_START)
     run.meter.start()
@@ -147,16 +143,17 @@ def train_slot(run: Run) -> None:
     state = run.state
     state.slot, state.batch = slot, batch = next(run.batches)
     slot_loss(state, run.dispatcher, run.handle)
-    loss, output = there(state.loss), there(state.output)
-    run.losses.add(slot, batch, loss)
-    run.engine.backward(loss)
+    run.losses.add(slot, batch, state.loss)
+    run.engine.backward(state.loss)
     run.dispatch(Event.AFTER_BACKWARD)
+    output = state.output
+    assert output.cross_entropy is not None  # there are targets
     run.meter.add(
         slot.objective,
-        there(output.cross_entropy),
+        output.cross_entropy,
         output.z_loss,
         tokens=batch.document_ids.numel(),
-        loss=loss,
+        loss=state.loss,
     )
 
 
@@ -165,39 +162,6 @@ def acknowledge_signal(run: Run) -> None:
     if run.vote.signals.count and not run.vote.is_acknowledged:
         run.vote.is_acknowledged = True
         run.progress.message("stopping after this step, to save; a second signal stops at once")
-
-
-def slot_loss(state: State, dispatcher: Dispatcher, model: ModelHandle) -> None:
-    """From the clean sequences of the state's slot to its loss."""
-    dispatcher.dispatch(Event.BATCH_START, state)
-    dispatcher.dispatch(Event.BEFORE_FORWARD, state)
-    state.output = forward(state, model)
-    dispatcher.dispatch(Event.AFTER_FORWARD, state)
-    state.loss = there(there(state.output).loss) * there(state.slot).loss_scale
-    dispatcher.dispatch(Event.AFTER_LOSS, state)
-
-
-def forward(state: State, model: ModelHandle) -> DualOutput:
-    """Give the state's example to the model, under the attention of its objective."""
-    example = there(state.example)
-    attention = plan_attention(
-        example.attention,
-        example.document_ids,
-        backend=model.backend,
-        device=model.device,
-        dtype=model.dtype,
-    )
-    # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
-    selection = select_positions(example.weights)
-    moved = example.to(model.device)
-    return model(
-        moved.input_ids,
-        attention=attention,
-        targets=moved.targets,
-        weights=moved.weights,
-        z_loss=state.recipe.objective.z_loss,
-        selection=None if selection is None else to_device(selection, model.device),
-    )
 
 
 def leave_out(run: Run, cause: Cause) -> None:
@@ -219,13 +183,6 @@ def leave_out(run: Run, cause: Cause) -> None:
     run.meter.rewind()
     message = f"{what}; no update from it (engine.skip_non_finite: {losses.skipped} of {allowed})"
     run.progress.event("step_left_out", message, step=run.state.step)
-
-
-def there(value: Thing | None) -> Thing:
-    """A part of the state that exists at this moment, unless an algorithm has taken it away."""
-    if value is None:
-        raise ValueError("an algorithm set a part of the state to None that the loop needs")
-    return value
 
 
 def finish_step(run: Run, *, stop: bool) -> None:
@@ -329,15 +286,15 @@ def write_checkpoint(run: Run) -> Path:
         world=run.world,
         step=run.state.step,
         texts={
-            checkpoint.RECIPE: run.text,
+            checkpoint.RECIPE: run.origin.text,
             CONFIG: run.state.model.config.to_json_string(),
             DATASET_FILE: run.dataset.info.model_dump_json(),
             TOKENIZER_FILE: run.dataset.tokenizer_path.read_text(),
         },
         facts={
-            "zero_stage": run.zero_stage,
+            "zero_stage": run.origin.zero_stage,
             "precision": run.recipe.engine.precision,
-            "fingerprint": run.fingerprint,
+            "fingerprint": run.origin.fingerprint,
             "data_order": DATA_ORDER,
             "elapsed_s": run.elapsed_s(),
             "last_eval": run.last_eval,

@@ -24,7 +24,7 @@ from dualtrain.method.mixing import Slot
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.assemble import assemble
-from dualtrain.training.non_finite import LossWatch
+from dualtrain.training.losses import LossWatch
 from dualtrain.training.train import finish_step, train, train_step
 
 SETTINGS = (

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dualtrain.algorithms.events import Algorithm, Event, Logger, State
-from dualtrain.method import objectives
 from dualtrain.method.mixing import STREAM_NUMBERS
+from dualtrain.method.objectives import (
+    autoregressive,
+    diffusion,
+    masking_noise,
+    with_scheduled_rate,
+)
 
 if TYPE_CHECKING:
-    from dualtrain.data.batches import Batch
     from dualtrain.recipe.schema import ObjectiveSection
 
 
@@ -37,21 +41,12 @@ class DualObjective(Algorithm):
         return event is Event.BATCH_START
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        slot, batch = state.slot, state.batch
-        if slot.objective == "ar":
-            state.example = objectives.autoregressive(
-                batch.inputs,
-                batch.targets,
-                batch.document_ids,
-                special_ids=state.vocabulary.special_ids,
-                ar_weight=self.objective.ar_weight,
-            )
-        else:
-            state.example = self._diffusion(batch, state)
-
-    def _diffusion(self, batch: Batch, state: State) -> objectives.Example:
-        corruption, vocabulary = self.objective.corruption, state.vocabulary
-        noise = objectives.masking_noise(
+        if state.slot.objective == "ar":
+            weight = self.objective.ar_weight
+            state.example = autoregressive(state.batch, state.vocabulary, ar_weight=weight)
+            return
+        batch, corruption = state.batch, self.objective.corruption
+        noise = masking_noise(
             self.seed,
             "corruption",
             STREAM_NUMBERS[batch.stream],
@@ -60,15 +55,7 @@ class DualObjective(Algorithm):
             spans=corruption.name == "span",
         )
         if corruption.rate is not None:
-            noise = objectives.with_scheduled_rate(noise, corruption.rate, state.step, state.steps)
-        return objectives.diffusion(
-            batch.inputs,
-            batch.targets,
-            batch.document_ids,
-            mask_id=vocabulary.mask_id,
-            special_ids=vocabulary.special_ids,
-            noise=noise,
-            corruption=corruption,
-            target=self.objective.target,
-            vocab_size=vocabulary.size,
+            noise = with_scheduled_rate(noise, corruption.rate, state.step, state.steps)
+        state.example = diffusion(
+            batch, state.vocabulary, noise, corruption, target=self.objective.target
         )

@@ -252,16 +252,9 @@ def _examples(
     model: ModelHandle, batch: Batch, noise: MaskingNoise
 ) -> tuple[Example, Example, Example]:
     """Make the examples of AR, diffusion and prefix."""
-    vocabulary, clean = model.vocabulary, (batch.inputs, batch.targets, batch.document_ids)
-    ar = autoregressive(*clean, special_ids=vocabulary.special_ids)
+    ar = autoregressive(batch, model.vocabulary)
     diffused = diffusion(
-        *clean,
-        mask_id=vocabulary.mask_id,
-        special_ids=vocabulary.special_ids,
-        noise=noise,
-        corruption=_CORRUPTION,
-        target=model.target,
-        exact=True,
+        batch, model.vocabulary, noise, _CORRUPTION, target=model.target, exact=True
     )
     # The first token of a second half is predicted by the last one of the prompt.
     prompt = F.pad(in_prompt(batch.document_ids)[:, 1:], (0, 1))

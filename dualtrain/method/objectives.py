@@ -40,13 +40,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dualtrain.common.randomness import generator
+from dualtrain.common.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from dualtrain.recipe.schema import RateSchedule, SpanCorruption, UniformCorruption
@@ -181,30 +182,29 @@ def scored_targets(inputs: Tensor, document_ids: Tensor, special_ids: Sequence[i
     return hidden_targets(document_ids) | _following(~_is_special(inputs, special_ids))
 
 
-def autoregressive(
-    inputs: Tensor,
-    targets: Tensor,
-    document_ids: Tensor,
-    *,
-    special_ids: Sequence[int],
-    ar_weight: float = 1.0,
-) -> Example:
+class CleanBatch(Protocol):
+    """Sequences as they stand in the text; ``data.Batch`` is one."""
+
+    inputs: Tensor
+    targets: Tensor
+    document_ids: Tensor
+
+
+def autoregressive(batch: CleanBatch, vocabulary: Vocabulary, *, ar_weight: float = 1.0) -> Example:
     """Make the example of the autoregressive objective: clean inputs, every target scored."""
-    weights = ar_weight * scored_targets(inputs, document_ids, special_ids).float()
-    return Example(inputs, targets, weights, "causal", document_ids)
+    scored = scored_targets(batch.inputs, batch.document_ids, vocabulary.special_ids)
+    return Example(
+        batch.inputs, batch.targets, ar_weight * scored.float(), "causal", batch.document_ids
+    )
 
 
 def diffusion(
-    inputs: Tensor,
-    targets: Tensor,
-    document_ids: Tensor,
-    *,
-    mask_id: int,
-    special_ids: Sequence[int],
+    batch: CleanBatch,
+    vocabulary: Vocabulary,
     noise: MaskingNoise,
     corruption: Corruption,
+    *,
     target: Literal["next", "in_place"] = "next",
-    vocab_size: int | None = None,
     exact: bool = False,
 ) -> Example:
     """Make the example of the diffusion objective: some inputs masked, their prediction scored.
@@ -219,28 +219,24 @@ def diffusion(
     weigh the same, T in all: its loss is their mean cross-entropy, on the scale of the AR loss.
 
     Args:
-        mask_id: The token that replaces a masked one.
         noise: Of these B sequences and T positions; the rates are in it.
-        vocab_size: Tokens of the tokenizer; random replacements are drawn below it (spans only).
         exact: Estimate the bound without the deviations of the published scheme (see the
             module). For held-out losses; uniform corruption only.
     """
-    special = _is_special(inputs, special_ids)
-    hidden = hidden_targets(document_ids)
+    inputs, hidden = batch.inputs, hidden_targets(batch.document_ids)
+    special = _is_special(inputs, vocabulary.special_ids)
     if exact and target == "next":
         special = special | _preceding(hidden)  # nothing predicts a document's first input
     if corruption.name == "uniform":
         total = (~special).sum(dim=1) if exact else torch.full(special.shape[:1], special.shape[1])
         chosen = choose_positions(special, noise, total)
-        corrupted = inputs.masked_fill(chosen, mask_id)
+        corrupted = inputs.masked_fill(chosen, vocabulary.mask_id)
         weight = _inverse_rate(chosen, total, 0.0 if exact else corruption.smoothing)
     else:
         if exact:
             raise ValueError("the bound is for uniform corruption")
         chosen, span = choose_spans(special, noise, corruption)
-        corrupted = _replace_spans(
-            inputs, chosen, span, noise, corruption, mask_id, _ordinary(special_ids, vocab_size)
-        )
+        corrupted = _replace_spans(inputs, chosen, span, noise, corruption, vocabulary)
         weight = None
     scored = chosen if target == "in_place" else _following(chosen)
     if weight is None:
@@ -252,8 +248,8 @@ def diffusion(
             weights[hidden] = 1.0
             if not exact:
                 weights[:, -1:] = weight
-    goal = targets if target == "next" else inputs
-    return Example(corrupted, goal, weights.float(), "full", document_ids)
+    goal = batch.targets if target == "next" else inputs
+    return Example(corrupted, goal, weights.float(), "full", batch.document_ids)
 
 
 def _is_special(inputs: Tensor, special_ids: Sequence[int]) -> Tensor:
@@ -276,7 +272,7 @@ def choose_positions(special: Tensor, noise: MaskingNoise, total: Tensor) -> Ten
     Args:
         total: (B,) int64, the number of tokens that the rate is a share of.
     """
-    count = _count(noise.rate, noise, total)
+    count = _count(noise, total)
     ranking = noise.order.masked_fill(special, torch.inf).argsort(dim=1)
     first = torch.arange(special.shape[1]).expand_as(ranking) < count[:, None]
     chosen = torch.zeros_like(special).scatter_(1, ranking, first)
@@ -305,14 +301,14 @@ def choose_spans(
     marks.scatter_(1, starts.clamp(max=length), 1)
     span = marks[:, :-1].cumsum(dim=1) - 1
     order = noise.order.gather(1, span).masked_fill(special, torch.inf)
-    count = _count(noise.rate, noise, torch.tensor(length)).clamp(max=length)
+    count = _count(noise, torch.tensor(length)).clamp(max=length)
     last = order.sort(dim=1).values.gather(1, count[:, None] - 1)
     return (order <= last) & ~special, span
 
 
-def _count(rate: Tensor, noise: MaskingNoise, total: Tensor) -> Tensor:
-    """(B,) int64: tokens to choose for a rate, rounded at random, at least 1."""
-    return (total * rate + noise.rounding).floor().long().clamp(min=1)
+def _count(noise: MaskingNoise, total: Tensor) -> Tensor:
+    """(B,) int64: tokens to choose, rounded at random, at least 1."""
+    return (total * noise.rate + noise.rounding).floor().long().clamp(min=1)
 
 
 def _inverse_rate(chosen: Tensor, total: Tensor, smoothing: float) -> Tensor:
@@ -322,28 +318,21 @@ def _inverse_rate(chosen: Tensor, total: Tensor, smoothing: float) -> Tensor:
     return (1 / ((1 - smoothing) * share + smoothing))[:, None]
 
 
-def _ordinary(special_ids: Sequence[int], vocab_size: int | None) -> Tensor:
-    """The ids below vocab_size that are not special."""
-    if vocab_size is None:
-        raise ValueError("span corruption needs vocab_size")
-    keep = torch.ones(vocab_size, dtype=torch.bool)
-    keep[[i for i in special_ids if i < vocab_size]] = False
-    return keep.nonzero().squeeze(1)
-
-
 def _replace_spans(
     inputs: Tensor,
     chosen: Tensor,
     span: Tensor,
     noise: MaskingNoise,
     corruption: SpanCorruption,
-    mask_id: int,
-    ordinary: Tensor,
+    vocabulary: Vocabulary,
 ) -> Tensor:
     """Mask the chosen spans, but give some of them random tokens and leave some as they are."""
     assert noise.spans is not None
     fate = noise.spans[1].gather(1, span)
-    random = ordinary[(noise.spans[2] * len(ordinary)).long()]
-    replaced = torch.where(fate < corruption.random_share, random, mask_id)
+    ordinary = torch.ones(vocabulary.size, dtype=torch.bool)
+    ordinary[[i for i in vocabulary.special_ids if i < vocabulary.size]] = False
+    tokens = ordinary.nonzero().squeeze(1)
+    random = tokens[(noise.spans[2] * len(tokens)).long()]
+    replaced = torch.where(fate < corruption.random_share, random, vocabulary.mask_id)
     kept = fate >= 1 - corruption.keep_share
     return torch.where(chosen & ~kept, replaced, inputs)

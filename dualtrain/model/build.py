@@ -18,6 +18,7 @@ from dualtrain.common.file_kinds import open_weights, read_object
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.engine.norm_gains import set_type
 from dualtrain.engine.parameters import (
+    is_partitioned,
     partitioned_build,
     whole_parameters,
 )
@@ -72,7 +73,7 @@ def _build_own(recipe: Recipe, info: DatasetInfo, ds_config: Mapping[str, object
         model = DualLM(config, seed=recipe.seed)
     set_type(norm_parameters(model), torch.float32)  # which partitioned_build may have made bf16
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "ds_id"):
+        if not is_partitioned(parameter):
             continue
         # DualLM could not fill it. One at a time, so that never more than one is whole.
         with whole_parameters([parameter]):

@@ -22,6 +22,7 @@ from dualtrain.recipe.schema import RateSchedule, Recipe
 from dualtrain.training.train import begin_step
 
 SPECIAL, MASK, SIZE, LENGTH = (0, 1, 2, 3, 4), 4, 60, 24
+IDS = Vocabulary(size=SIZE, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK)
 
 
 class Log:
@@ -72,7 +73,7 @@ def make_state(recipe, slots=4):
         rank=0,
         world_size=1,
         device=torch.device("cpu"),
-        vocabulary=Vocabulary(size=SIZE, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK),
+        vocabulary=IDS,
         mixture=mixture,
         model=None,
     )
@@ -118,9 +119,7 @@ def test_learning_rate_and_alpha_of_every_step():
 def test_ar_slots_get_clean_inputs_and_causal_attention():
     recipe, batch = make_recipe(objective={"ar_weight": 2.0}), make_batch("ar")
     example = example_for(recipe, slot("ar"), batch)
-    wanted = autoregressive(
-        batch.inputs, batch.targets, batch.document_ids, special_ids=SPECIAL, ar_weight=2.0
-    )
+    wanted = autoregressive(batch, IDS, ar_weight=2.0)
     assert same(example, wanted)
     assert example.attention == "causal"
 
@@ -133,17 +132,7 @@ def test_diffusion_slots_are_corrupted_as_the_recipe_says(corruption, target):
     noise = masking_noise(5, "corruption", 1, range(12, 16), LENGTH, spans=True)
     if corruption == "span":
         noise = with_scheduled_rate(noise, RateSchedule(start=0.3, end=0.15), 0, 8)
-    wanted = diffusion(
-        batch.inputs,
-        batch.targets,
-        batch.document_ids,
-        mask_id=MASK,
-        special_ids=SPECIAL,
-        noise=noise,
-        corruption=recipe.objective.corruption,
-        target=target,
-        vocab_size=SIZE,
-    )
+    wanted = diffusion(batch, IDS, noise, recipe.objective.corruption, target=target)
     example = example_for(recipe, slot("diffusion", first=12), batch)
     assert same(example, wanted) and example.attention == "full"
     assert not torch.equal(example.input_ids, batch.inputs)
@@ -241,7 +230,7 @@ def test_input_masking_hides_inputs_of_ar_slots_only():
     )
     log, batch = Log(), make_batch("ar", count=64)
     example = example_for(recipe, slot("ar"), batch, log)
-    clean = autoregressive(batch.inputs, batch.targets, batch.document_ids, special_ids=SPECIAL)
+    clean = autoregressive(batch, IDS)
     masked = example.input_ids != clean.input_ids
     assert (example.input_ids[masked] == MASK).all()
     assert not masked[clean.input_ids < 5].any()

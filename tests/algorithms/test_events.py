@@ -84,7 +84,8 @@ def test_algorithms_see_what_those_before_them_changed():
         def match(self, event, state):
             return event is Event.STEP_START and state.learning_rate < 3
 
-    state = make_state(learning_rate=1.0)
+    state = make_state()
+    state.learning_rate = 1.0
     dispatcher = Dispatcher([Doubler([], "a") for _ in range(3)], logger=Log())
     dispatcher.dispatch(Event.STEP_START, state)
     # The third one no longer matches.

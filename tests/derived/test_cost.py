@@ -4,11 +4,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.method.objectives import MaskingNoise, diffusion
 from dualtrain.recipe.schema import UniformCorruption
 
@@ -58,8 +60,9 @@ def corrupt(row, noise, corruption, **options):
     inputs = torch.tensor([row.inputs]).expand(count, -1)
     targets = torch.cat([inputs[:, 1:], torch.full((count, 1), 12)], dim=1)
     documents = torch.tensor([row.documents], dtype=torch.int32).expand(count, -1)
-    given = {"mask_id": MASK, "special_ids": SPECIAL} | options
-    return diffusion(inputs, targets, documents, noise=noise, corruption=corruption, **given)
+    batch = SimpleNamespace(inputs=inputs, targets=targets, document_ids=documents)
+    ids = Vocabulary(size=13, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK)
+    return diffusion(batch, ids, noise, corruption, **options)
 
 
 class Table:

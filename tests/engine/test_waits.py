@@ -26,7 +26,15 @@ def train(slots: int) -> dict[str, int]:
 
     prepare_process(compile_model=False)
     init_distributed(timeout_s=60)
-    model = DualLM(DualConfig(vocab_size=64, width=12, layers=2, heads=2, mlp_width=20))
+    model = DualLM(
+        DualConfig(
+            vocab_size=64,
+            hidden_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=20,
+        )
+    )
     groups = group_parameters(parameter_shapes(model), muon_parameter_names(model))
     config = merge_settings(
         "zero1",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.method.objectives import (
     MaskingNoise,
     autoregressive,
@@ -25,6 +26,7 @@ from dualtrain.recipe.schema import RateSchedule, SpanCorruption, UniformCorrupt
 
 MASK, SPECIAL, VOCABULARY = 4, (0, 1, 2, 3, 4), 40
 UNKNOWN, BEGIN, END = 0, 1, 2
+IDS = Vocabulary(size=VOCABULARY, special_ids=SPECIAL, bos_id=BEGIN, eos_id=END, mask=MASK)
 UNIFORM = UniformCorruption()
 UNSMOOTHED = UniformCorruption(smoothing=0)
 SPAN = SpanCorruption(name="span")
@@ -38,16 +40,11 @@ class Texts:
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    documents: torch.Tensor
-
-    @property
-    def clean(self):
-        return self.inputs, self.targets, self.documents
+    document_ids: torch.Tensor
 
 
 def corrupt(texts, noise, corruption=UNIFORM, **options):
-    given = {"mask_id": MASK, "special_ids": SPECIAL, "vocab_size": VOCABULARY} | options
-    return diffusion(*texts.clean, noise=noise, corruption=corruption, **given)
+    return diffusion(texts, IDS, noise, corruption, **options)
 
 
 def noise_of(count, length, seed=0, spans=False):
@@ -119,9 +116,9 @@ def are_last(documents):
 @given(batch=batches)
 def test_every_token_but_an_unknown_input_is_scored(batch):
     texts, _ = batch
-    hidden = hidden_targets(texts.documents)
-    scored = scored_targets(texts.inputs, texts.documents, SPECIAL)
-    for b, documents in enumerate(texts.documents.tolist()):
+    hidden = hidden_targets(texts.document_ids)
+    scored = scored_targets(texts.inputs, texts.document_ids, SPECIAL)
+    for b, documents in enumerate(texts.document_ids.tolist()):
         last = are_last(documents)
         assert hidden[b].nonzero()[:, 0].tolist() == last
         wanted = [i in last or texts.targets[b, i] != UNKNOWN for i in range(len(documents))]
@@ -134,12 +131,12 @@ def test_autoregressive_scores_them_at_one_weight_on_clean_inputs():
         torch.tensor([[7, 8, END, 9, UNKNOWN], [UNKNOWN, 9, 10, 11, 12]]),
         torch.tensor([[0, 0, 0, 1, 1], [0] * 5], dtype=torch.int32),
     )
-    example = autoregressive(*texts.clean, special_ids=SPECIAL, ar_weight=2.0)
+    example = autoregressive(texts, IDS, ar_weight=2.0)
     assert torch.equal(example.input_ids, texts.inputs)
     assert torch.equal(example.targets, texts.targets)
     assert example.weights.tolist() == [[2, 2, 2, 2, 2], [0, 2, 2, 2, 2]]
-    assert example.attention == "causal" and example.document_ids is texts.documents
-    assert autoregressive(*texts.clean, special_ids=SPECIAL).weights.max() == 1
+    assert example.attention == "causal" and example.document_ids is texts.document_ids
+    assert autoregressive(texts, IDS).weights.max() == 1
     assert example.weights.dtype == torch.float32
 
 
@@ -178,7 +175,7 @@ def test_uniform_corruption_and_its_loss_are_those_of_a_plain_loop(batch, target
     total = 0.0
     for b in range(rows):
         chance = noise.rate[b].item(), noise.rounding[b].item(), noise.order[b].tolist()
-        row = [part[b].tolist() for part in texts.clean]
+        row = [part[b].tolist() for part in vars(texts).values()]
         inputs, targets, weights = by_hand(row, chance, 1e-4, target, exact)
         assert example.input_ids[b].tolist() == inputs
         assert example.targets[b].tolist() == targets
@@ -198,7 +195,7 @@ def test_exact_weights_add_up_to_the_number_of_what_can_be_scored(batch, target)
     """Whatever is masked; and nothing is masked that nothing predicts."""
     texts, noise = batch
     example = corrupt(texts, noise, target=target, exact=True)
-    for b, documents in enumerate(texts.documents.tolist()):
+    for b, documents in enumerate(texts.document_ids.tolist()):
         inputs, weights = texts.inputs[b].tolist(), example.weights[b].tolist()
         masked = {i for i, token in enumerate(example.input_ids[b].tolist()) if token != inputs[i]}
         if target == "in_place":
@@ -302,7 +299,7 @@ def test_the_true_id_of_a_hidden_token_shows_only_in_its_own_target(
     before = corrupt(texts, noise, **options)
     masked = (before.input_ids == MASK) & (texts.inputs != MASK)
     masked = [(b, i, True) for b, i in masked.nonzero().tolist()]
-    hidden = hidden_targets(texts.documents)
+    hidden = hidden_targets(texts.document_ids)
     places = masked + [(b, i, False) for b, i in hidden.nonzero().tolist()]
     b, i, is_input = places[choice % len(places)]
     inputs, targets = texts.inputs.clone(), texts.targets.clone()
@@ -313,7 +310,7 @@ def test_the_true_id_of_a_hidden_token_shows_only_in_its_own_target(
     if i is not None:
         targets[b, i] = inputs[b, i + 1] if is_input else (targets[b, i] - 4) % 30 + 5
         assert targets[b, i] != texts.targets[b, i]
-    after = corrupt(Texts(inputs, targets, texts.documents), noise, **options)
+    after = corrupt(Texts(inputs, targets, texts.document_ids), noise, **options)
     assert torch.equal(after.input_ids, before.input_ids)
     assert torch.equal(after.weights, before.weights)
     assert (after.targets != before.targets).nonzero().tolist() == ([] if i is None else [[b, i]])
@@ -330,7 +327,7 @@ def test_spans_reach_their_rate_and_no_further_than_one_span(batch, target):
     example = corrupt(texts, noise, everything, target=target)
     length = example.input_ids.shape[1]
     for b, inputs in enumerate(example.input_ids.tolist()):
-        row, last = texts.inputs[b].tolist(), are_last(texts.documents[b].tolist())
+        row, last = texts.inputs[b].tolist(), are_last(texts.document_ids[b].tolist())
         ordinary = sum(token not in SPECIAL for token in row)
         masked = [i for i in range(length) if inputs[i] != row[i]]
         wanted = max(1, math.floor(length * noise.rate[b].item() + noise.rounding[b].item()))
@@ -375,8 +372,6 @@ def test_what_spans_need_is_asked_for():
     texts = packed_texts(1, 8)
     with pytest.raises(ValueError, match="spans=True"):
         corrupt(texts, noise_of(1, 8), SPAN)
-    with pytest.raises(ValueError, match="vocab_size"):
-        corrupt(texts, noise_of(1, 8, spans=True), SPAN, vocab_size=None)
     with pytest.raises(ValueError, match="uniform corruption"):
         corrupt(texts, noise_of(1, 8, spans=True), SPAN, exact=True)
 

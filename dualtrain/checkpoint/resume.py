@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from pydantic import ValidationError
 
 from dualtrain.checkpoint.files import MARKER, find_defects
@@ -31,8 +30,10 @@ from dualtrain.checkpoint.store import (
 from dualtrain.common.errors import UserError
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.launch.world import World
+from dualtrain.recipe.differences import may_differ, recipe_differences
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.schema import Recipe
+from dualtrain.recipe.yaml_source import load
 
 MAY_CHANGE = (
     "name",
@@ -235,11 +236,11 @@ def check_compatible(resume: Resume, *, recipe_text: str, fingerprint: str) -> N
             f"start anew with another run_dir; checkpoint.resume=weights:{path} takes the weights",
         )
     may_change = BRANCH_MAY_CHANGE if resume.kind == "branch" else MAY_CHANGE
-    different = recipe_differences(_as_of_now(path / RECIPE), recipe_text, may_change)
+    different = recipe_differences(load(_as_of_now(path / RECIPE)), load(recipe_text), may_change)
     if different:
         lines = [f"{key}: checkpoint {old!r}, recipe {new!r}" for key, old, new in different]
         ways = [f"checkpoint.resume=weights:{path} to take only the weights"]
-        if all(_is_free(key, BRANCH_MAY_CHANGE) for key, _, _ in different):
+        if all(may_differ(key, BRANCH_MAY_CHANGE) for key, _, _ in different):
             ways.insert(0, f"--from {state['step']} to branch off with the new values")
         raise UserError(
             str(path),
@@ -259,7 +260,7 @@ def _as_of_now(file: Path) -> str:
     """A checkpoint's recipe, with the defaults of settings that did not exist when it was saved."""
     text = file.read_text()
     try:
-        return dump_recipe(Recipe.model_validate(yaml.safe_load(text)))
+        return dump_recipe(Recipe.model_validate(load(text)))
     except ValidationError:
         # Of another version that knew other settings: the differences are said by name.
         return text
@@ -275,18 +276,6 @@ def describe_change(path: Path, *, world_size: int, zero_stage: int) -> str | No
         f"{state['zero_stage']}, now {world_size} at stage {zero_stage}: the data is the same, "
         "losses are up to the order of additions"
     )
-
-
-def recipe_differences(
-    old_text: str, new_text: str, may_change: Sequence[str] = MAY_CHANGE
-) -> list[tuple[str, object, object]]:
-    """Keys whose change would make a resumed run another run: (key, old value, new value)."""
-    old, new = _flatten(yaml.safe_load(old_text)), _flatten(yaml.safe_load(new_text))
-    return [
-        (key, old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_free(key, may_change)
-    ]
 
 
 def share_rank_states(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict:
@@ -360,16 +349,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray):
         return np.array_equal(one, other)
     return bool(one == other)
-
-
-def _is_free(key: str, may_change: Sequence[str]) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in may_change)
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict) and value:
-        flat: dict[str, object] = {}
-        for key, item in value.items():
-            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: value}

@@ -48,7 +48,7 @@ def size(value: float | None) -> str:
         return MISSING
     if value < 1000 * 2**20:
         return f"{value / 2**20:.0f} MiB"
-    return f"{value / 2**30:.1f} GiB"
+    return f"{value / 2**30:,.1f} GiB"
 
 
 def loss(value: float | None) -> str:

@@ -108,7 +108,9 @@ def model_cost(
         flops_per_token=flops,
         training_flops=ar_tokens * flops["ar"] + diffusion_tokens * flops["diffusion"],
         checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
-        memory=_memory(recipe, sizes, count.total, states, ds_config, mode, world_size),
+        memory=_memory(
+            count.total, states, _activations(recipe, sizes), ds_config, mode, world_size
+        ),
     )
 
 
@@ -129,33 +131,21 @@ def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) 
 
 
 def _memory(
-    recipe: Recipe,
-    sizes: DualConfig | ImportedSizes,
-    parameters: int,
-    states: int,
-    ds_config: DsConfig,
-    mode: BFloat16,
-    ranks: int,
+    parameters: int, states: int, activations: int, ds_config: DsConfig, mode: BFloat16, ranks: int
 ) -> Memory:
     stage = ds_config.stage
-    weights = parameters * (BF16 if mode == "weights" else FP32)
-    gradients = FP32 * parameters
-    if mode == "weights" and stage == 1:
-        # BF16_Optimizer accumulates bf16 gradients into whole fp32 ones.
-        gradients += BF16 * parameters
-    if stage >= 2:
-        gradients //= ranks
+    weights = parameters * (BF16 if mode == "weights" else FP32) // (ranks if stage == 3 else 1)
+    # BF16_Optimizer accumulates bf16 gradients into whole fp32 ones.
+    gradients = parameters * (FP32 + BF16 * (mode == "weights" and stage == 1))
     master = FP32 * parameters if stage >= 1 else 0
     optimizer = (master + states) // (ranks if stage >= 1 else 1)
-    if stage == 3:
-        weights //= ranks
     moved_optimizer = optimizer if ds_config.offloads_optimizer else 0
     moved_weights = weights if ds_config.offloads_parameters else 0
     return Memory(
         weights=weights - moved_weights,
-        gradients=gradients,
+        gradients=gradients // (ranks if stage >= 2 else 1),
         optimizer=optimizer - moved_optimizer,
-        activations=_activations(recipe, sizes),
+        activations=activations,
         host=moved_optimizer + moved_weights,
     )
 

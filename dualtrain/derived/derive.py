@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING
 from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.cost import ModelCost, model_cost
-from dualtrain.derived.reasons import (
-    Length,
-    LengthField,
-    find_warnings,
-    give_reasons,
-)
+from dualtrain.derived.reasons import Length, LengthField, find_warnings, give_reasons
 from dualtrain.engine.config import read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
@@ -29,7 +24,6 @@ from dualtrain.recipe.schema import LARGEST_STEPS, AlphaSchedule, Recipe
 
 if TYPE_CHECKING:
     from dualtrain.network.arithmetic import ImportedSizes
-
 
 LONGEST_SCHEDULE = 10**6
 """Steps of a run whose alpha changes: they are counted one by one, which takes half a minute."""
@@ -54,12 +48,10 @@ class Derived:
 
     Attributes:
         unique_tokens: Tokens of the unique subset, ``</s>`` counted.
-        follows: Which of the three followed from the others; None where all were given.
         total_tokens: Input tokens of the run; in a weighted sum each counts once, though it is
             trained with both objectives.
-        micro_batches_per_step: S, global_batch / micro_batch; the ranks must divide it.
-        slots_per_step: S, or 2 S where each micro-batch is run with both objectives.
-        rotates: Whether the objectives share each pass over the text.
+        slots_per_step: S, global_batch / micro_batch, which the ranks must divide; or 2 S where
+            each micro-batch is run with both objectives.
         ar_passes: AR passes over a token, on average.
         world_size: Ranks that the memory is for.
         imported: Family of an imported model, and what becomes of it; None for our own.
@@ -72,14 +64,11 @@ class Derived:
     steps: int
     unique_tokens: int
     repetitions: float
-    follows: LengthField | None
     tokens_per_step: int
     total_tokens: int
-    micro_batches_per_step: int
     slots_per_step: int
     ar_slots: int
     diffusion_slots: int
-    rotates: bool
     ar_passes: float
     zero_stage: int
     world_size: int
@@ -131,14 +120,11 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         steps=length.steps,
         unique_tokens=length.unique_tokens,
         repetitions=float(length.repetitions),
-        follows=length.follows,
         tokens_per_step=tokens_per_step,
         total_tokens=length.steps * tokens_per_step,
-        micro_batches_per_step=recipe.global_batch // recipe.micro_batch,
         slots_per_step=mixture.slots_per_step,
         ar_slots=ar_slots,
         diffusion_slots=diffusion_slots,
-        rotates=mixture.rotates,
         ar_passes=float(passes),
         zero_stage=ds_config.stage,
         world_size=world_size or 1,
@@ -146,10 +132,7 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         cost=cost,
         milestones=learning_rate_milestones(recipe, length.steps),
         reasons=give_reasons(recipe, length, mixture, passes, available),
-        warnings=(
-            *find_warnings(recipe, length),
-            *notes,
-        ),
+        warnings=(*find_warnings(recipe, length), *notes),
     )
 
 
@@ -187,10 +170,8 @@ def run_length(recipe: Recipe, corpus: CorpusFacts | None) -> Length:
         follows = "steps"
         reason = f"{unique:,} unique tokens x {float(asked):g} / {per_step:,}, in whole steps"
     elif asked is None:
-        follows, reason = (
-            "repetitions",
-            f"{steps:,} steps x {per_step:,} / {unique:,} unique tokens",
-        )
+        follows = "repetitions"
+        reason = f"{steps:,} steps x {per_step:,} / {unique:,} unique tokens"
     _check_unique(recipe, unique, follows, corpus, available)
     repetitions = asked if follows == "unique_tokens" else Fraction(steps * per_step, unique)
     assert repetitions is not None

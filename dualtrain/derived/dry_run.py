@@ -12,6 +12,7 @@ from textwrap import wrap
 from rich.console import Console
 from rich.text import Text
 
+from dualtrain.common.formatting import size
 from dualtrain.derived.derive import Derived
 from dualtrain.engine.groups import ParameterGroup, describe_group, name_patterns
 from dualtrain.recipe.load import LoadedRecipe
@@ -117,25 +118,16 @@ def _cost_rows(derived: Derived) -> Iterator[Row]:
     yield "training operations", f"{cost.training_flops:.2e}", "FLOP, forward and backward"
     yield (
         "a checkpoint",
-        bytes_text(cost.checkpoint_bytes),
+        size(cost.checkpoint_bytes),
         "estimate: weights, fp32 masters, states",
     )
     memory = cost.memory
     ranks = "the only rank" if derived.world_size == 1 else f"each of {derived.world_size} ranks"
     parts = (
-        f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, "
-        f"optimizer {bytes_text(memory.optimizer)}, activations {bytes_text(memory.activations)}"
+        f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
+        f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)}"
     )
     if memory.host:
-        parts += f"; {bytes_text(memory.host)} of host memory"
+        parts += f"; {size(memory.host)} of host memory"
     stage = f"ZeRO stage {derived.zero_stage}, {ranks}"
-    yield "memory of a rank", bytes_text(memory.total), f"rough estimate, {stage}: {parts}"
-
-
-def bytes_text(number: int) -> str:
-    """A number of bytes as one reads it."""
-    if number < 2**30:
-        return f"{number / 2**20:.0f} MiB"
-    if number >= 2**50:
-        return f"{number / 2**50:,.1f} PiB"
-    return f"{number / 2**30:.1f} GiB"
+    yield "memory of a rank", size(memory.total), f"rough estimate, {stage}: {parts}"

@@ -9,47 +9,36 @@ import os
 from pathlib import Path
 
 from dualtrain.common.errors import UserError
+from dualtrain.common.formatting import size
 from dualtrain.derived.derive import Derived
-from dualtrain.derived.dry_run import bytes_text
-
-
-def check_memory(derived: Derived, *, ranks: int) -> None:
-    """Refuse a model that cannot fit.
-
-    Raises:
-        UserError: Weights, gradients and optimizer states take more than there is.
-    """
-    if (shortage := memory_shortage(derived, ranks=ranks)) is not None:
-        raise shortage
 
 
 def memory_shortage(derived: Derived, *, ranks: int) -> UserError | None:
-    """What :func:`check_memory` would raise."""
+    """What to say of a model that cannot fit; None of one that may."""
     if derived.cost is None:
         return None
-    memory, host = derived.cost.memory, host_bytes()
+    memory, there = derived.cost.memory, host_bytes()
     on_device = memory.weights + memory.gradients + memory.optimizer
-    if (on_device + memory.host) * ranks <= host:
+    needed, place = (on_device + memory.host) * ranks, "this machine has"
+    if needed <= there:
         return None  # where a GPU is smaller, torch says what it lacks
     import torch
 
-    if not torch.cuda.is_available():
-        needed, there, place = (on_device + memory.host) * ranks, host, "this machine has"
-    elif memory.host * ranks > host:
-        needed, there, place = memory.host * ranks, host, "this machine has"
-    else:
-        there = torch.cuda.get_device_properties(0).total_memory
-        needed, place = on_device, "a GPU here has"
+    if torch.cuda.is_available():
+        needed = memory.host * ranks
+        if needed <= there:
+            there, place = torch.cuda.get_device_properties(0).total_memory, "a GPU here has"
+            needed = on_device
     if needed <= there:
         return None
     parts = (
-        f"weights {bytes_text(memory.weights)}, gradients {bytes_text(memory.gradients)}, "
-        f"optimizer {bytes_text(memory.optimizer)}, in host memory {bytes_text(memory.host)}"
+        f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
+        f"optimizer {size(memory.optimizer)}, in host memory {size(memory.host)}"
     )
     return UserError(
         "model",
-        f"of {derived.cost.parameters:,} parameters takes {bytes_text(needed)} ({parts} for each "
-        f"of the {ranks} ranks here), and {place} {bytes_text(there)}",
+        f"of {derived.cost.parameters:,} parameters takes {size(needed)} ({parts} for each "
+        f"of the {ranks} ranks here), and {place} {size(there)}",
         "a model that fits",
         "a smaller width, fewer layers, or more machines and a higher ZeRO stage",
     )

@@ -9,7 +9,6 @@ renamed, so that a sweep which is killed at any moment goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, get_args
@@ -21,6 +20,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json, write_text
 from dualtrain.common.locks import acquire, is_held, locked
 from dualtrain.data.plan import DATA_ORDER
+from dualtrain.recipe.differences import recipe_differences
 from dualtrain.recipe.yaml_source import load, shown
 from dualtrain.sweep.definition import Point, Sweep
 from dualtrain.training.prepare import PROBE, RUN_LOCK, why_unwritable
@@ -204,20 +204,6 @@ def is_busy(directory: Path) -> bool:
     return is_held(directory / _LOCK) or is_held(directory / RUN_LOCK)
 
 
-def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, object]]:
-    """Every value of a recipe with its dotted key; a list counts as one value."""
-    if isinstance(value, dict) and value:
-        for key, child in value.items():
-            yield from leaves(child, (*path, str(key)))
-    else:
-        yield ".".join(path), value
-
-
-def is_under(key: str, keys: list[str]) -> bool:
-    """Whether a dotted key is one of some, lies inside one, or holds one."""
-    return any(f"{key}.".startswith(f"{k}.") or f"{k}.".startswith(f"{key}.") for k in keys)
-
-
 def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None:
     """Compare with the recipes of points that are there: where it is the same point, in all."""
     asked = {point.label: point for point in sweep.points}
@@ -227,17 +213,13 @@ def _check_same_recipe(sweep: Sweep, labels: list[str], keys: list[str]) -> None
             continue
         point = asked.get(label, sweep.points[0])
         free = ["name", "run_dir", *([] if label in asked else keys)]
-        now = dict(leaves(point.loaded.recipe.model_dump(mode="json")))
-        then = dict(leaves(_read_recipe(path)))
-        changed = [
-            f"{key} {shown(then.get(key))} then, {shown(now.get(key))} now"
-            for key in {**then, **now}
-            if then.get(key) != now.get(key) and not is_under(key, free)
-        ]
+        now = point.loaded.recipe.model_dump(mode="json")
+        changed = recipe_differences(_read_recipe(path), now, free)
         if changed:
+            each = (f"{key} {shown(old)} then, {shown(new)} now" for key, old, new in changed[:6])
             raise UserError(
                 str(sweep.directory),
-                f"holds points of another recipe: {'; '.join(changed[:6])}",
+                f"holds points of another recipe: {'; '.join(each)}",
                 "the recipe that the sweep was begun with",
                 "undo the change, or choose another directory with --dir",
             )
@@ -249,10 +231,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         recipe = None
     if not isinstance(recipe, dict):
-        raise UserError(
-            str(path), "is damaged", "the recipe of a point",
-            "remove the file: it is written again",
-        )  # fmt: skip
+        hint = "remove the file: it is written again"
+        raise UserError(str(path), "is damaged", "the recipe of a point", hint)
     return recipe
 
 

@@ -28,7 +28,7 @@ from dualtrain.data.prefetch import Prefetcher
 from dualtrain.data.shard_cache import ShardCache
 from dualtrain.derived.cost import ModelCost
 from dualtrain.derived.derive import Derived, build_mixture, derive
-from dualtrain.derived.memory import check_memory
+from dualtrain.derived.memory import memory_shortage
 from dualtrain.engine.build import (
     build_engine,
     build_optimizer,
@@ -127,7 +127,8 @@ def meet(recipe: Recipe, rank: Checked) -> Met:
     assert corpus is not None  # the dataset is open
     derived = derive(recipe, corpus=corpus, world_size=world.world_size)
     assert derived.cost is not None  # the vocabulary is known
-    check_memory(derived, ranks=world.local_world_size)
+    if shortage := memory_shortage(derived, ranks=world.local_world_size):
+        raise shortage
     origin = Origin.of(recipe, world, train.info, corpus, derived)
     if world.rank == 0:
         write_text(origin.run_dir / checkpoint.RECIPE, origin.text)

@@ -12,7 +12,7 @@ from dualtrain.common.files import write_text
 from dualtrain.common.terminal import forget_output
 from dualtrain.data.corpus import CorpusFacts, read_corpus
 from dualtrain.derived.derive import Derived, derive
-from dualtrain.derived.memory import check_memory, memory_shortage
+from dualtrain.derived.memory import memory_shortage
 from dualtrain.engine.config import deepspeed_config
 from dualtrain.launch.hostfile import read_hostfile, record_outcome, run_hostfile
 from dualtrain.launch.ranks import (
@@ -88,8 +88,8 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
     corpus = read_corpus(recipe)
     if corpus is not None or recipe.unique_tokens != "all":
         derived = derive_run(recipe, corpus, total)
-        if hostfile is None:
-            check_memory(derived, ranks=total or 1)
+        if hostfile is None and (shortage := memory_shortage(derived, ranks=total or 1)):
+            raise shortage
     # Whatever can be refused before has left nothing; rank 0 takes the lock for good.
     run_dir = prepare_run_directory(recipe)
     lock_run_directory(recipe).close()

@@ -8,15 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
-import yaml
 
 from dualtrain.checkpoint.files import MARKER, Files, find_defects, write_marker
 from dualtrain.checkpoint.resume import (
+    MAY_CHANGE,
     Resume,
     check_compatible,
     choose_resume,
     describe_change,
-    recipe_differences,
     share_rank_states,
 )
 from dualtrain.checkpoint.store import (
@@ -32,6 +31,7 @@ from dualtrain.checkpoint.store import (
 from dualtrain.common.errors import UserError
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.engine.optimizer_state import Piece
+from dualtrain.recipe.differences import recipe_differences
 
 
 def make(run_dir, step, *, recipe="a: 1\n", **state):
@@ -180,7 +180,9 @@ def test_what_is_removed_never_counts_and_leftovers_go(tmp_path, monkeypatch):
 def test_differences_name_both_values_and_ignore_what_may_change():
     old = {"seed": 1, "optim": {"lr": 0.1, "name": "muon"}, "progress": {"interval_steps": 1}}
     new = {"seed": 1, "optim": {"lr": 0.2, "name": "muon"}, "progress": {"interval_steps": 9}}
-    assert recipe_differences(yaml.safe_dump(old), yaml.safe_dump(new)) == [("optim.lr", 0.1, 0.2)]
+    assert recipe_differences(old, new, MAY_CHANGE) == [("optim.lr", 0.1, 0.2)]
+    old, new = {"rate": None}, {"rate": {"start": 0.3}}
+    assert recipe_differences(old, new, ["rate.start"]) == []
 
 
 def test_another_recipe_or_dataset_is_refused_and_other_ranks_are_said(tmp_path):

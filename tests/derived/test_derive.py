@@ -55,7 +55,8 @@ def make(**changes) -> Recipe:
 )
 def test_two_of_three_fix_the_third(given, steps, unique, repetitions, follows):
     derived = derive(make(**given), corpus=CORPUS)
-    assert (derived.steps, derived.unique_tokens, derived.follows) == (steps, unique, follows)
+    assert (derived.steps, derived.unique_tokens) == (steps, unique)
+    assert run_length(make(**given), CORPUS).follows == follows
     assert derived.repetitions == pytest.approx(repetitions, rel=1e-12)
     assert derived.total_tokens == steps * 1000
     assert all(
@@ -99,7 +100,7 @@ def test_all_needs_a_corpus():
 
 def test_three_with_all_must_agree():
     recipe = make(unique_tokens="all", steps=200, repetitions=2)
-    assert derive(recipe, corpus=CORPUS).follows is None
+    assert run_length(recipe, CORPUS).follows is None
     with pytest.raises(UserError, match="201 steps over `all` unique tokens are 2.01 rep"):
         derive(make(unique_tokens="all", steps=201, repetitions=2), corpus=CORPUS)
 
@@ -126,7 +127,7 @@ def test_slots_of_the_paper():
     derived = derive(load_recipe("paper/470m-r128").recipe, corpus=None)
     assert derived.total_tokens == 34_359_738_368
     assert derived.unique_tokens == 268_435_456
-    assert derived.slots_per_step == 256 and derived.rotates
+    assert derived.slots_per_step == 256
     assert derived.ar_slots * 8 == derived.ar_slots + derived.diffusion_slots == 8192 * 256
     assert derived.ar_passes == 16
     assert derived.reasons["ar_passes"].startswith("16 over every token; ")
@@ -170,7 +171,6 @@ def test_rotation_is_on_where_it_can_be(changes, rotates):
     recipe = make(steps=40, repetitions=8, **changes)
     assert uses_rotation(recipe) == rotates
     assert build_mixture(recipe, 40).rotates == rotates
-    assert derive(recipe, corpus=CORPUS).rotates == rotates
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.derive import derive
 from dualtrain.derived.dry_run import print_dry_run
-from dualtrain.derived.memory import check_memory
+from dualtrain.derived.memory import memory_shortage
 from dualtrain.engine.config import deepspeed_config
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.load import load_recipe
@@ -44,7 +44,8 @@ def go_through(*overrides: str) -> None:
     derived = derive(loaded.recipe, corpus=CORPUS)
     deepspeed_config(loaded.recipe, world_size=1, slots_per_step_per_rank=derived.slots_per_step)
     print_dry_run(loaded, derived)
-    check_memory(derived, ranks=1)
+    if shortage := memory_shortage(derived, ranks=1):
+        raise shortage
 
 
 NUMERIC = [field.path for field in fields() if "number" in field.type or "integer" in field.type]

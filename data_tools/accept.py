@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_tools.choose import VAL_FRACTION
 from data_tools.sources import BUILTIN, CorpusFile
@@ -13,12 +11,12 @@ from data_tools.sources.build_source import open_source
 from data_tools.sources.find import STANDARD_INPUT
 from data_tools.tokenizers.ranks import find_tokenizer
 from dualtrain.common.errors import UserError
+from dualtrain.common.files import file_hash
 from dualtrain.data.dataset import DatasetInfo, SourceFile
 from dualtrain.recipe.schema import BuildSection
 
 _HASHED_BYTES = 1 << 30
 """Of larger corpora only the sizes are compared: a run looks at its sources each time it starts."""
-_BLOCK = 1 << 20
 
 
 def check_made_alike(place: str, info: DatasetInfo, build: BuildSection) -> None:
@@ -102,26 +100,18 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
 def _differs(then: SourceFile, now: CorpusFile) -> bool:
     if then.bytes != now.bytes:
         return True
-    return then.sha256 is not None and then.sha256 != file_hash(now.path)
+    return then.sha256 is not None and then.sha256 != _hash(now)
 
 
 def recorded(files: Sequence[CorpusFile]) -> list[SourceFile]:
     """What ``dataset.json`` says of files: with hashes of their contents, if that is quick."""
     is_quick = sum(file.bytes for file in files) <= _HASHED_BYTES
     return [
-        SourceFile(
-            path=file.name, bytes=file.bytes, sha256=file_hash(file.path) if is_quick else None
-        )
+        SourceFile(path=file.name, bytes=file.bytes, sha256=_hash(file) if is_quick else None)
         for file in files
     ]
 
 
-def file_hash(path: str) -> str | None:
-    """The sha256 of a file; None for what is no file, such as the embedded corpus."""
-    if not Path(path).is_file():
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _hash(file: CorpusFile) -> str | None:
+    """None for what is no file, such as the embedded corpus."""
+    return file_hash(file.path) if os.path.isfile(file.path) else None

@@ -6,14 +6,13 @@ and the ids of every document, and the totals.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_tools.reporting import Report, StageProgress
 from data_tools.shards import load_text_bytes
 from dualtrain.common.errors import UserError, raise_together
-from dualtrain.common.files import user_path
+from dualtrain.common.files import file_hash, user_path
 from dualtrain.data.dataset import (
     DATASET_FILE,
     LENGTHS_FILE,
@@ -24,7 +23,6 @@ from dualtrain.data.dataset import (
     TokenDataset,
 )
 
-_BLOCK = 1 << 20
 _SHOWN = 20
 
 
@@ -86,25 +84,16 @@ def _total_errors(dataset: TokenDataset) -> Iterator[UserError]:
 
 def _document_errors(dataset: TokenDataset, first: int, end: int) -> list[UserError]:
     """The first wrong document among those numbers."""
-    for document in range(first, end):
-        if errors := _caught(lambda document=document: dataset.check_document(document)):
-            return errors
-    return []
+    return _caught(lambda: [dataset.check_document(number) for number in range(first, end)])
 
 
 def _hash_error(dataset: TokenDataset, shard: Shard) -> UserError | None:
     file = str(dataset.directory / shard.name)
     if "sha256" not in shard.hashes:
         return UserError(file, "index.json holds no sha256 of this shard to compare with")
-    found = hashlib.sha256()
     try:
-        with open(file, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                found.update(block)
+        is_same = file_hash(file) == shard.hashes["sha256"]
     except OSError as error:
         return UserError(file, f"cannot be read: {error.strerror}")
-    if found.hexdigest() != shard.hashes["sha256"]:
-        return UserError(
-            file, "shard is damaged: its content does not match its hash in index.json"
-        )
-    return None
+    what = "shard is damaged: its content does not match its hash in index.json"
+    return None if is_same else UserError(file, what)

@@ -52,12 +52,10 @@ def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = F
     try:
         if path.is_dir():
             path = _file_of(path)
-        is_file = path.is_file()
+        is_ranks = path.is_file() and not _is_json(path)
     except OSError as error:
-        raise UserError(
-            f"{OPTION} {spec}", f"cannot be looked at: {error.strerror}", _KINDS
-        ) from None
-    if is_file and not _is_json(path):
+        raise UserError(f"{OPTION} {spec}", f"cannot be read: {error.strerror}", _KINDS) from None
+    if is_ranks:
         refuse_foreign(path, _KINDS)
         return from_rank_file(path, pattern=pattern, own_names=own_names)
     if pattern is not None:
@@ -183,7 +181,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """
     ranks: dict[bytes, int] = {}
     lines_of_ranks: dict[int, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         token, rank = _parse_line(line, f"{path}:{number}")
@@ -199,13 +201,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}") from None
-
-
 def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
     try:
         encoded, rank = line.split()
@@ -219,15 +214,10 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
 
 
 def _is_json(path: Path) -> bool:
-    if path.suffix == ".tiktoken":
-        return False
-    if path.suffix == ".json":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"{")
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}") from None
+    if path.suffix in (".tiktoken", ".json"):
+        return path.suffix == ".json"
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
 
 
 def _files_beside(name: str) -> list[str]:
@@ -299,7 +289,7 @@ def _tokenizer_json(
         "ignore_merges": len(merges) + 256 < len(ranks),
     }
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {
+    byte_level: dict[str, object] = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,

@@ -6,6 +6,7 @@ A reader finds what was there before or what is new, never half of it, also afte
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -149,6 +150,15 @@ def write_bytes(path: Path, content: bytes) -> None:
             new.write_bytes(content)
     except OSError as error:
         raise UserError(str(path), f"cannot be written: {error.strerror}") from None
+
+
+def file_hash(path: str | Path, algorithm: str = "sha256") -> str:
+    """The hash of a file's content."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def beside(path: Path) -> Path:

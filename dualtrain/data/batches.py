@@ -21,8 +21,8 @@ from torch import Tensor
 from dualtrain.data.dataset import TokenDataset, check_held_out
 from dualtrain.data.plan import (
     DATA_ORDER,
-    Piece,
     Rotation,
+    Span,
     StreamPlan,
     Subset,
     Units,
@@ -185,7 +185,7 @@ class ValidationData:
 
 def _pack(
     dataset: TokenDataset,
-    rows: Sequence[Sequence[Piece]],
+    rows: Sequence[Sequence[Span]],
     stream: Stream,
     numbers: range,
     length: int,

@@ -14,7 +14,8 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -102,13 +103,9 @@ class DatasetInfo(_Facts):
     """The settings that the dataset was made with."""
 
     @model_validator(mode="after")
-    def _check_splits(self) -> DatasetInfo:
+    def _check(self) -> DatasetInfo:
         if "train" not in self.splits:
             raise ValueError("splits lacks train")
-        return self
-
-    @model_validator(mode="after")
-    def _check_special_tokens(self) -> DatasetInfo:
         if missing := [name for name in SPECIAL_TOKENS if name not in self.special_tokens]:
             raise ValueError(f"special_tokens lacks {', '.join(missing)}")
         for name, token in self.special_tokens.items():
@@ -138,12 +135,11 @@ class DatasetInfo(_Facts):
         except ValidationError as error:
             refuse_foreign(file, "the facts of a dataset")
             problems = "; ".join(
-                ": ".join(filter(None, (".".join(map(str, e["loc"])), _reason(e["msg"]))))
+                ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")])
                 for e in error.errors()[:3]
             )
-            raise UserError(
-                str(file), f"is not a dataset of format {FORMAT}: {problems}", hint=_REMAKE
-            ) from None
+            what = f"is not a dataset of format {FORMAT}: {problems}"
+            raise UserError(str(file), what, hint=_REMAKE) from None
 
     @property
     def fingerprint(self) -> str:
@@ -178,8 +174,18 @@ class DatasetInfo(_Facts):
         return self.special_tokens["<mask>"]
 
 
-def _reason(message: str) -> str:
-    return message.removeprefix("Value error, ")
+@contextmanager
+def _reading(file: Path, expected: str) -> Iterator[None]:
+    """Name a file that cannot be read, or is not what it is taken for."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
+    except (KeyError, TypeError, *NOT_AN_ARRAY) as error:
+        refuse_foreign(file, expected)
+        raise UserError(str(file), f"is damaged: {error!r}", expected, _REMAKE) from None
 
 
 def _absent(path: Path) -> UserError:
@@ -245,7 +251,9 @@ class TokenDataset:
         self.info = info
         self._source = source
         self.directory = self.path / split
-        self._check_split()
+        if split not in info.splits:
+            where, splits = str(self.path / DATASET_FILE), ", ".join(sorted(info.splits))
+            raise UserError(where, f"has no split '{split}'", f"one of {splits}")
         self.shards = self._read_index()
         self.lengths = self._read_lengths()
         self._shard_ends = list(accumulate(shard.documents for shard in self.shards))
@@ -321,21 +329,17 @@ class TokenDataset:
         """
         length = int(self.lengths[document])
         stop = length if stop is None else min(stop, length)
-        shard, source = self._shard(document), self._source
+        shard = self._shard(document)
         try:
             with self._lock:
-                if source is not None:
-                    source.require(self.split, shard)
+                if self._source is not None:
+                    self._source.require(self.split, shard)
                 return self._read_tokens(self._file(shard), document, start, max(start, stop))
         except FileNotFoundError:
-            where = str(self.shard_of(document))
-            raise UserError(where, "shard is missing", hint=_REMAKE) from None
+            what = "shard is missing"
         except OSError as error:
-            raise UserError(
-                str(self.shard_of(document)),
-                f"document {document} cannot be read: {error.strerror}",
-                hint=_REMAKE,
-            ) from None
+            what = f"document {document} cannot be read: {error.strerror}"
+        raise UserError(str(self.shard_of(document)), what, hint=_REMAKE)
 
     def prepare(self, documents: Iterable[int]) -> None:
         """Have the shards of documents fetched at once that will be read one after another."""
@@ -363,12 +367,8 @@ class TokenDataset:
 
     def check_tokenizer(self) -> None:
         """Raise UserError if ``tokenizer.json`` is not the one the documents were encoded with."""
-        try:
+        with _reading(self.tokenizer_path, "a tokenizer.json"):
             found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(
-                str(self.tokenizer_path), f"cannot be read: {error.strerror}", hint=_REMAKE
-            ) from None
         if found != self.info.tokenizer_sha256:
             refuse_foreign(self.tokenizer_path, "a tokenizer.json")
             raise UserError(
@@ -381,11 +381,9 @@ class TokenDataset:
     def check_shards(self) -> None:
         """Raise UserError naming each shard that is missing or has another size."""
         errors = [error for shard in self.shards if (error := self.shard_error(shard))]
-        if len(errors) > _SHOWN_SHARDS:
-            more = UserError(
-                str(self.directory), f"{len(errors) - _SHOWN_SHARDS} more shards are damaged"
-            )
-            errors = [*errors[:_SHOWN_SHARDS], more]
+        if more := len(errors[_SHOWN_SHARDS:]):
+            last = UserError(str(self.directory), f"{more} more shards are damaged")
+            errors = [*errors[:_SHOWN_SHARDS], last]
         raise_together(errors)
 
     def check_documents(self) -> None:
@@ -409,19 +407,11 @@ class TokenDataset:
                 _REMAKE,
             )
 
-    def _check_split(self) -> None:
-        if self.split not in self.info.splits:
-            raise UserError(
-                str(self.path / DATASET_FILE),
-                f"has no split '{self.split}'",
-                f"one of {', '.join(sorted(self.info.splits))}",
-            )
-
     def _read_index(self) -> tuple[Shard, ...]:
         file = self.directory / INDEX_FILE
         column = [[TOKENS_FIELD], [f"ndarray:{self.info.dtype}"]]
         shards = []
-        try:
+        with _reading(file, "an MDS index"):
             for entry in json.loads(file.read_bytes())["shards"]:
                 if [entry["column_names"], entry["column_encodings"]] != column:
                     raise UserError(
@@ -440,11 +430,6 @@ class TokenDataset:
                         zip_name=packed["basename"] if packed else None,
                     )
                 )
-        except OSError as error:
-            raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
-        except (ValueError, KeyError, TypeError) as error:
-            refuse_foreign(file, "an MDS index")
-            raise UserError(str(file), f"is not an MDS index: {error!r}", hint=_REMAKE) from None
         if (found := sum(shard.documents for shard in shards)) != self.documents:
             raise UserError(
                 str(file), f"counts {found} documents", f"{self.documents} as in {DATASET_FILE}"
@@ -453,13 +438,8 @@ class TokenDataset:
 
     def _read_lengths(self) -> np.ndarray:
         file = self.directory / LENGTHS_FILE
-        try:
+        with _reading(file, "the lengths of documents"):
             lengths = np.load(file, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise UserError(str(file), f"cannot be read: {error.strerror}", hint=_REMAKE) from None
-        except NOT_AN_ARRAY as error:
-            refuse_foreign(file, "the lengths of documents")
-            raise UserError(str(file), f"is damaged: {error}", hint=_REMAKE) from None
         if lengths.dtype != np.int64 or lengths.shape != (self.documents,):
             raise UserError(
                 str(file),
@@ -485,14 +465,11 @@ class TokenDataset:
     def _shard(self, document: int) -> Shard:
         return self.shards[bisect_right(self._shard_ends, document)]
 
-    def _open(self, shard: Shard) -> BinaryIO:
-        return (self.directory / shard.name).open("rb", 0)
-
     def _file(self, shard: Shard) -> BinaryIO:
         """A shard's file; those that were read last stay open."""
         file = self._files.get(shard.name)
         if file is None:
-            file = self._files[shard.name] = self._open(shard)
+            file = self._files[shard.name] = (self.directory / shard.name).open("rb", 0)
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         else:

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.randomness import KeyedPermutation, generator
 from dualtrain.data.plan_files import PlanFiles
 from dualtrain.method.mixing import STREAM_NUMBERS, Mixture, Stream
+
+Made = TypeVar("Made")
 
 DATA_ORDER = 2
 """Version of the order: one more whenever a recipe comes to give other sequences than before.
@@ -43,7 +46,7 @@ _FEWEST_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Span:
     """A run of positions [start, stop) of one document; 0 is its ``<s>``."""
 
     document: int
@@ -294,7 +297,7 @@ class StreamPlan:
         self._latest = low
         return low
 
-    def sequence(self, index: int) -> list[Piece]:
+    def sequence(self, index: int) -> list[Span]:
         """The pieces of the T positions that the stream has as its sequence `index`."""
         part, window = self._part_at(index * self._length), index
         first = -(-self._start(part) // self._length)
@@ -304,16 +307,16 @@ class StreamPlan:
             window = first + self._permutation(part, inside)[index - first]
         return self.pieces(window * self._length, (window + 1) * self._length)
 
-    def pieces(self, start: int, stop: int) -> list[Piece]:
+    def pieces(self, start: int, stop: int) -> list[Span]:
         """The pieces of documents that make up stream positions [start, stop), in order."""
-        pieces: list[Piece] = []
+        pieces: list[Span] = []
         part = self._part_at(start)
         while start < stop:
             end = min(stop, self._start(part + 1))
             for piece in self._pieces_within(part, start, end) if start < end else ():
                 before = pieces[-1] if pieces else None
                 if before and (before.document, before.stop) == (piece.document, piece.start):
-                    piece = Piece(before.document, pieces.pop().start, piece.stop)
+                    piece = Span(before.document, pieces.pop().start, piece.stop)
                 pieces.append(piece)
             start, part = max(start, end), part + 1
         return pieces
@@ -335,7 +338,7 @@ class StreamPlan:
             return (0, self._units.tokens), (0, 0)
         return self._rotation.parts(self.stream, epoch)
 
-    def _pieces_within(self, part: int, start: int, stop: int) -> Iterator[Piece]:
+    def _pieces_within(self, part: int, start: int, stop: int) -> Iterator[Span]:
         """The pieces of stream positions [start, stop), which lie in one part."""
         order, ends = self._order(part)
         begin = self._start(part)
@@ -345,31 +348,24 @@ class StreamPlan:
             if self._rotation is not None and unit == order[0]:
                 # What the arc has of its first unit need not be its beginning.
                 offset += max(0, self._arcs(part // 2)[part % 2][0] - self._rotation.start(unit))
-            yield Piece(document, offset + piece.start, offset + piece.stop)
+            yield Span(document, offset + piece.start, offset + piece.stop)
 
     def _permutation(self, part: int, size: int) -> KeyedPermutation:
-        if part not in self._permutations:
-            key = STREAM_NUMBERS[self.stream], part
-            permutation = KeyedPermutation(size, self._seed, "sequence order", *key)
-            self._permutations[part] = permutation
-        while len(self._permutations) > _KEPT_PARTS:
-            self._permutations.popitem(last=False)
-        return self._permutations[part]
+        key = STREAM_NUMBERS[self.stream], part
+        make = partial(KeyedPermutation, size, self._seed, "sequence order", *key)
+        return _recent(self._permutations, part, make)
 
     def _order(self, part: int) -> np.ndarray:
-        if part not in self._orders:
-            self._orders[part] = self._files.load(self.stream, part, self._builder(part))
-            for following in range(part + 1, part + 1 + _LOOK_AHEAD):
-                if self._start(following) < self._start(following + 1):
-                    self._files.build_ahead(self.stream, following, self._builder(following))
-                    break
-            self._files.remove_below(self.stream, part - 2)
-        while len(self._orders) > _KEPT_PARTS:
-            self._orders.popitem(last=False)
-        return self._orders[part]
+        return _recent(self._orders, part, partial(self._load_order, part))
 
-    def _builder(self, part: int) -> Callable[[], np.ndarray]:
-        return lambda: self._build(part)
+    def _load_order(self, part: int) -> np.ndarray:
+        order = self._files.load(self.stream, part, partial(self._build, part))
+        for following in range(part + 1, part + 1 + _LOOK_AHEAD):
+            if self._start(following) < self._start(following + 1):
+                self._files.build_ahead(self.stream, following, partial(self._build, following))
+                break
+        self._files.remove_below(self.stream, part - 2)
+        return order
 
     def _build(self, part: int) -> np.ndarray:
         """(2, units in the part) int64: their numbers, and where each ends in the part."""
@@ -385,7 +381,16 @@ class StreamPlan:
         return np.stack([order, np.cumsum(lengths)])
 
 
-def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Piece]:
+def _recent(kept: OrderedDict[int, Made], part: int, make: Callable[[], Made]) -> Made:
+    """What belongs to a part, made anew unless it is one of the last few."""
+    if part not in kept:
+        kept[part] = make()
+        if len(kept) > _KEPT_PARTS:
+            kept.popitem(last=False)
+    return kept[part]
+
+
+def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Span]:
     """The pieces of tokens [start, stop) of documents that follow one another.
 
     Args:
@@ -400,6 +405,6 @@ def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -
     for document, end in zip(
         order[first : last + 1].tolist(), ends[first : last + 1].tolist(), strict=True
     ):
-        pieces.append(Piece(document, max(start, begin) - begin, min(stop, end) - begin))
+        pieces.append(Span(document, max(start, begin) - begin, min(stop, end) - begin))
         begin = end
     return pieces

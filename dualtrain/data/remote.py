@@ -7,7 +7,6 @@ while it is read; ``corpus`` and ``data_tools`` look at :func:`fetch_info`. A re
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import user_path
+from dualtrain.common.files import DISK_FULL, file_hash, user_path
 from dualtrain.common.locks import locked
 from dualtrain.data.dataset import (
     DATASET_FILE,
@@ -40,7 +39,6 @@ _TIMEOUT_S = 60.0
 _WAITS_S = (1.0, 4.0)
 _MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket"})
 _FORBIDDEN = frozenset({"401", "403", "AccessDenied"})
-_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class MissingRemoteFile(UserError):
@@ -114,9 +112,8 @@ class Remote:
                     "a URL such as s3://bucket/directory, gs://… or hf://…, or a directory",
                 ) from None
             except ImportError as error:
-                raise UserError(
-                    self.url, f"needs a package that is not installed: {error}"
-                ) from None
+                what = f"needs a package that is not installed: {error}"
+                raise UserError(self.url, what) from None
         return self._clients.mine
 
     def _fetch(self, name: str, into: Path) -> UserError | None:
@@ -136,19 +133,14 @@ class Remote:
     ) -> UserError | None:
         where, hint = f"{self.url}/{name}", "upload the dataset again"
         if size_bytes is not None and (size := file.stat().st_size) != size_bytes:
-            return UserError(
-                where, f"has {size:,} bytes", f"{size_bytes:,} as in {INDEX_FILE}", hint
-            )
+            expected = f"{size_bytes:,} as in {INDEX_FILE}"
+            return UserError(where, f"has {size:,} bytes", expected, hint)
         for algorithm in hashes.keys() & hashlib.algorithms_guaranteed:
-            with file.open("rb") as stream:
-                found = _digest(stream, algorithm)
+            found = file_hash(file, algorithm)
             if found != hashes[algorithm]:
-                return UserError(
-                    where,
-                    f"is damaged: its {algorithm} is {found[:12]}…",
-                    f"{hashes[algorithm][:12]}… as in {INDEX_FILE}",
-                    hint,
-                )
+                expected = f"{hashes[algorithm][:12]}… as in {INDEX_FILE}"
+                what = f"is damaged: its {algorithm} is {found[:12]}…"
+                return UserError(where, what, expected, hint)
         return None
 
 
@@ -278,7 +270,7 @@ def _explained(where: str, into: Path, error: Exception) -> UserError:
     code, text = _status(error), " ".join(str(error).split())
     if isinstance(error, FileNotFoundError) or code in _MISSING:
         return _Lasting(MissingRemoteFile(where, "is not there", hint="check the URL"))
-    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return _Lasting(unwritable(into.parent, error))
     hint = "check the connection, the URL and the credentials"
     failure = UserError(where, f"cannot be fetched: {type(error).__name__}: {text}", hint=hint)
@@ -296,10 +288,3 @@ def _status(error: Exception) -> str:
             if isinstance(value := getattr(holder, name, None), (int, str)):
                 return str(int(value)) if isinstance(value, int) else value
     return ""
-
-
-def _digest(stream, algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

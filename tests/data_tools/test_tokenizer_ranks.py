@@ -278,7 +278,7 @@ def test_a_directory_with_another_tokenizer_only(tmp_path: Path) -> None:
 
 
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--tokenizer x.*: cannot be looked at: File name too long"):
+    with pytest.raises(UserError, match="--tokenizer x.*: cannot be read: File name too long"):
         find_tokenizer("x" * 300)
     with pytest.raises(UserError, match="there is no tokenizer"):
         find_tokenizer("na\udcefve.json")

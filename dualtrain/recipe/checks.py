@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
@@ -22,16 +22,7 @@ from dualtrain.recipe.schema import (
 )
 from dualtrain.recipe.yaml_source import Path
 
-OWN_SIZES = (
-    "layers",
-    "width",
-    "heads",
-    "mlp_width",
-    "vocab_size",
-    "rope_theta",
-    "norm_eps",
-    "head",
-)
+SIZES = ("layers", "width", "heads", "mlp_width", "vocab_size", "rope_theta", "norm_eps", "head")
 """Fields of ``model`` that describe our transformer, and no imported one."""
 
 GAP = re.compile(r"<mask(:[1-9]\d*)?>")
@@ -40,13 +31,20 @@ GAP = re.compile(r"<mask(:[1-9]\d*)?>")
 
 @dataclass(frozen=True)
 class Conflict:
-    """Fields of a recipe that do not go together."""
+    """Dotted keys of values that do not go together; the first is the one to name."""
 
-    path: Path
-    involved: tuple[Path, ...]
+    keys: tuple[str, ...]
     what: str
     expected: str
     hint: str = ""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The keys as paths, with indices of lists."""
+        return [
+            tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+            for key in self.keys
+        ]
 
 
 def find_conflicts(recipe: Recipe) -> list[Conflict]:
@@ -84,8 +82,7 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
     if batch % micro:
         below = max(n for n in divisors(batch) if n <= micro)
         yield Conflict(
-            ("global_batch",),
-            (("micro_batch",),),
+            ("global_batch", "micro_batch"),
             f"{batch} is not divisible by micro_batch {micro}",
             f"a multiple of {micro}",
             f"nearest: global_batch {max(1, round(batch / micro)) * micro}, or micro_batch {below}",
@@ -95,14 +92,12 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
 def check_length(recipe: Recipe) -> Iterator[Conflict]:
     """Two of the three that fix the length of the run; a third may only agree."""
     names = ("steps", "unique_tokens", "repetitions")
-    paths: tuple[Path, ...] = tuple((name,) for name in names)
     missing = [name for name in names if getattr(recipe, name) is None]
     if len(missing) > 1:
         given = [name for name in names if name not in missing]
         only = f"only {given[0]} is given" if given else "none of them is given"
         yield Conflict(
-            (missing[0],),
-            paths,
+            (missing[0], *names),
             f"the length of the run is open: {only}",
             "two of steps, unique_tokens and repetitions; the third follows",
             f"add {' or '.join(missing)}",
@@ -113,8 +108,7 @@ def check_length(recipe: Recipe) -> Iterator[Conflict]:
         total = Fraction(str(recipe.repetitions)) * recipe.unique_tokens
         if abs(total - recipe.steps * per_step) >= Fraction(per_step, 2):
             yield Conflict(
-                ("steps",),
-                (*paths, ("global_batch",), ("sequence_length",)),
+                (*names, "global_batch", "sequence_length"),
                 f"{recipe.steps} steps of {per_step:,} tokens are not {recipe.repetitions:g} "
                 f"repetitions of {recipe.unique_tokens:,} unique tokens",
                 f"{float(total / per_step):.6g} steps, or two of the three only",
@@ -129,39 +123,28 @@ def check_alpha(recipe: Recipe) -> Iterator[Conflict]:
     ends = [phase.until for phase in alpha.phases]
     for i, (before, end) in enumerate(zip([Fraction(0), *ends], ends, strict=False)):
         if end <= before:
-            yield Conflict(
-                ("alpha", "phases", i, "until"),
-                (),
-                f"{end} is not after {before}, where the phase begins",
-                "phases in increasing order of `until`",
-            )
+            what = f"{end} is not after {before}, where the phase begins"
+            expected = "phases in increasing order of `until`"
+            yield Conflict((f"alpha.phases.{i}.until",), what, expected)
     if ends[-1] != 1:
-        last = ("alpha", "phases", len(ends) - 1, "until")
-        yield Conflict(last, (), f"the last phase ends at {ends[-1]}", "1, the end of the run")
+        last = f"alpha.phases.{len(ends) - 1}.until"
+        yield Conflict((last,), f"the last phase ends at {ends[-1]}", "1, the end of the run")
     if alpha.name == "phases" and alpha.start != 1:
-        yield Conflict(
-            ("alpha", "start"),
-            (("alpha", "name"),),
-            f"{alpha.start} has no effect on a schedule of phases",
-            "start with name: linear only",
-        )
+        what = f"{alpha.start} has no effect on a schedule of phases"
+        yield Conflict(("alpha.start", "alpha.name"), what, "start with name: linear only")
 
 
-def check_rotation(recipe: Recipe) -> Iterator[Conflict]:
-    if recipe.objective.rotation and recipe.objective.mixing == "weighted_sum":
-        path, mixing = ("objective", "rotation"), ("objective", "mixing")
+def check_objective(recipe: Recipe) -> Iterator[Conflict]:
+    objective, corruption = recipe.objective, recipe.objective.corruption
+    if objective.rotation and objective.mixing == "weighted_sum":
+        keys = ("objective.rotation", "objective.mixing")
         what = "true, but in a weighted sum every sequence has both objectives"
-        yield Conflict(path, (mixing,), what, "null or false")
-
-
-def check_corruption(recipe: Recipe) -> Iterator[Conflict]:
-    corruption, path = recipe.objective.corruption, ("objective", "corruption")
+        yield Conflict(keys, what, "null or false")
     if not isinstance(corruption, SpanCorruption):
         return
     if corruption.random_share + corruption.keep_share > 1:
         yield Conflict(
-            (*path, "random_share"),
-            ((*path, "keep_share"),),
+            ("objective.corruption.random_share", "objective.corruption.keep_share"),
             f"{corruption.random_share} + keep_share {corruption.keep_share} is above 1",
             "random_share + keep_share <= 1; the rest becomes <mask>",
         )
@@ -169,12 +152,10 @@ def check_corruption(recipe: Recipe) -> Iterator[Conflict]:
 
 def check_model(recipe: Recipe) -> Iterator[Conflict]:
     width, heads = recipe.model.width, recipe.model.heads
-    paths: tuple[Path, Path] = ("model", "width"), ("model", "heads")
     if width % heads or width // heads % 2:
         problem = "not divisible by" if width % heads else "an odd number of times"
         yield Conflict(
-            paths[0],
-            paths[1:],
+            ("model.width", "model.heads"),
             f"{width} is {problem} heads {heads}",
             f"a multiple of {2 * heads}: rotary positions pair the dimensions of each head",
             f"nearest: {max(1, round(width / (2 * heads))) * 2 * heads}",
@@ -182,8 +163,7 @@ def check_model(recipe: Recipe) -> Iterator[Conflict]:
     build, rows = recipe.data.build, recipe.model.vocab_size
     if build and build.tokenizer is None and rows is not None and rows < build.vocab_size:
         yield Conflict(
-            ("model", "vocab_size"),
-            (("data", "build", "vocab_size"),),
+            ("model.vocab_size", "data.build.vocab_size"),
             f"{rows} is below data.build.vocab_size {build.vocab_size}",
             f"at least {build.vocab_size}",
             "leave it out to take the dataset's",
@@ -191,28 +171,22 @@ def check_model(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def check_import(recipe: Recipe) -> Iterator[Conflict]:
-    model, path = recipe.model, ("model", "hf")
+    model = recipe.model
     if model.hf is None:
         if model.hf_init != "weights":
             what = f"{model.hf_init} has no effect without an imported model"
-            yield Conflict(("model", "hf_init"), (path,), what, "model.hf", "leave it out")
+            yield Conflict(("model.hf_init", "model.hf"), what, "model.hf", "leave it out")
         return
-    default = ModelSection()
-    for name in OWN_SIZES:
-        value = getattr(model, name)
-        if value != getattr(default, name):
-            yield Conflict(
-                ("model", name),
-                (path,),
-                f"{value} has no effect on an imported model, which has sizes of its own",
-                "model.hf or sizes",
-                f"leave {name} out",
-            )
+    for name in _changed(model, SIZES):
+        what = (
+            f"{getattr(model, name)} has no effect on an imported model, which has sizes of its own"
+        )
+        hint = f"leave {name} out"
+        yield Conflict((f"model.{name}", "model.hf"), what, "model.hf or sizes", hint)
     build = recipe.data.build
     if build and build.tokenizer is None and model.hf_init == "weights":
         yield Conflict(
-            ("data", "build", "tokenizer"),
-            (path,),
+            ("data.build.tokenizer", "model.hf"),
             "null trains another tokenizer than that of the weights",
             f"the model's: {model.hf}, if it is a directory",
             "or model.hf_init: scratch",
@@ -220,78 +194,62 @@ def check_import(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def check_schedule(recipe: Recipe) -> Iterator[Conflict]:
-    schedule, path = recipe.optim.schedule, ("optim", "schedule")
-    default = ScheduleSection()
-    unused = {
-        "wsd": (),
-        "cosine": ("cooldown", "shape"),
-        "constant": ("cooldown", "shape", "final"),
-    }
-    for name in unused[schedule.name]:
-        value = getattr(schedule, name)
-        if value != getattr(default, name):
-            yield Conflict(
-                (*path, name),
-                ((*path, "name"),),
-                f"{value} has no effect on a {schedule.name} schedule",
-                "a schedule that decays so" if name == "final" else "name: wsd",
-                f"leave {name} out",
-            )
+    schedule = recipe.optim.schedule
+    of_others = {"wsd": (), "cosine": ("cooldown", "shape")}
+    for name in _changed(schedule, of_others.get(schedule.name, ("cooldown", "shape", "final"))):
+        yield Conflict(
+            (f"optim.schedule.{name}", "optim.schedule.name"),
+            f"{getattr(schedule, name)} has no effect on a {schedule.name} schedule",
+            "a schedule that decays so" if name == "final" else "name: wsd",
+            f"leave {name} out",
+        )
+
+
+def _changed(section: ModelSection | ScheduleSection, names: Iterable[str]) -> list[str]:
+    """The fields that are no longer what they are by default."""
+    default = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(default, name)]
 
 
 def check_sample(recipe: Recipe) -> Iterator[Conflict]:
     infill = recipe.sample.infill
     if infill and not GAP.search(infill):
-        yield Conflict(
-            ("sample", "infill"),
-            (),
-            f"no gap in {infill!r}",
-            "<mask:N> for a gap of N tokens, N of 1 or more",
-            "such as 'A list is <mask:8> in Python.'",
-        )
+        expected = "<mask:N> for a gap of N tokens, N of 1 or more"
+        hint = "such as 'A list is <mask:8> in Python.'"
+        yield Conflict(("sample.infill",), f"no gap in {infill!r}", expected, hint)
 
 
 def check_eval(recipe: Recipe) -> Iterator[Conflict]:
     section = recipe.eval
-    for key in ("tasks", "modes"):
-        names: list[str] = getattr(section, key)
+    for key, names in (("eval.tasks", section.tasks), ("eval.modes", section.modes)):
         twice = [name for i, name in enumerate(names) if name in names[:i]]
         if twice:
-            what = f"{twice[0]} is listed twice"
-            yield Conflict(("eval", key), (), what, "each once")
+            yield Conflict((key,), f"{twice[0]} is listed twice", "each once")
     if section.task_interval_steps and not section.tasks:
-        yield Conflict(
-            ("eval", "task_interval_steps"),
-            (("eval", "tasks"),),
-            f"{section.task_interval_steps} has no effect without tasks",
-            "tasks in eval.tasks, or 0",
-        )
+        what = f"{section.task_interval_steps} has no effect without tasks"
+        keys = ("eval.task_interval_steps", "eval.tasks")
+        yield Conflict(keys, what, "tasks in eval.tasks, or 0")
 
 
 def check_resume(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.checkpoint.resume in ("", "weights:"):
-        yield Conflict(
-            ("checkpoint", "resume"),
-            (),
-            f"{recipe.checkpoint.resume!r} names no checkpoint",
-            "auto, must, never, a checkpoint directory or weights:PATH",
-        )
+        what = f"{recipe.checkpoint.resume!r} names no checkpoint"
+        expected = "auto, must, never, a checkpoint directory or weights:PATH"
+        yield Conflict(("checkpoint.resume",), what, expected)
 
 
 def check_data(recipe: Recipe) -> Iterator[Conflict]:
     data = recipe.data
     if data.remote is not None and data.build is not None:
         yield Conflict(
-            ("data", "remote"),
-            (("data", "build"),),
+            ("data.remote", "data.build"),
             f"{data.remote!r} is to be read, but data.build makes another dataset in data.path",
             "one of data.remote and data.build",
             "to make a dataset there, use `dualtrain data convert --out URL`",
         )
     if data.build is not None and "-" in data.build.sources:
         yield Conflict(
-            ("data", "build", "source"),
-            (),
+            ("data.build.source",),
             "standard input belongs to no run",
             "files, or builtin:python-docs",
             "convert it first, with `dualtrain data convert -`",
@@ -302,8 +260,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_batches,
     check_length,
     check_alpha,
-    check_rotation,
-    check_corruption,
+    check_objective,
     check_model,
     check_import,
     check_schedule,

@@ -53,12 +53,12 @@ def validate(tree: Located) -> tuple[Recipe | None, list[UserError]]:
             found.append((tree.locate(path), path, *_explain(path, detail)))
         recipe = _build_without(values, refused)
     for conflict in find_conflicts(recipe) if recipe is not None else ():
-        involved = (conflict.path, *conflict.involved)
-        if not any(_overlap(path, bad) for path in involved for bad in refused):
+        paths = conflict.paths
+        if not any(_overlap(path, bad) for path in paths for bad in refused):
             # Where the recipe says something of it; some of the values are defaults.
-            there = (tree.at(path) for path in involved)
+            there = (tree.at(path) for path in paths)
             place = next((node.place for node in there if node is not None), tree.place)
-            found.append((place, conflict.path, conflict.what, conflict.expected, conflict.hint))
+            found.append((place, paths[0], conflict.what, conflict.expected, conflict.hint))
     errors = [
         UserError(f"{place}: {dotted(path)}", *parts)
         for place, path, *parts in sorted(found, key=lambda problem: problem[0])

@@ -26,25 +26,21 @@ def json_schema() -> Schema:
     schema["properties"] = {"extends": EXTENDS, **schema["properties"]}
     listed = {
         node["items"]["$ref"].rpartition("/")[2]
-        for section in schema["$defs"].values()
+        for section in (schema, *schema["$defs"].values())
         for node in section.get("properties", {}).values()
-        if "$ref" in node.get("items", {})
-    }
-    listed |= {
-        node["items"]["$ref"].rpartition("/")[2]
-        for node in schema["properties"].values()
         if "$ref" in node.get("items", {})
     }
     for name, section in schema["$defs"].items():
         if name not in listed:
             section.pop("required", None)
     _remove_titles(schema)
-    head = {
+    return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dualtrain recipe",
+        **schema,
+        "if": {"required": ["extends"]},
+        "else": {"required": required},
     }
-    either = {"if": {"required": ["extends"]}, "else": {"required": required}}
-    return {**head, **schema, **either}
 
 
 def markdown_reference() -> str:
@@ -77,8 +73,6 @@ def _remove_titles(node: object) -> None:
     if isinstance(node, dict):
         if isinstance(node.get("title"), str):
             del node["title"]
-        for child in node.values():
-            _remove_titles(child)
-    elif isinstance(node, list):
-        for child in node:
-            _remove_titles(child)
+        node = list(node.values())
+    for child in node if isinstance(node, list) else ():
+        _remove_titles(child)

@@ -41,14 +41,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A metric over training, mean over seeds.
-
-    Attributes:
-        steps: (N,) updates done.
-        mean: (N,) over seeds.
-        low: (N,) least of the seeds.
-        high: (N,) greatest of the seeds.
-    """
+    """A metric over N numbers of steps: mean, least and greatest over seeds, each (N,)."""
 
     steps: Floats
     mean: Floats
@@ -66,7 +59,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Bar:
+class MeanBar:
     """A bar with the ends of its interval; None where a single seed gives none."""
 
     label: str
@@ -152,7 +145,7 @@ def draw_curves(panels: Mapping[float, Sequence[Curves]], *, metric: str) -> Fig
     return figure
 
 
-def draw_bars(groups: Mapping[str, Sequence[Bar]], *, metric: str, better: str) -> Figure:
+def draw_bars(groups: Mapping[str, Sequence[MeanBar]], *, metric: str, better: str) -> Figure:
     """Groups of bars with 95 % intervals, such as one for each R.
 
     Args:

@@ -14,8 +14,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json
 from dualtrain.common.formatting import counted
 from dualtrain.sweep import figures
-from dualtrain.sweep.definition import in_words
-from dualtrain.sweep.figures import Bar, Curves, Line, as_share
+from dualtrain.sweep.figures import Curves, Line, MeanBar, as_share
 from dualtrain.sweep.fit_file import (
     Axes,
     BestAlpha,
@@ -32,11 +31,11 @@ from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
     choose_metric,
+    differing,
     finished,
     named,
     restrict,
     rises,
-    setting,
     unit,
 )
 from dualtrain.sweep.surface import QUANTILES, SWAMPED, Best, Surface
@@ -115,19 +114,16 @@ def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
             "the same training budget in every point",
             "choose points with --where",
         )
-    differing: list[str] = []
-    choice: list[str] = []
-    for key in keys:
-        counts = Counter(in_words(setting(run, key)) for run in runs)
-        if key in OWN_KEYS or len(counts) == 1:
-            continue
-        each = ", ".join(f"{value} ({counted(count, 'point')})" for value, count in counts.items())
-        differing.append(f"{key}: {each}")
-        choice.append(f"--where '{key}={counts.most_common(1)[0][0]}'")
-    if differing:
+    different = differing(runs, [key for key in keys if key not in OWN_KEYS])
+    if different:
+        values = {
+            key: ", ".join(f"{value} ({counted(n, 'point')})" for value, n in counts.items())
+            for key, counts in different.items()
+        }
+        choice = (f"--where '{k}={c.most_common(1)[0][0]}'" for k, c in different.items())
         raise UserError(
             "dualtrain fit",
-            f"points differ in {'; in '.join(differing)}",
+            f"points differ in {'; in '.join(f'{key}: {each}' for key, each in values.items())}",
             "points of one recipe that differ in repetitions, alpha and seed",
             f"choose with {' '.join(choice)}",
         )
@@ -259,13 +255,13 @@ def _draw(
     return files + figures.save(bars, out, "objectives")
 
 
-def _bars(entry: SingleObjectives) -> list[Bar]:
+def _bars(entry: SingleObjectives) -> list[MeanBar]:
     labels = {
         "AR only (α = 1)": entry.ar,
         "best mixture": entry.mixture,
         "diffusion only (α = 0)": entry.diffusion,
     }
-    return [Bar(label, mean.value, mean.interval) for label, mean in labels.items() if mean]
+    return [MeanBar(label, mean.value, mean.interval) for label, mean in labels.items() if mean]
 
 
 def _panels(fit: Fit, results: Sequence[RunResult]) -> dict[float, list[Curves]]:

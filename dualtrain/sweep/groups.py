@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json
 from dualtrain.sweep import figures
 from dualtrain.sweep.definition import in_words
-from dualtrain.sweep.figures import Bar
+from dualtrain.sweep.figures import MeanBar
 from dualtrain.sweep.intervals import ONE_SEED, over_seeds, paired
 from dualtrain.sweep.output import make_directory, new_table, show, with_interval
 from dualtrain.sweep.reading import read_sweep
 from dualtrain.sweep.results import (
     RunResult,
     choose_metric,
+    differing,
     finished,
     named,
     restrict,
@@ -73,7 +73,8 @@ def compare_groups(options: CompareOptions) -> dict[str, Any]:
     keys, notes = found.keys, found.notes()
     runs = finished(restrict(found.runs, keys, options.where), notes)
     metrics = [choose_metric(metric, runs) for metric in options.metric or ["ar_nll"]]
-    usual = _usual(runs, keys)
+    different = differing(runs, [key for key in keys if key != SEED])
+    usual = {key: counts.most_common(1)[0][0] for key, counts in different.items()}
     groups = make_groups(runs, usual)
     if len(groups) < 2:
         raise UserError("dualtrain compare", "one group of points only", "two or more")
@@ -114,16 +115,6 @@ def make_groups(runs: Sequence[RunResult], usual: Mapping[str, str]) -> list[Gro
         Group(_label(values, usual), dict(zip(usual, values, strict=True)), members)
         for values, members in found.items()
     ]
-
-
-def _usual(runs: Sequence[RunResult], keys: Sequence[str]) -> dict[str, str]:
-    """The keys in which runs differ, beside the seed, each with its commonest value."""
-    usual: dict[str, str] = {}
-    for key in keys:
-        counts = Counter(in_words(setting(run, key)) for run in runs)
-        if key != SEED and len(counts) > 1:
-            usual[key] = counts.most_common(1)[0][0]
-    return usual
 
 
 def _label(values: Sequence[str], usual: Mapping[str, str]) -> str:
@@ -200,7 +191,7 @@ def _write(result: dict[str, Any], out: Path) -> None:
     write_json(out / "comparison.json", result)
     written = [out / "comparison.json"]
     for metric, groups in result["metrics"].items():
-        bars = [Bar(label, entry["mean"], entry["interval"]) for label, entry in groups.items()]
+        bars = [MeanBar(label, entry["mean"], entry["interval"]) for label, entry in groups.items()]
         better = "higher" if rises(metric) else "lower"
         figure = figures.draw_bars({metric: bars}, metric=unit(metric), better=better)
         written += figures.save(figure, out, metric)

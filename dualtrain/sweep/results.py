@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -149,6 +150,12 @@ def setting(run: RunResult, key: str) -> Plain:
         return value_at(run.recipe, key)
     except KeyError:
         return None
+
+
+def differing(runs: Sequence[RunResult], keys: Iterable[str]) -> dict[str, Counter[str]]:
+    """The keys in which runs differ, each with the number of each of its values."""
+    counts = {key: Counter(in_words(setting(run, key)) for run in runs) for key in keys}
+    return {key: found for key, found in counts.items() if len(found) > 1}
 
 
 def restrict(

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -91,12 +90,7 @@ class SweepView:
     def __enter__(self) -> SweepView:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._is_live:
             self._live.stop()
 
@@ -134,18 +128,19 @@ class SweepView:
             self._live.update(self._table(), refresh=True)
         elif not self._is_live and now - self._lined >= LINE_S:
             self._lined = now
-            running = [job for job in self._jobs if job.state == "running"]
-            for job in running:
+            for job in self._running():
                 latest = Latest.of(job.point.directory)
                 self.say(f"{job.point.label}: step {latest.step}/{latest.steps or '?'}")
-            left = self._left()
-            if left is not None:
+            if (left := self._left()) is not None:
                 self.say(f"{self._count()} about {formatting.duration(left)} left")
 
     def _line(self, text: str) -> None:
         if not self._is_live:
             self._lined = time.monotonic()
             self.say(text)
+
+    def _running(self) -> list[PointJob]:
+        return [job for job in self._jobs if job.state == "running"]
 
     def _count(self) -> str:
         done = sum(job.state in ("finished", "failed", "elsewhere") for job in self._jobs)
@@ -162,16 +157,14 @@ class SweepView:
     def _table(self) -> Table:
         counts = Counter(job.state for job in self._jobs)
         facts = [f"{number} {state}" for state, number in counts.items()]
-        left = self._left()
-        if left is not None:
+        if (left := self._left()) is not None:
             facts.append(f"about {formatting.duration(left)} left")
         table = Table(title=", ".join(facts), title_justify="left", box=None, pad_edge=False)
         for key in self._keys:
             table.add_column(key.rpartition(".")[2], justify="right")
         for name in ("state", "step", "tokens/s", "held-out AR", "diffusion"):
             table.add_column(name, justify="right")
-        running = [job for job in self._jobs if job.state == "running"]
-        for job in [*self._ended[-ROWS_ENDED:], *running]:
+        for job in [*self._ended[-ROWS_ENDED:], *self._running()]:
             latest = Latest.of(job.point.directory)
             table.add_row(
                 *job.point.cells(self._keys),

@@ -13,13 +13,9 @@ from dualtrain.engine.config import BFloat16, DsConfig, bfloat16_mode
 from dualtrain.engine.groups import ParameterGroup, group_parameters
 from dualtrain.method.mixing import Objective
 from dualtrain.network.arithmetic import (
-    ImportedSizes,
-    count_parameters,
+    ModelSizes,
     flops_per_token,
-    matrix_names,
-    parameter_shapes,
 )
-from dualtrain.network.config import DualConfig
 from dualtrain.recipe.schema import Recipe
 
 FP32, BF16 = 4, 2
@@ -76,7 +72,7 @@ class Memory:
 
 def model_cost(
     recipe: Recipe,
-    sizes: DualConfig | ImportedSizes,
+    sizes: ModelSizes,
     ds_config: DsConfig,
     *,
     world_size: int,
@@ -89,7 +85,7 @@ def model_cost(
         ar_tokens: Input tokens of the run's AR slots.
         diffusion_tokens: Input tokens of its diffusion slots.
     """
-    count = count_parameters(sizes)
+    parameters = sizes.parameters
     groups = optimizer_groups(recipe, sizes)
     muon = sum(group.elements for group in groups if group.uses_muon)
     length = recipe.sequence_length
@@ -99,27 +95,25 @@ def model_cost(
     }
     mode = bfloat16_mode(recipe.engine.precision, ds_config.stage)
     # AdamW keeps two moments, Muon one momentum.
-    states = FP32 * (2 * count.total - muon)
+    states = FP32 * (2 * parameters - muon)
     return ModelCost(
-        parameters=count.total,
-        without_vocabulary=count.without_vocabulary,
+        parameters=parameters,
+        without_vocabulary=parameters - sizes.elements(sizes.vocabulary),
         muon_parameters=muon,
         groups=groups,
         flops_per_token=flops,
         training_flops=ar_tokens * flops["ar"] + diffusion_tokens * flops["diffusion"],
-        checkpoint_bytes=_checkpoint_bytes(count.total, states, ds_config.stage, mode),
+        checkpoint_bytes=_checkpoint_bytes(parameters, states, ds_config.stage, mode),
         memory=_memory(
-            count.total, states, _activations(recipe, sizes), ds_config, mode, world_size
+            parameters, states, _activations(recipe, sizes), ds_config, mode, world_size
         ),
     )
 
 
-def optimizer_groups(
-    recipe: Recipe, sizes: DualConfig | ImportedSizes
-) -> tuple[ParameterGroup, ...]:
+def optimizer_groups(recipe: Recipe, sizes: ModelSizes) -> tuple[ParameterGroup, ...]:
     """The groups that the engine will have."""
-    muon = matrix_names(sizes) if recipe.optim.name == "muon" else ()
-    return tuple(group_parameters(parameter_shapes(sizes), muon))
+    muon = sizes.muon_matrices if recipe.optim.name == "muon" else ()
+    return tuple(group_parameters(sizes.shapes, muon))
 
 
 def _checkpoint_bytes(parameters: int, states: int, stage: int, mode: BFloat16) -> int:
@@ -150,7 +144,7 @@ def _memory(
     )
 
 
-def _activations(recipe: Recipe, sizes: DualConfig | ImportedSizes) -> int:
+def _activations(recipe: Recipe, sizes: ModelSizes) -> int:
     """Bytes that a micro-batch leaves for its backward pass.
 
     A block saves about ten vectors of the width (two residuals, two normalised inputs, queries,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING
 
 from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
@@ -18,12 +17,10 @@ from dualtrain.derived.reasons import Length, LengthField, find_warnings, give_r
 from dualtrain.engine.config import read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
+from dualtrain.network.arithmetic import ModelSizes, model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.schema import LARGEST_STEPS, AlphaSchedule, Recipe
-
-if TYPE_CHECKING:
-    from dualtrain.network.arithmetic import ImportedSizes
 
 LONGEST_SCHEDULE = 10**6
 """Steps of a run whose alpha changes: they are counted one by one, which takes half a minute."""
@@ -221,11 +218,12 @@ def known_vocabulary(recipe: Recipe, corpus: CorpusFacts | None) -> int | None:
 
 def _look_at_model(
     recipe: Recipe, vocab_size: int | None
-) -> tuple[DualConfig | ImportedSizes | None, tuple[str, str] | None, list[str]]:
+) -> tuple[ModelSizes | None, tuple[str, str] | None, list[str]]:
     """The model's sizes, as far as they are known; of an imported one also what is to be said."""
     if recipe.model.hf is None:
-        sizes = None if vocab_size is None else DualConfig.of_recipe(recipe.model, vocab_size)
-        return sizes, None, []
+        if vocab_size is None:
+            return None, None, []
+        return model_sizes(DualConfig.of_recipe(recipe.model, vocab_size)), None, []
     # Here, because it takes seconds to import, and our own model does without.
     from dualtrain.model import hugging_face
 

@@ -29,7 +29,7 @@ from dualtrain.engine.parameters import (
 from dualtrain.model.imported import ImportedLM, imported_sizes, initial_values
 from dualtrain.model.imported_config import check_length, find_dropouts, read_config
 from dualtrain.model.pretrained import NewRows, load_pretrained
-from dualtrain.network.arithmetic import ImportedSizes
+from dualtrain.network.arithmetic import ModelSizes
 from dualtrain.network.config import VOCABULARY_MULTIPLE
 from dualtrain.network.norms import norm_parameters
 from dualtrain.recipe.schema import ModelSection, Recipe
@@ -115,7 +115,7 @@ def count_rows(section: ModelSection, config: PretrainedConfig, vocab_size: int 
     return ceil(vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def hf_sizes(recipe: Recipe, vocab_size: int | None) -> ImportedSizes:
+def hf_sizes(recipe: Recipe, vocab_size: int | None) -> ModelSizes:
     """The sizes of the recipe's imported model.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Pretra
 from dualtrain.common.randomness import generator
 from dualtrain.engine.parameters import muon_parameter_names
 from dualtrain.model.imported_config import longest_row, remove_dropout
-from dualtrain.network.arithmetic import ImportedSizes
+from dualtrain.network.arithmetic import ModelSizes
 from dualtrain.network.attention import AttentionPlan, plan_rows
 from dualtrain.network.loss import OutputLayer
 from dualtrain.network.norms import exempt_norms
@@ -241,7 +241,7 @@ def _units(model: ImportedLM) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def imported_sizes(config: PretrainedConfig) -> ImportedSizes:
+def imported_sizes(config: PretrainedConfig) -> ModelSizes:
     """Read the sizes of a model off its parameters, without memory for them."""
     with torch.device("meta"):
         model = ImportedLM(config)
@@ -251,7 +251,7 @@ def imported_sizes(config: PretrainedConfig) -> ImportedSizes:
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     mlp_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    return ImportedSizes(
+    return ModelSizes(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

@@ -1,4 +1,7 @@
-"""The algorithms of every run, at their moments, through the dispatcher."""
+"""Tests of: dualtrain.algorithms.dual_objective, input_masking.
+
+The algorithms of every run, at their moments, through the dispatcher.
+"""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,7 @@
-"""Who is called when, in which order, and what happens when one of them fails."""
+"""Tests of: dualtrain.algorithms.events.
+
+Who is called when, in which order, and what happens when one of them fails.
+"""
 
 import inspect
 import re

@@ -1,4 +1,7 @@
-"""From the recipe's list to algorithms, and every mistake a user can make in it."""
+"""Tests of: dualtrain.algorithms.registry.
+
+From the recipe's list to algorithms, and every mistake a user can make in it.
+"""
 
 import sys
 

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.muon import original_muon as kernels
 from helpers.paper_optimizer import newton_schulz
 
 from dualtrain.derived.cost import optimizer_groups
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.recipe.load import load_recipe
 from dualtrain.training.start import start
@@ -55,7 +56,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run_dir={folder}", f"steps={max(marks)}", "eval.interval_steps=0"]
         loaded = load_recipe("quickstart", [*settings, "sample.infill=''", *sys.argv[2:]])
-        groups = optimizer_groups(loaded.recipe, DualConfig.of_recipe(loaded.recipe.model, 2048))
+        groups = optimizer_groups(
+            loaded.recipe, model_sizes(DualConfig.of_recipe(loaded.recipe.model, 2048))
+        )
         in_update = sum(len(group.names) for group in groups if group.uses_muon)
 
         def record(matrix: torch.Tensor, steps: int) -> torch.Tensor:

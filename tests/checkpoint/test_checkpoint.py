@@ -1,4 +1,7 @@
-"""Finding, choosing, refusing and removing checkpoints; test_resume saves real ones."""
+"""Tests of: dualtrain.checkpoint.files, resume, store.
+
+Finding, choosing, refusing and removing checkpoints; test_resume saves real ones.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Resuming: bit for bit on the same ranks, up to rounding on others, refused where it cannot be."""
+"""Tests of: dualtrain.checkpoint.resume, store, engine.optimizer_state, training.branch, origin.
+
+Resuming: bit for bit on the same ranks, up to rounding on others, refused where it cannot be.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Opening what a user names: runs, checkpoints and exports, whole and damaged."""
+"""Tests of: dualtrain.checkpoint.trained.
+
+Opening what a user names: runs, checkpoints and exports, whole and damaged.
+"""
 
 import json
 import shutil

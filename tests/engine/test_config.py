@@ -1,4 +1,7 @@
-"""The DeepSpeed configuration: every value sent, unknown keys and contradictions refused."""
+"""Tests of: dualtrain.engine.config, ds_rules.
+
+The DeepSpeed configuration: every value sent, unknown keys and contradictions refused.
+"""
 
 from __future__ import annotations
 

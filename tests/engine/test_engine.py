@@ -1,4 +1,7 @@
-"""Parameter groups by value, and DeepSpeed's updates against the paper's in plain PyTorch."""
+"""Tests of: dualtrain.engine.build, groups, parameters, process.
+
+Parameter groups by value, and DeepSpeed's updates against the paper's in plain PyTorch.
+"""
 
 import math
 from pathlib import Path
@@ -31,6 +34,7 @@ from dualtrain.engine.process import (
     prepare_process,
 )
 from dualtrain.model.build import build_model
+from dualtrain.network.arithmetic import model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 from dualtrain.recipe.load import load_recipe
@@ -247,9 +251,10 @@ def test_bf16_is_refused_by_a_gpu_that_would_emulate_it(monkeypatch):
 @pytest.mark.parametrize("head", ["paper", "linear"])
 def test_groups_of_the_dry_run_are_the_models(head):
     recipe = load_recipe("paper/470m", [f"model.head={head}"]).recipe
-    sizes = DualConfig.of_recipe(recipe.model, 16_384)
+    config = DualConfig.of_recipe(recipe.model, 16_384)
+    sizes = model_sizes(config)
     with torch.device("meta"):
-        model = DualLM(sizes)
+        model = DualLM(config)
     muon = muon_parameter_names(model)
     assert list(optimizer_groups(recipe, sizes)) == group_parameters(parameter_shapes(model), muon)
     adamw = load_recipe("paper/470m", ["optim.name=adamw"]).recipe

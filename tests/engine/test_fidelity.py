@@ -1,4 +1,6 @@
-"""DeepSpeed's updates of the real model against the paper's, and gradients against one process.
+"""Tests of: dualtrain.engine.build, gradients, optimizer_state.
+
+DeepSpeed's updates of the real model against the paper's, and gradients against one process.
 
 A few cells of the matrix; ``tests/experiments/parity.py`` prints all of them.
 """

@@ -1,4 +1,7 @@
-"""The raw gradient's norm, and clipping by it, against one process that computes all slots."""
+"""Tests of: dualtrain.engine.gradients.
+
+The raw gradient's norm, and clipping by it, against one process that computes all slots.
+"""
 
 from __future__ import annotations
 

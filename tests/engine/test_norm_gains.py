@@ -1,4 +1,7 @@
-"""Norm gains stay fp32 in bf16 runs: in every forward pass, at every ZeRO stage."""
+"""Tests of: dualtrain.engine.norm_gains, network.norms.
+
+Norm gains stay fp32 in bf16 runs: in every forward pass, at every ZeRO stage.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Two hosts on one machine: training together, losing one, stopping, continuing.
+"""Tests of: dualtrain.launch.hostfile, peers.
+
+Two hosts on one machine: training together, losing one, stopping, continuing.
 
 See ``two_hosts.py`` for what a host is here; ssh and pdsh are stand-ins that reach these hosts.
 """

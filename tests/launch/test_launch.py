@@ -1,4 +1,7 @@
-"""Ranks: reading the environment of launchers, and starting, watching and ending real processes."""
+"""Tests of: dualtrain.launch.world, ranks, hostfile, stop.
+
+Ranks: reading the environment of launchers, and starting, watching and ending real processes.
+"""
 
 import os
 import signal

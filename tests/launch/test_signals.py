@@ -1,4 +1,6 @@
-"""Signals to real runs: under our launcher, torchrun and DeepSpeed's, to the launcher or one rank.
+"""Tests of: dualtrain.launch.stop, vote, hostfile.
+
+Signals to real runs: under our launcher, torchrun and DeepSpeed's, to the launcher or one rank.
 
 Every stop continues the run of the one before, so that each also proves the checkpoint before it.
 """

@@ -1,4 +1,7 @@
-"""Which slot trains which objective on which rank, and how much text AR has had when."""
+"""Tests of: dualtrain.method.mixing.
+
+Which slot trains which objective on which rank, and how much text AR has had when.
+"""
 
 from collections import Counter
 from fractions import Fraction

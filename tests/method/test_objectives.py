@@ -1,4 +1,7 @@
-"""Corruption, targets and weights, against plain loops; what their mean is: test_estimates."""
+"""Tests of: dualtrain.method.objectives.
+
+Corruption, targets and weights, against plain loops; what their mean is: test_estimates.
+"""
 
 import math
 from collections import Counter

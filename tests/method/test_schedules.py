@@ -1,4 +1,4 @@
-"""The learning rate of every single update."""
+"""Tests of: dualtrain.method.schedules: the learning rate of every single update."""
 
 import math
 

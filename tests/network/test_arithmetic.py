@@ -1,4 +1,7 @@
-"""Closed forms against the model itself and the paper's numbers."""
+"""Tests of: dualtrain.network.arithmetic.
+
+Closed forms against the model itself and the paper's numbers.
+"""
 
 import subprocess
 import sys
@@ -8,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualtrain.network.arithmetic import count_parameters, flops_per_token
+from dualtrain.network.arithmetic import flops_per_token, model_sizes
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
@@ -40,16 +43,16 @@ def test_closed_form_counts_what_the_model_has(head):
         ),
     ):
         model = on_meta(config)
-        count = count_parameters(config)
+        sizes = model_sizes(config)
         total = sum(parameter.numel() for parameter in model.parameters())
-        assert count.total == total
+        assert sizes.parameters == total
         vocabulary = 2 * config.vocab_size * config.hidden_size
-        assert count.without_vocabulary == total - vocabulary
+        assert sizes.elements(sizes.vocabulary) == vocabulary
 
 
 def test_flops_of_the_papers_model():
     # Measured figures of the design: 2,799 causal; 2,941 with the head on half the positions.
-    config = DualConfig()
+    config = model_sizes(DualConfig())
     assert flops_per_token(config, 2048, "causal") / 1e6 == pytest.approx(2799, abs=1)
     assert flops_per_token(config, 2048, "full") / 1e6 == pytest.approx(2941, abs=1)
     assert flops_per_token(config, 2048, "full", 1.0) > flops_per_token(config, 2048, "full", 0.5)
@@ -58,7 +61,7 @@ def test_flops_of_the_papers_model():
 @pytest.mark.parametrize("head", ["paper", "linear"])
 def test_flops_agree_with_torchs_own_counter(head, tiny_model):
     model, length = tiny_model(head=head), 32
-    config, ids = model.config, torch.zeros(1, length, dtype=torch.int64)
+    config, ids = model_sizes(model.config), torch.zeros(1, length, dtype=torch.int64)
     # The fused kernels are not counted on a CPU; this one multiplies matrices.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(ids)

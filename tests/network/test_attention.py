@@ -1,4 +1,7 @@
-"""Attention plans: every backend against a dense softmax written from the definition."""
+"""Tests of: dualtrain.network.attention.
+
+Attention plans: every backend against a dense softmax written from the definition.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""The key-value cache against whole rows, and losses of several targets at a place."""
+"""Tests of: dualtrain.network.cache.
+
+The key-value cache against whole rows, and losses of several targets at a place.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The whole model on a CUDA device: ``pytest -m gpu tests/model``."""
+"""Tests of: dualtrain.network.transformer, attention (on a GPU).
+
+The whole model on a CUDA device: ``pytest -m gpu tests/network``.
+"""
 
 import pytest
 import torch

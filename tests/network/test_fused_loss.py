@@ -1,4 +1,4 @@
-"""The fused loss against the formula in plain autograd."""
+"""Tests of: dualtrain.network.loss: the fused loss against the formula in plain autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Initial weights: the paper's distributions, and what they depend on."""
+"""Tests of: dualtrain.network.initialize.
+
+Initial weights: the paper's distributions, and what they depend on.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""The whole model: what it computes, what it must not see, how it is saved and run."""
+"""Tests of: dualtrain.network.transformer, config, output.
+
+The whole model: what it computes, what it must not see, how it is saved and run.
+"""
 
 import copy
 

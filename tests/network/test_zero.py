@@ -1,4 +1,7 @@
-"""The model under DeepSpeed's ZeRO: parameters that come and go around each module."""
+"""Tests of: dualtrain.network.transformer, engine.parameters.
+
+The model under DeepSpeed's ZeRO: parameters that come and go around each module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which dataset a run takes, and that a dry run refuses what the run would."""
+"""Tests of: dualtrain.training.dataset, start (the dry run).
+
+Which dataset a run takes, and that a dry run refuses what the run would.
+"""
 
 from __future__ import annotations
 

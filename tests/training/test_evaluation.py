@@ -1,4 +1,7 @@
-"""Tasks during a run: the same on any ranks, leaving training alone, refused before it."""
+"""Tests of: dualtrain.training.evaluation.
+
+Tasks during a run: the same on any ranks, leaving training alone, refused before it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Losses that are not finite: never in the weights, written down, met again, left out if asked."""
+"""Tests of: dualtrain.training.losses, non_finite, engine.skip, launch.vote.
+
+Losses that are not finite: never in the weights, written down, met again, left out if asked.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whole runs with real DeepSpeed, shards and processes: data, losses, resume, launchers."""
+"""Tests of: dualtrain.training.start, assemble, train, run, summary.
+
+Whole runs with real DeepSpeed, shards and processes: data, losses, resume, launchers.
+"""
 
 from __future__ import annotations
 

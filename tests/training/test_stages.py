@@ -1,4 +1,7 @@
-"""Whole runs with the shipped offloading ds_configs and with models that are partitioned early."""
+"""Tests of: dualtrain.training.assemble, engine.config, engine.parameters.
+
+Whole runs with the shipped offloading ds_configs and with models that are partitioned early.
+"""
 
 from __future__ import annotations
 

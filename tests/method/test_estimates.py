@@ -1,4 +1,4 @@
-"""What the diffusion loss estimates: its expectation over all masks of tiny cases, enumerated."""
+"""Tests of: dualtrain.method.objectives: its mean over all masks of tiny cases, enumerated."""
 
 import math
 from collections import Counter

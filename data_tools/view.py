@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data_tools.reporting import Report, StageProgress
 from dualtrain.common.files import in_utf8
-from dualtrain.progress.bar import Bar
+from dualtrain.progress.bar import WorkBar
 
 if TYPE_CHECKING:
     from data_tools.inspection import Bin
@@ -34,7 +34,7 @@ class ConversionView(Report):
     """Follows long work on standard error."""
 
     def __init__(self) -> None:
-        self._bar = Bar()
+        self._bar = WorkBar()
         self.made = False
         """Whether a dataset was written, and not just found."""
         self._began = time.monotonic()

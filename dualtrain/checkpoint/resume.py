@@ -297,7 +297,7 @@ def share_rank_states(states: Sequence[Mapping[str, Any]], rank: int, world_size
                 f"use --ranks {len(states)}, or checkpoint.resume=weights:PATH to take only the "
                 "weights",
             )
-    from dualtrain.progress.progress import Meter
+    from dualtrain.progress.meter import Meter
 
     meters = Meter.share_states([state["meter"] for state in states], rank)
     # More ranks than before: the new ones keep the generators they were born with.

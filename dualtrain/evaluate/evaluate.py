@@ -28,7 +28,7 @@ from dualtrain.evaluate.scoring import MASKING_MODES, MODES, Mode, Scorer, encod
 from dualtrain.evaluate.tasks import SHIPPED, Task, load_tasks, score_task
 from dualtrain.evaluate.tokenizer_differences import tokenizer_differences
 from dualtrain.model.memory import is_out_of_memory
-from dualtrain.progress.bar import Bar
+from dualtrain.progress.bar import WorkBar
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def evaluate_model(options: EvalOptions) -> Evaluation:
     Raises:
         UserError: There is no such model, task or mode; data that cannot be used; nothing to do.
     """
-    with Bar() as bar:
+    with WorkBar() as bar:
         bar.begin("reading data")
         evaluation, dataset = _prepare(options)
         directory = _begin_results(options, evaluation.source)
@@ -237,7 +237,7 @@ def _held_out(
     model: TrainedModel,
     dataset: TokenDataset,
     options: EvalOptions,
-    bar: Bar,
+    bar: WorkBar,
 ) -> HeldOut:
     recipe, tokens = model.source.recipe, options.tokens_per_batch
     sequences = options.sequences
@@ -269,7 +269,7 @@ def _score_tasks(
     model: TrainedModel,
     options: EvalOptions,
     directory: ResultDirectory,
-    bar: Bar,
+    bar: WorkBar,
 ) -> None:
     scorer = Scorer(
         model,
@@ -300,6 +300,6 @@ def _score_tasks(
             bar.say(result.sentence())
 
 
-def _note(evaluation: Evaluation, bar: Bar, text: str) -> None:
+def _note(evaluation: Evaluation, bar: WorkBar, text: str) -> None:
     evaluation.notes.append(text)
     bar.say(f"note: {text}")

@@ -13,7 +13,7 @@ from dualtrain.common.files import in_utf8
 _LINE_S = 30.0
 
 
-class Bar:
+class WorkBar:
     """Follows work that has one part after another, as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -31,7 +31,7 @@ class Bar:
         self._task = self._bars.add_task("", total=None, facts="")
         self.begin("")
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> WorkBar:
         self._bars.start()
         return self
 

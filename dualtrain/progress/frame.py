@@ -22,6 +22,7 @@ from dualtrain.progress.metrics import (
     Record,
     TasksRecord,
     TrainRecord,
+    losses_of,
     prefix_difference,
 )
 from dualtrain.progress.remaining import RemainingTime
@@ -74,9 +75,10 @@ class RunState:
 
     def _add_eval(self, record: EvalRecord) -> None:
         self.held_out = record
-        for objective, value in (("ar", record["ar_nll"]), ("diffusion", record["diffusion_nll"])):
-            best = self.best.get(objective)
-            if value is not None and (best is None or value < _nll(best, objective)):
+        for objective in ("ar", "diffusion"):
+            value, best = losses_of(record, objective)[0], self.best.get(objective)
+            lowest = None if best is None else losses_of(best, objective)[0]
+            if value is not None and (lowest is None or value < lowest):
                 self.best = {**self.best, objective: record}
             self._curve(f"{objective} held-out").add(record["step"], value)
 
@@ -177,22 +179,19 @@ def _speed(state: RunState) -> list[tuple[str, str]]:
 
 
 def _position(state: RunState) -> list[tuple[str, str]]:
-    train, facts = state.train, state.facts
+    train = state.train
+    epochs = formatting.passes(state.facts.epochs)
+    ar_passes = formatting.passes(state.facts.ar_passes)
     if train is None:
-        return [
-            ("epochs", formatting.passes(facts.epochs)),
-            ("AR passes", formatting.passes(facts.ar_passes)),
-        ]
-    fields = [
+        return [("epochs", epochs), ("AR passes", ar_passes)]
+    return [
         ("lr", f"{train['lr']:.2e}"),
         ("alpha", formatting.number(train["alpha"])),
-        ("epoch", f"{train['epoch']:.2f} of {formatting.passes(facts.epochs)}"),
-        ("AR passes", f"{train['ar_passes']:.2f} of {formatting.passes(facts.ar_passes)}"),
+        ("epoch", f"{train['epoch']:.2f} of {epochs}"),
+        ("AR passes", f"{train['ar_passes']:.2f} of {ar_passes}"),
         ("gradient norm", formatting.number(train["grad_norm"])),
+        *((name, formatting.number(value)) for name, value in train["logged"].items()),
     ]
-    for name, value in train["logged"].items():
-        fields.append((name, formatting.number(value)))
-    return fields
 
 
 def _footer(state: RunState) -> list[tuple[str, str]]:
@@ -239,19 +238,16 @@ def _table(state: RunState, width: int) -> list[Text]:
 
 def _losses(state: RunState, objective: str) -> dict[str, str]:
     train, held_out, best = state.train, state.held_out, state.best.get(objective)
-    train_loss = held_out_loss = bits = None
+    train_loss = None
     if train is not None:
         train_loss = train["ar_loss"] if objective == "ar" else train["diffusion_loss"]
-    if held_out is not None:
-        held_out_loss = _nll(held_out, objective)
-        key = "ar_bits_per_byte" if objective == "ar" else "diffusion_bits_per_byte"
-        bits = held_out[key]
+    nats, bits = (None, None) if held_out is None else losses_of(held_out, objective)
     best_text = formatting.MISSING
     if best is not None:
-        best_text = f"{formatting.loss(_nll(best, objective))} at step {best['step']}"
+        best_text = f"{formatting.loss(losses_of(best, objective)[0])} at step {best['step']}"
     return {
         "train": formatting.loss(train_loss),
-        "held-out": formatting.loss(held_out_loss),
+        "held-out": formatting.loss(nats),
         "bits/byte": formatting.loss(bits),
         "best held-out": best_text,
     }
@@ -295,10 +291,6 @@ def _averages(state: RunState, width: int) -> list[Text]:
     )
 
 
-def _nll(record: EvalRecord, objective: str) -> float:
-    return record["ar_nll"] if objective == "ar" else record["diffusion_nll"]
-
-
 def _curves(state: RunState, width: int, rows: int) -> list[Text]:
     """Both objectives' curves in at most ``rows`` lines: side by side, else one under the other."""
     each = (width - 1 - len(_GAP)) // 2
@@ -307,10 +299,9 @@ def _curves(state: RunState, width: int, rows: int) -> list[Text]:
     height = min(height, _MAX_CURVE_ROWS)
     if height < _MIN_CURVE_ROWS or width < _MIN_CURVE_WIDTH:
         return []
-    left = _curve(state, "ar", "AR loss", AR_STYLE, each if beside else width - 1, height)
-    right = _curve(
-        state, "diffusion", "diffusion loss", DIFFUSION_STYLE, each if beside else width - 1, height
-    )
+    columns = each if beside else width - 1
+    left = _curve(state, "ar", "AR loss", AR_STYLE, columns, height)
+    right = _curve(state, "diffusion", "diffusion loss", DIFFUSION_STYLE, columns, height)
     if not beside:
         return [Text(" ").append_text(line) for line in (*left, *right)]
     return [

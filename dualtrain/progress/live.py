@@ -12,7 +12,7 @@ from rich.text import Text
 from dualtrain.common import formatting
 from dualtrain.progress.frame import STARTING, TRAINING, RunState, frame
 from dualtrain.progress.metrics import Record
-from dualtrain.progress.report import RunFacts, Summary, View, summary_lines
+from dualtrain.progress.report import RunFacts, RunView, Summary, summary_lines
 
 REFRESH_PER_SECOND = 2
 
@@ -34,7 +34,7 @@ class _ResizingLive(Live):
         super().refresh()
 
 
-class LiveView(View):
+class LiveView(RunView):
     """Redraw the state in place; messages scroll by above it.
 
     Args:

@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualtrain.progress.metrics import TrainRecord
+from dualtrain.progress.metrics import Position, TrainRecord
 
 Objective = Literal["ar", "diffusion"]
 OBJECTIVES: tuple[Objective, ...] = ("ar", "diffusion")
@@ -43,8 +43,6 @@ _COLUMNS: tuple[str, ...] = (
     "memory_bytes",
     "has_logged",
 )
-
-
 # Place of the gradient's norm in `Meter._sums`.
 _NORM = _COLUMNS.index("grad_norm")
 
@@ -147,32 +145,19 @@ class Meter:
         self._tokens[index] += tokens
 
     def add_update(self, grad_norm: Tensor) -> None:
-        """Add one update of the weights. Never waits for the device.
-
-        Args:
-            grad_norm: Scalar, global L2 norm of the raw gradient, the same on every rank.
-        """
+        """Add an update with the global L2 norm of its raw gradient, a scalar. Never waits."""
         self._grad_norm.add_(grad_norm)
         self._updates += 1
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Add a value of an algorithm's own metric; intervals report its mean. Never waits.
-
-        Args:
-            name: Its name in the record's ``logged``.
-            value: A number, or a scalar tensor on any device.
-        """
+        """Add a number or scalar of an algorithm's own; ``logged`` has its mean. Never waits."""
         if isinstance(value, Tensor):
             value = value.detach().to(self._dtype)
         total, number = self._logged.get(name, (0.0, 0))
         self._logged[name] = (total + value, number + 1)
 
     def finite(self) -> Tensor:
-        """Return whether all losses and norms since the last interval are finite; never waits.
-
-        Returns:
-            () bool on the device, of this rank's slots alone.
-        """
+        """Say, as a bool on the device, whether all of this rank's sums are finite; never waits."""
         # A sum is non-finite if one of its terms is.
         return self._sums.isfinite().all()
 
@@ -204,14 +189,7 @@ class Meter:
             self._paused_s += time.perf_counter() - start
 
     def interval(self, *, data_wait_s: float = 0.0) -> Interval:
-        """Close the interval and start the next one. Called by all ranks at the same step.
-
-        Args:
-            data_wait_s: Seconds this rank waited for data in the interval.
-
-        Returns:
-            Means and totals over all ranks.
-        """
+        """Close the interval and start the next one. Called by all ranks at the same step."""
         host = [*self._slots, *self._tokens, self._updates, data_wait_s]
         host += [peak_memory(self._device), float(bool(self._logged))]
         local = torch.cat([self._sums, torch.tensor(host, dtype=self._dtype).to(self._device)])
@@ -307,44 +285,10 @@ class Meter:
         self._logged: dict[str, tuple[float | Tensor, int]] = {}
 
 
-def train_record(
-    interval: Interval,
-    *,
-    step: int,
-    steps: int,
-    tokens: int,
-    epoch: float,
-    lr: float,
-    alpha: float,
-    ar_slots: int,
-    diffusion_slots: int,
-    ar_passes: float,
-    elapsed_s: float,
-) -> TrainRecord:
+def train_record(interval: Interval, position: Position) -> TrainRecord:
     """Put an interval and where the run stands into the record of ``metrics.jsonl``."""
-    return TrainRecord(
-        kind="train",
-        step=step,
-        steps=steps,
-        tokens=tokens,
-        epoch=epoch,
-        lr=lr,
-        alpha=alpha,
-        ar_loss=interval.ar_loss,
-        diffusion_loss=interval.diffusion_loss,
-        loss=interval.loss,
-        z_loss=interval.z_loss,
-        grad_norm=interval.grad_norm,
-        ar_slots=ar_slots,
-        diffusion_slots=diffusion_slots,
-        ar_passes=ar_passes,
-        tokens_per_second=interval.tokens_per_second,
-        mfu=interval.mfu,
-        data_wait_s=interval.data_wait_s,
-        elapsed_s=elapsed_s,
-        memory_bytes=interval.memory_bytes,
-        logged=dict(interval.logged),
-    )
+    values: Any = {"kind": "train", **asdict(interval), **asdict(position)}
+    return cast(TrainRecord, {name: values[name] for name in TrainRecord.__annotations__})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,7 +4,7 @@ The live view, the plain lines, TensorBoard, sweeps and figures all take the rec
 :class:`~dualtrain.progress.progress.Progress` hands each one to the file and to them unchanged. The
 file is append-only and written line by line, so a killed run loses at most the line it was writing,
 and a resumed run first drops what it is about to repeat. While the disk is full, lines wait for
-room.
+room, and none is written in part.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import DISK_FULL, replacing
@@ -51,6 +52,22 @@ class TrainRecord(TypedDict):
     elapsed_s: float  # wall time of the run
     memory_bytes: int  # peak of the worst rank
     logged: dict[str, float | None]  # what algorithms logged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands; :class:`TrainRecord` says what the numbers are."""
+
+    step: int
+    steps: int
+    tokens: int
+    epoch: float
+    lr: float
+    alpha: float
+    ar_slots: int
+    diffusion_slots: int
+    ar_passes: float
+    elapsed_s: float
 
 
 class _EvalRecord(TypedDict):
@@ -113,6 +130,12 @@ class TasksRecord(TypedDict):
     average_high: float
     tasks: dict[str, TaskScore]
     elapsed_s: float
+
+
+def losses_of(record: EvalRecord, objective: str) -> tuple[float | None, float | None]:
+    """An objective's nats per token and bits per byte; null where they were not finite."""
+    values: Any = record
+    return values[f"{objective}_nll"], values[f"{objective}_bits_per_byte"]
 
 
 def prefix_difference(record: EvalRecord) -> float | None:
@@ -181,7 +204,7 @@ def _parse_line(line: bytes) -> Record | None:
     return cast(Record, value)
 
 
-class MetricsFile:
+class MetricsFile(AbstractContextManager["MetricsFile"]):
     """The metrics file of a run, open for appending.
 
     A torn last line left by a killed run is repaired on opening: completed if only its newline is
@@ -220,13 +243,18 @@ class MetricsFile:
         self.write()
 
     def write(self) -> None:
-        """Write what waits, as far as there is room."""
+        """Write what waits, as far as there is room for whole lines."""
+        written = 0
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while written < len(self._waiting):
+                written += self._file.write(self._waiting[written:])
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise self._unwritable(error) from None
+        whole = self._waiting.rfind(b"\n", 0, written) + 1
+        if whole < written:
+            os.truncate(self.path, self.path.stat().st_size - (written - whole))
+        self._waiting = self._waiting[whole:]
 
     def finish(self) -> None:
         """Write what waits, at the end of a run.
@@ -265,15 +293,7 @@ class MetricsFile:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def _repair(self) -> None:

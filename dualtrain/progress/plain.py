@@ -25,12 +25,12 @@ from dualtrain.progress.metrics import (
     prefix_difference,
 )
 from dualtrain.progress.remaining import RemainingTime
-from dualtrain.progress.report import RunFacts, Summary, View, summary_lines
+from dualtrain.progress.report import RunFacts, RunView, Summary, summary_lines
 
 SUMMARY_WIDTH = 100
 
 
-class PlainView(View):
+class PlainView(RunView):
     """Write lines to a log file, a pipe, or a terminal that cannot redraw.
 
     Args:

@@ -9,7 +9,7 @@ that works; every other rank has a silent one with the same methods::
     meter.start()
     for step in ...:
         progress.tick(step)                      # costs nothing
-        progress.record(train_record(meter.interval(), step=step, ...))   # every interval
+        progress.record(train_record(meter.interval(), position))   # every interval
         with progress.busy("evaluating"), meter.paused():
             progress.record(held_out_losses(...).record(step, elapsed_s))
     progress.finish(summary)
@@ -21,58 +21,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TextIO
 
 from dualtrain.common.files import DISK_FULL
 from dualtrain.progress.frame import TRAINING
 from dualtrain.progress.live import LiveView
-from dualtrain.progress.meter import Interval, Meter, train_record
 from dualtrain.progress.metrics import (
     FILE_NAME,
-    EvalRecord,
     EventRecord,
     MetricsFile,
     Record,
-    TaskScore,
-    TasksRecord,
-    TrainRecord,
     finite,
     read_metrics,
 )
-from dualtrain.progress.peaks import peak_flops
 from dualtrain.progress.plain import PlainView
-from dualtrain.progress.report import RunFacts, Sample, Summary, View
+from dualtrain.progress.report import RunFacts, RunView, Summary
 from dualtrain.progress.tensorboard import TensorBoardView
-
-__all__ = [
-    "EvalRecord",
-    "EventRecord",
-    "Interval",
-    "Meter",
-    "MetricsFile",
-    "Progress",
-    "Record",
-    "RunFacts",
-    "Sample",
-    "Summary",
-    "TaskScore",
-    "TasksRecord",
-    "TrainRecord",
-    "View",
-    "ViewChoice",
-    "peak_flops",
-    "read_metrics",
-    "train_record",
-]
 
 ViewChoice = Literal["auto", "live", "plain", "none"]
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Records and messages of one run, for file, terminal and trackers.
 
     Args:
@@ -85,8 +57,8 @@ class Progress:
     def __init__(
         self,
         metrics: MetricsFile | None = None,
-        screen: View | None = None,
-        trackers: Sequence[View] = (),
+        screen: RunView | None = None,
+        trackers: Sequence[RunView] = (),
     ) -> None:
         self._metrics = metrics
         self._screen = screen
@@ -161,7 +133,7 @@ class Progress:
 
     def event(self, event: str, message: str, *, step: int) -> None:
         """Keep and show an event: ``checkpoint`` (the message is its path), …."""
-        self.record(EventRecord(kind="event", step=step, event=event, message=message))
+        self.record(_event(event, message, step))
 
     def tick(self, step: int) -> None:
         """Note that ``step`` updates are done, so that the bar moves between records."""
@@ -215,39 +187,29 @@ class Progress:
             self._metrics.close()
             self._metrics = None
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     @contextmanager
-    def _terminal(self) -> Iterator[View]:
+    def _terminal(self) -> Iterator[RunView]:
         """The screen, given up for good when its terminal is gone."""
         try:
-            yield self._screen or View()
+            yield self._screen or RunView()
         except OSError as error:
             lost, self._screen = self._screen, None
             if lost is not None:
                 with suppress(OSError):
                     lost.close()
             if self._metrics is not None:
-                self._metrics.append(
-                    EventRecord(
-                        kind="event",
-                        step=self._step,
-                        event="terminal_lost",
-                        message=f"the view stopped, the run did not: {error.strerror}",
-                    )
-                )
+                what = f"the view stopped, the run did not: {error.strerror}"
+                self._metrics.append(_event("terminal_lost", what, self._step))
 
 
-def _screen(view: ViewChoice, stream: TextIO | None) -> View | None:
+def _event(event: str, message: str, step: int) -> EventRecord:
+    return EventRecord(kind="event", step=step, event=event, message=message)
+
+
+def _screen(view: ViewChoice, stream: TextIO | None) -> RunView | None:
     output = stream or sys.stdout
     if view == "auto":
         view = "live" if _can_redraw(output) else "plain"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from dualtrain.common import formatting
-from dualtrain.progress.metrics import EvalRecord, Record, TasksRecord, prefix_difference
+from dualtrain.progress.metrics import EvalRecord, Record, TasksRecord, losses_of, prefix_difference
 
 AR_STYLE = "cyan"
 DIFFUSION_STYLE = "magenta"
@@ -92,7 +92,7 @@ class Summary:
     outcome: str = "done"
 
 
-class View:
+class RunView:
     """A place that records are shown. Every method does nothing until a view needs it."""
 
     def start(self, facts: RunFacts, history: Sequence[Record]) -> None:
@@ -155,7 +155,7 @@ def _held_out(record: EvalRecord) -> Iterator[Text]:
         ("AR", AR_STYLE, "ar"),
         ("diffusion", DIFFUSION_STYLE, "diffusion"),
     ):
-        nats, bits = record[f"{key}_nll"], record[f"{key}_bits_per_byte"]  # type: ignore[literal-required]
+        nats, bits = losses_of(record, key)
         yield Text.assemble(
             (f"  {label:<9}  ", style),
             f"{formatting.loss(nats)} nats/token   {formatting.loss(bits)} bits/byte",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dualtrain.common.errors import UserError
 from dualtrain.progress.metrics import Record, TasksRecord
-from dualtrain.progress.report import RunFacts, View
+from dualtrain.progress.report import RunFacts, RunView
 
 # Where a record stands on the axis, or what it is, is no curve.
 _NOT_CURVES = frozenset(("kind", "step", "steps", "logged"))
@@ -32,7 +32,7 @@ def _not_installed() -> UserError:
     )
 
 
-class TensorBoardView(View):
+class TensorBoardView(RunView):
     """Write scalars to a directory that ``tensorboard --logdir`` reads.
 
     A failure to write is an error of the run: the user asked for it.

@@ -58,7 +58,9 @@ from dualtrain.method.mixing import Mixture
 from dualtrain.model.build import build_model
 from dualtrain.model.handle import ModelHandle
 from dualtrain.network.attention import resolve_backend
-from dualtrain.progress.progress import Meter, Progress, ViewChoice, peak_flops
+from dualtrain.progress.meter import Meter
+from dualtrain.progress.peaks import peak_flops
+from dualtrain.progress.progress import Progress, ViewChoice
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.dataset import build_missing_dataset
 from dualtrain.training.evaluation import TaskItems, TaskScoring, read_tasks

@@ -18,7 +18,7 @@ from dualtrain.evaluate.request import check_scorable, fit_requests
 from dualtrain.evaluate.scoring import Mode, Request, Score, Scorer, encode_pair
 from dualtrain.evaluate.statistics import average
 from dualtrain.evaluate.tasks import Task, load_tasks, score_task
-from dualtrain.progress.progress import TaskScore, TasksRecord
+from dualtrain.progress.metrics import TaskScore, TasksRecord
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

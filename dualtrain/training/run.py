@@ -16,7 +16,9 @@ from dualtrain.engine.gradients import Gradients
 from dualtrain.launch.vote import StepVote
 from dualtrain.launch.world import World
 from dualtrain.model.handle import ModelHandle
-from dualtrain.progress.progress import EvalRecord, Meter, Progress, TasksRecord
+from dualtrain.progress.meter import Meter
+from dualtrain.progress.metrics import EvalRecord, TasksRecord
+from dualtrain.progress.progress import Progress
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.losses import LossWatch
 from dualtrain.training.origin import Origin

@@ -18,7 +18,7 @@ from dualtrain.generate.diffusion import fill_masks
 from dualtrain.generate.prompts import encode_prompt, parse_gaps
 from dualtrain.generate.settings import Settings
 from dualtrain.progress.metrics import FILE_NAME
-from dualtrain.progress.progress import RunFacts, Sample, Summary
+from dualtrain.progress.report import RunFacts, Sample, Summary
 
 if TYPE_CHECKING:
     from dualtrain.training.run import Run

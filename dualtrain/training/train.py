@@ -32,7 +32,9 @@ from dualtrain.engine.skip import (
 from dualtrain.launch.vote import Verdict
 from dualtrain.method.schedules import learning_rate_factor
 from dualtrain.model.build import CONFIG
-from dualtrain.progress.progress import ViewChoice, train_record
+from dualtrain.progress.meter import train_record
+from dualtrain.progress.metrics import Position
+from dualtrain.progress.progress import ViewChoice
 from dualtrain.recipe.schema import Recipe
 from dualtrain.training.assemble import assemble
 from dualtrain.training.evaluation import evaluate
@@ -219,21 +221,19 @@ def record(run: Run) -> None:
     tokens = step * derived.tokens_per_step
     slot_tokens = run.recipe.micro_batch * run.recipe.sequence_length
     ar_slots = mixture.ar_slots_before(step)
-    run.progress.record(
-        train_record(
-            interval,
-            step=step,
-            steps=state.steps,
-            tokens=tokens,
-            epoch=tokens / derived.unique_tokens,
-            lr=state.learning_rate,
-            alpha=state.alpha,
-            ar_slots=ar_slots,
-            diffusion_slots=mixture.diffusion_slots_before(step),
-            ar_passes=ar_slots * slot_tokens / derived.unique_tokens,
-            elapsed_s=run.elapsed_s(),
-        )
+    position = Position(
+        step=step,
+        steps=state.steps,
+        tokens=tokens,
+        epoch=tokens / derived.unique_tokens,
+        lr=state.learning_rate,
+        alpha=state.alpha,
+        ar_slots=ar_slots,
+        diffusion_slots=mixture.diffusion_slots_before(step),
+        ar_passes=ar_slots * slot_tokens / derived.unique_tokens,
+        elapsed_s=run.elapsed_s(),
     )
+    run.progress.record(train_record(interval, position))
     if interval.non_finite:
         raise NonFiniteLoss(unseen(run, f"numbers of {' and '.join(interval.non_finite)}"))
 

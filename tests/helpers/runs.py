@@ -15,7 +15,7 @@ from helpers.ranks import environment, on_ranks
 
 from dualtrain import cli
 from dualtrain.common.errors import UserError
-from dualtrain.progress.progress import read_metrics
+from dualtrain.progress.metrics import read_metrics
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
 
 TINY = """

@@ -1,4 +1,7 @@
-"""The meter: means over slots and ranks, no waiting for the device, throughput, peaks."""
+"""Tests of: dualtrain.progress.meter, .peaks.
+
+Means over slots and ranks, no waiting for the device, throughput, peaks of devices.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from helpers.ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualtrain.progress.meter import Interval, Meter, train_record
+from dualtrain.progress.metrics import Position, TrainRecord
 from dualtrain.progress.peaks import peak_flops
 
 
@@ -197,17 +201,20 @@ def test_record_holds_interval_and_position():
     meter.log("x", 2)
     record = train_record(
         meter.interval(),
-        step=3,
-        steps=9,
-        tokens=12,
-        epoch=0.5,
-        lr=0.1,
-        alpha=0.25,
-        ar_slots=3,
-        diffusion_slots=0,
-        ar_passes=0.5,
-        elapsed_s=1.0,
+        Position(
+            step=3,
+            steps=9,
+            tokens=12,
+            epoch=0.5,
+            lr=0.1,
+            alpha=0.25,
+            ar_slots=3,
+            diffusion_slots=0,
+            ar_passes=0.5,
+            elapsed_s=1.0,
+        ),
     )
+    assert list(record) == list(TrainRecord.__annotations__)
     assert (record["kind"], record["step"], record["ar_loss"]) == ("train", 3, 1.5)
     assert record["diffusion_loss"] is None and record["mfu"] is None
     assert record["logged"] == {"x": 2.0}

@@ -1,4 +1,7 @@
-"""metrics.jsonl: append, repair, truncate, read."""
+"""Tests of: dualtrain.progress.metrics.
+
+metrics.jsonl: append, repair, truncate, read; a full disk.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,7 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path):
     assert [record["step"] for record in read_metrics(tmp_path / "m")] == [1, 2, 3, 4]
 
 
-def test_a_record_that_was_cut_off_by_a_full_disk_is_completed(tmp_path: Path):
+def test_a_full_disk_leaves_whole_records(tmp_path: Path):
     """A limit on the file's size stands for the full disk: it ends within a record."""
     metrics = MetricsFile(tmp_path / "m")
     metrics.append(train(1))
@@ -168,6 +171,7 @@ def test_a_record_that_was_cut_off_by_a_full_disk_is_completed(tmp_path: Path):
         metrics.append(train(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert metrics.waits and (tmp_path / "m").read_bytes()[-1:] != b"\n"
+    assert metrics.waits
+    assert (tmp_path / "m").read_bytes() == json.dumps(train(1)).encode() + b"\n"
     metrics.append(train(3))
     assert [record["step"] for record in read_metrics(tmp_path / "m")] == [1, 2, 3]

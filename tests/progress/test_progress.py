@@ -1,4 +1,7 @@
-"""The facade: one source for all, silence on other ranks, resume, lost terminals, TensorBoard."""
+"""Tests of: dualtrain.progress.progress, .tensorboard.
+
+The facade: one source for all, silence on other ranks, resume, lost terminals, TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,17 @@ import pytest
 
 from dualtrain.common.errors import UserError
 from dualtrain.progress.live import LiveView
-from dualtrain.progress.plain import PlainView
-from dualtrain.progress.progress import (
+from dualtrain.progress.metrics import (
     EvalRecord,
     MetricsFile,
-    Progress,
     Record,
-    RunFacts,
-    Summary,
     TaskScore,
     TasksRecord,
-    View,
     read_metrics,
 )
+from dualtrain.progress.plain import PlainView
+from dualtrain.progress.progress import Progress
+from dualtrain.progress.report import RunFacts, RunView, Summary
 
 
 def facts(run_dir: Path, first_step: int = 0) -> RunFacts:
@@ -58,7 +59,7 @@ def scores(step: int) -> TasksRecord:
     )
 
 
-class Recorder(View):
+class Recorder(RunView):
     """Remember every call."""
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class Recorder(View):
         self.calls.append(("close",))
 
 
-class Hangup(View):
+class Hangup(RunView):
     """A terminal that goes away at the first record."""
 
     def __init__(self) -> None:

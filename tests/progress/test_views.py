@@ -1,4 +1,7 @@
-"""The live view, the plain lines, the summary and the curves."""
+"""Tests of: dualtrain.progress.frame, .live, .plain, .report, .curves, .remaining, and formatting.
+
+The live view at every size, the plain lines, the summary and the curves.
+"""
 
 from __future__ import annotations
 

@@ -74,11 +74,7 @@ class TextOptions:
     max_characters: Annotated[int | None, _of_recipe("max_characters")] = None
 
     def build(self, **more: Any) -> BuildSection:
-        """The section of a recipe that says the same.
-
-        Raises:
-            UserError: It allows no such values.
-        """
+        """The section of a recipe that says the same."""
         names = (field.name for field in fields(self) if field.name in BuildSection.model_fields)
         given = {n: value for n in names if (value := getattr(self, n)) is not None} | more
         for name, value in given.items():

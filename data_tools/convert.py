@@ -118,11 +118,7 @@ def build_dataset(
 
 
 def check_build(build: BuildSection, path: str | Path) -> None:
-    """Refuse what :func:`build_dataset` would refuse before it reads any text.
-
-    Raises:
-        UserError: as there.
-    """
+    """Refuse what :func:`build_dataset` would refuse before it reads any text."""
     with writing(path):
         path = absolute(path)
         is_there = (path / DATASET_FILE).exists()

@@ -77,9 +77,6 @@ def build_with_view(build: BuildSection, path: Path, *, workers: int | None = No
 
     Returns:
         Whether it was made now.
-
-    Raises:
-        UserError: As :func:`data_tools.convert.build_dataset`.
     """
     from data_tools.convert import build_dataset
     from dualtrain.data.dataset import LEFT_OUT_FILE

@@ -26,9 +26,6 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Corpus:
 
     Args:
         stdin: What the source ``-`` reads; None is this process's standard input.
-
-    Raises:
-        UserError: Nothing is there, or not of a kind that can be read.
     """
     return open_sources(
         build.sources,

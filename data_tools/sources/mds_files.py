@@ -26,11 +26,7 @@ _TEXT_ENCODINGS = {"str", "bytes"}
 
 
 def mds_shards(directory: Path) -> list[dict[str, Any]] | None:
-    """The shards of an ``index.json`` in their order; None if the directory has no such file.
-
-    Raises:
-        UserError: It cannot be read.
-    """
+    """The shards of an ``index.json`` in their order; None if the directory has no such file."""
     file = directory / INDEX_FILE
     if not file.is_file():
         return None

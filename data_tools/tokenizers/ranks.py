@@ -44,9 +44,6 @@ def find_tokenizer(spec: str, *, pattern: str | None = None, own_names: bool = F
     Args:
         spec: A ``tokenizer.json``, a directory with one, a rank file, or a tiktoken encoding.
         pattern: How a rank file's tokenizer divides text: a known name or a regular expression.
-
-    Raises:
-        UserError: There is no such tokenizer here, or it cannot be used.
     """
     path = user_path(spec)
     try:

@@ -51,9 +51,6 @@ def declared_roles(tokenizer_file: Path) -> dict[str, tuple[str, ...]]:
 
     Returns:
         For each role the names that are given to it, the likeliest first.
-
-    Raises:
-        UserError: A file that is there cannot be read.
     """
     found: dict[str, tuple[str, ...]] = {}
     for name in _DESCRIPTIONS:
@@ -70,11 +67,7 @@ def declared_roles(tokenizer_file: Path) -> dict[str, tuple[str, ...]]:
 
 
 def recorded_ids(tokenizer_file: Path, content: bytes) -> dict[str, int] | None:
-    """Ids by role if the file is the tokenizer of a dataset, which must keep them; else None.
-
-    Raises:
-        UserError: The dataset's facts cannot be read.
-    """
+    """Ids by role if the file is the tokenizer of a dataset, which must keep them; else None."""
     if not tokenizer_file.with_name(DATASET_FILE).is_file():
         return None
     info = DatasetInfo.load(tokenizer_file.parent)

@@ -54,9 +54,6 @@ class Tokenizer:
             is missing.
         declared: Names for roles, from the files beside the tokenizer.
         own_names: Take only tokens that are called as their role, as versions before roles did.
-
-    Raises:
-        UserError: It is not a tokenizer, or cannot encode text.
     """
 
     def __init__(
@@ -122,9 +119,6 @@ class Tokenizer:
 
         Args:
             special_tokens: Ids by role, as in the class.
-
-        Raises:
-            UserError: It cannot be read or used.
         """
         path = Path(path)
         json = read_text(path, "a tokenizer.json")

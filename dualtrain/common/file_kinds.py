@@ -89,11 +89,7 @@ def refuse_foreign(file: Path, expected: str) -> None:
 
 
 def read_text(file: Path, expected: str) -> str:
-    """Read a text file in UTF-8.
-
-    Raises:
-        UserError: It cannot be read, or is no such text.
-    """
+    """Read a text file in UTF-8."""
     try:
         return file.read_bytes().decode()
     except OSError as error:
@@ -109,9 +105,6 @@ def read_object(file: Path, expected: str) -> dict[str, Any]:
 
     Args:
         expected: What it is taken for, for messages.
-
-    Raises:
-        UserError: It cannot be read, or is something else.
     """
     text = read_text(file, expected)
     try:
@@ -125,11 +118,7 @@ def read_object(file: Path, expected: str) -> dict[str, Any]:
 
 
 def parse_tokenizer(file: Path) -> Tokenizer:
-    """Read a ``tokenizer.json`` that takes all text literally.
-
-    Raises:
-        UserError: It cannot be read.
-    """
+    """Read a ``tokenizer.json`` that takes all text literally."""
     from tokenizers import Tokenizer
 
     text = read_text(file, "a tokenizer.json")

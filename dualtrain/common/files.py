@@ -29,11 +29,7 @@ _OUT_OF = (*DISK_FULL, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO)
 
 
 def user_path(path: str | Path) -> Path:
-    """The path that a user means: a home directory in place of ``~``.
-
-    Raises:
-        UserError: Nobody knows that home.
-    """
+    """The path that a user means: a home directory in place of ``~``."""
     # Path.expanduser raises RuntimeError where there is none.
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
@@ -140,11 +136,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file, :func:`replacing` the one that is there.
-
-    Raises:
-        UserError: It cannot be written.
-    """
+    """Write a whole file, :func:`replacing` the one that is there."""
     try:
         with replacing(path) as new:
             new.write_bytes(content)

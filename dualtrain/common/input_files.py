@@ -49,11 +49,7 @@ class InputFile:
 
     @classmethod
     def read(cls, path: Path) -> InputFile:
-        """Read a file, or for ``-`` standard input.
-
-        Raises:
-            UserError: It cannot be read or decompressed.
-        """
+        """Read a file, or for ``-`` standard input."""
         from dualtrain.common.compression import SUFFIXES, BrokenFile, Content
 
         is_stdin = str(path) == STDIN

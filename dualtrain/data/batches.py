@@ -124,11 +124,7 @@ class TrainingData:
         }
 
     def batch(self, stream: Stream, first_sequence: int) -> Batch:
-        """Sequences first_sequence, …, first_sequence + micro_batch - 1 of a stream.
-
-        Raises:
-            UserError: A shard is missing or damaged; names it.
-        """
+        """Sequences first_sequence, …, first_sequence + micro_batch - 1 of a stream."""
         plan = self._plans[stream]
         numbers = range(first_sequence, first_sequence + self.micro_batch)
         rows = [plan.sequence(number) for number in numbers]
@@ -143,9 +139,6 @@ class ValidationData:
         sequence_length: T.
         append_eos: End each document with ``</s>``.
         sequences: At most that many; None takes all.
-
-    Raises:
-        UserError: The split is shorter than one sequence.
     """
 
     def __init__(

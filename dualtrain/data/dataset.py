@@ -323,9 +323,6 @@ class TokenDataset:
 
         Only they are read from the disk: sequences come from all over the corpus, and a document
         may be a whole library.
-
-        Raises:
-            UserError: The document's shard is missing or damaged.
         """
         length = int(self.lengths[document])
         stop = length if stop is None else min(stop, length)
@@ -508,11 +505,7 @@ class TokenDataset:
 
 
 def check_held_out(dataset: TokenDataset, sequence_length: int, *, append_eos: bool) -> int:
-    """The sequences of a held-out split.
-
-    Raises:
-        UserError: It is shorter than one.
-    """
+    """The sequences of a held-out split."""
     tokens = dataset.tokens + (dataset.documents if append_eos else 0)
     if tokens < sequence_length:
         raise UserError(

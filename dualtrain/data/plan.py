@@ -64,9 +64,6 @@ class Subset:
         lengths: (documents,) int64, tokens of each document of the dataset.
         unique_tokens: Positions of the subset; None takes the whole dataset.
         append_eos: Whether documents end with ``</s>``.
-
-    Raises:
-        UserError: The dataset has fewer than that.
     """
 
     def __init__(self, lengths: np.ndarray, *, unique_tokens: int | None, append_eos: bool) -> None:

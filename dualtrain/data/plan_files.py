@@ -42,9 +42,6 @@ class PlanFiles:
 
         What ended runs left in `plan_dir` is removed: for 30 M documents an epoch is half a
         gigabyte.
-
-        Raises:
-            UserError: `plan_dir` cannot be written.
         """
         files = cls(plan_dir / key)
         try:
@@ -57,11 +54,7 @@ class PlanFiles:
         return files
 
     def load(self, kind: str, number: int, build: Build) -> np.ndarray:
-        """The array of that name, built now unless some process built it before.
-
-        Raises:
-            UserError: The directory cannot be written.
-        """
+        """The array of that name, built now unless some process built it before."""
         if self.directory is None:
             return build()
         thread = self._ahead.pop((kind, number), None)

@@ -145,11 +145,7 @@ class Remote:
 
 
 def fetch_info(url: str) -> DatasetInfo | None:
-    """The facts of the dataset at `url`; None if there is no ``dataset.json``.
-
-    Raises:
-        UserError: It cannot be reached, or what is there is not a dataset.
-    """
+    """The facts of the dataset at `url`; None if there is no ``dataset.json``."""
     with tempfile.TemporaryDirectory(prefix="dualtrain-") as folder:
         try:
             return _download_info(Remote(url), Path(folder))

@@ -55,11 +55,7 @@ class ShardCache:
             return False
 
     def require(self, split: Split, shard: Shard) -> None:
-        """Have a shard in its place, fetched first if need be.
-
-        Raises:
-            UserError: It cannot be fetched; names it.
-        """
+        """Have a shard in its place, fetched first if need be."""
         ahead = self._ahead.pop(_key(split, shard), None)
         if ahead is not None:
             ahead.result()

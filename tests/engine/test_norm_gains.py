@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.fidelity import Parameters, masters
 from helpers.imported import imported_model, stock_model
+from helpers.models import add_noise
 from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
@@ -92,10 +93,7 @@ class Cell:
         else:
             torch.manual_seed(0)
             model = imported_model(stock_model(self.family)).train()
-        noise = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
+        add_noise(model, 0.1, seed=5)
         model.activation_checkpointing = self.recompute
         return model
 

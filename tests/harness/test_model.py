@@ -13,9 +13,8 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-import torch
 import yaml
-from helpers.models import save_model
+from helpers.models import add_noise, save_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -72,11 +71,7 @@ def export_noisy_model(dataset: Path, directory: Path) -> Path:
         eos_token_id=info.eos_id,
         mask_token_id=info.mask_id,
     )
-    model = DualLM(config, seed=0)
-    noise = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=noise)
-    save_model(model, directory)
+    save_model(add_noise(DualLM(config, seed=0), 0.3), directory)
     shutil.copy(dataset / "tokenizer.json", directory)
     return directory
 

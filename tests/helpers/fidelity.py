@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from helpers.models import add_noise
 from helpers.paper_optimizer import PaperOptimizer
 from torch import Tensor, nn
 
@@ -114,13 +115,8 @@ def make_model() -> DualLM:
         intermediate_size=20,
         head="paper",
     )
-    model = DualLM(config, seed=SEED)
-    noise = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # So that no matrix is zero, and no gradient therefore.
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
-    return model
+    # So that no matrix is zero, and no gradient therefore.
+    return add_noise(DualLM(config, seed=SEED), 0.1, SEED)
 
 
 def learning_rate(step: int) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from helpers.models import add_noise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
@@ -45,11 +46,7 @@ def stock_model(family: str, **changes: object) -> nn.Module:
 
     config = config_of(family, **changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return model
+    return add_noise(model, 0.2)
 
 
 def imported_model(stock: nn.Module) -> ImportedLM:

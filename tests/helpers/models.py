@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -14,8 +14,18 @@ from dualtrain.network.transformer import DualLM
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 MUON = ("wide.weight", "tall.weight", "square.weight")
 """What Muon trains of :func:`tiny_model`."""
+
+
+def add_noise(model: AnyModel, scale: float, seed: int = 0) -> AnyModel:
+    """Make every parameter matter: the outputs of new attention and MLPs are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+    return model
 
 
 def tiny_model() -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from helpers.models import add_noise
 
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.evaluate.scoring import Request, Scorer
@@ -29,12 +30,7 @@ def make_model(dtype: torch.dtype = torch.float64) -> DualLM:
         num_attention_heads=2,
         intermediate_size=44,
     )
-    model = DualLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return model.to(dtype)
+    return add_noise(DualLM(config), 0.2).to(dtype)
 
 
 def make_scorer(forward=None, dtype: torch.dtype = torch.float64, **options) -> Scorer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-import torch
+from helpers.models import add_noise
 
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
@@ -29,12 +29,6 @@ def tiny_model(tiny_config) -> Callable[..., DualLM]:
     """A model whose every parameter matters: new ones ignore attention, its output being zero."""
 
     def make(**changes: object) -> DualLM:
-        model = DualLM(tiny_config(**changes))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise, alpha=0.2)
-        return model
+        return add_noise(DualLM(tiny_config(**changes)), 0.2)
 
     return make

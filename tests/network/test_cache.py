@@ -5,6 +5,7 @@ The key-value cache against whole rows, and losses of several targets at a place
 
 import pytest
 import torch
+from helpers.models import add_noise
 
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.cache import KeyValueCache
@@ -22,13 +23,7 @@ def model():
         intermediate_size=48,
         head="paper",
     )
-    model = DualLM(config, seed=1).eval()
-    # The output projections begin at 0, and then attention would change nothing.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model
+    return add_noise(DualLM(config, seed=1).eval(), 0.1)
 
 
 def alone(model, prompt, branch, kind):

@@ -10,6 +10,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.models import add_noise
 from helpers.ranks import on_ranks
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
 LENGTH = 16
-WEIGHT_SEED = 3
 
 
 def deepspeed_differences(cases: list[tuple[int, str, bool]]) -> list[tuple[float, float, float]]:
@@ -97,11 +97,7 @@ def make_model(head: str) -> DualLM:
         intermediate_size=44,
         head=head,
     )
-    model = DualLM(config)
-    generator = torch.Generator().manual_seed(WEIGHT_SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    model = add_noise(DualLM(config), 0.1, seed=3)
     model.lm_head.chunk_rows = 5
     return model
 

@@ -25,6 +25,7 @@ from helpers.fuzz import (
     examples,
     refuses_or_returns,
 )
+from helpers.models import save_model
 from helpers.runs import TINY
 from helpers.tasks import SPEC, question, write_task
 from helpers.texts import random_model
@@ -278,7 +279,7 @@ def check_prompt(tokenizer, prompt: str, place: str) -> None:
 @pytest.fixture(scope="module")
 def model(tokenizer) -> Path:
     """A tiny model that generates and answers at once."""
-    random_model(tokenizer.get_vocab_size()).save_pretrained("model")
+    save_model(random_model(tokenizer.get_vocab_size()), Path("model"))
     shutil.copy("tokenizer.json", "model")
     return Path("model")
 

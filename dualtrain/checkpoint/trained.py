@@ -366,4 +366,6 @@ def _context(source: ModelSource, model: Any) -> int:
     """Longest row in tokens."""
     if source.recipe is not None:
         return source.recipe.sequence_length
-    return model.longest_row if isinstance(model, ImportedLM) else model.config.sequence_length
+    return (
+        model.longest_row if isinstance(model, ImportedLM) else model.config.max_position_embeddings
+    )

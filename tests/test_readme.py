@@ -1,4 +1,4 @@
-"""The READMEs: generated parts are as the code has them now, commands and links lead somewhere.
+"""Tests of: the READMEs: generated parts, commands, links.
 
 ``python tests/test_readme.py`` writes the generated parts anew.
 """

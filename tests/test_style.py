@@ -1,4 +1,4 @@
-"""Lint, format, types and who imports whom, with the settings of pyproject.toml."""
+"""Tests of: style: lint, format, types, who imports whom, with the settings of pyproject.toml."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A torchvision that cannot be imported must not stop streaming or transformers."""
+"""Tests of: dualtrain.common.compat: a torchvision that cannot be imported stops nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the suite sees to for every test: signals, hangs, and that no process is left."""
+"""Tests of: tests/helpers/processes.py: signals, hangs, and what a test leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keyed random numbers: the same everywhere, unrelated between keys."""
+"""Tests of: dualtrain.common.randomness: the same everywhere, unrelated between keys."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Packing and rotation against what they promise, token by token."""
+"""Tests of: dualtrain.data.batches: packing and rotation against what they promise, by token."""
 
 from __future__ import annotations
 

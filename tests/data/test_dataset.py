@@ -1,4 +1,4 @@
-"""Opening a dataset: what is read, and how each kind of damage is named."""
+"""Tests of: dualtrain.data.dataset: what is read, and how each kind of damage is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard that goes missing stops training with its name, wherever batches are made.
+"""Tests of: dualtrain.data.dataset, prefetch: a shard that goes missing is named.
 
 Plain ``StreamingDataset`` iteration ends normally, as if the epoch were over, when a local shard is
 missing and there are no loader workers, and hangs when there are some.

@@ -1,4 +1,4 @@
-"""Subsets, pieces of long documents, and plan files."""
+"""Tests of: dualtrain.data.plan, plan_files: subsets, pieces of long documents, plan files."""
 
 from __future__ import annotations
 

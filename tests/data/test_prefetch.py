@@ -1,4 +1,4 @@
-"""The background reader: order, bounds, errors, and that it always ends."""
+"""Tests of: dualtrain.data.prefetch: order, bounds, errors, and that it always ends."""
 
 from __future__ import annotations
 

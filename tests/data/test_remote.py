@@ -1,4 +1,4 @@
-"""Reading datasets in object stores, on a local S3 server and in directories."""
+"""Tests of: dualtrain.data.remote, shard_cache: datasets on an S3 server, in directories."""
 
 from __future__ import annotations
 

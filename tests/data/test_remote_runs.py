@@ -1,4 +1,4 @@
-"""Recipes whose dataset is in an object store: dry runs, a whole run, and what is refused."""
+"""Tests of: dualtrain.data.corpus, remote: recipes whose dataset is in an object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of tokens: those of a text's tokens add up to the text's, for every kind of tokenizer."""
+"""Tests of: dualtrain.data.token_bytes: those of a text's tokens add up to the text's."""
 
 from __future__ import annotations
 

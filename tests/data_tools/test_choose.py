@@ -1,4 +1,4 @@
-"""Which documents go where: a pure function of lengths, hashes and settings."""
+"""Tests of: data_tools.choose: a pure function of lengths, hashes and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion: what the dataset holds, and that nothing half-made ever looks like one."""
+"""Tests of: data_tools.convert: what a dataset holds, and that nothing half-made looks like one."""
 
 from __future__ import annotations
 

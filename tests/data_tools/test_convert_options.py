@@ -1,4 +1,4 @@
-"""What the settings of a conversion do, and what becomes of bad input."""
+"""Tests of: data_tools.convert, app: what settings do, and what becomes of bad input."""
 
 from __future__ import annotations
 

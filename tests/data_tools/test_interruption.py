@@ -1,4 +1,4 @@
-"""Whatever ends a conversion, its place holds nothing or a whole dataset."""
+"""Tests of: data_tools.convert, shards: whatever ends it, there is nothing or a whole dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at datasets: inspect and verify."""
+"""Tests of: data_tools.inspection, verify: looking at datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging datasets of one tokenizer."""
+"""Tests of: data_tools.merge: datasets of one tokenizer become one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded corpus."""
+"""Tests of: data_tools.python_docs: the embedded corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources of text: what is read, in what order, and how bad content is delivered."""
+"""Tests of: data_tools.sources: what is read, in what order, how bad content is delivered."""
 
 from __future__ import annotations
 

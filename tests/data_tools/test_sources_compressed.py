@@ -1,4 +1,4 @@
-"""Compressed files: the same texts as without compression, and no loss that is not reported."""
+"""Tests of: data_tools.sources: compressed files give the same texts, and no loss unreported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV and TSV files: quoting, headers, and rows that do not fit."""
+"""Tests of: data_tools.sources: quoting, headers and misfits of CSV and TSV files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files are found for what a user names, in which order, and what is refused."""
+"""Tests of: data_tools.sources: which files are found, in which order, what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MDS shards of text that other tools made."""
+"""Tests of: data_tools.sources: MDS shards of text that other tools made."""
 
 from __future__ import annotations
 

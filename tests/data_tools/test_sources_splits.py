@@ -1,4 +1,4 @@
-"""Directories that hold more than training text: splits, caches, dataset cards."""
+"""Tests of: data_tools.sources.splits: directories that hold more than training text."""
 
 from __future__ import annotations
 

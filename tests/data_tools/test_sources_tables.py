@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, and directories saved by Hugging Face datasets."""
+"""Tests of: data_tools.sources: Parquet and Arrow, and what Hugging Face datasets saved."""
 
 from __future__ import annotations
 

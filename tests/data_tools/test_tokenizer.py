@@ -1,4 +1,4 @@
-"""Training and using tokenizers."""
+"""Tests of: data_tools.tokenizers.tokenizer: training and using tokenizers."""
 
 from __future__ import annotations
 

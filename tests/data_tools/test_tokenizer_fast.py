@@ -1,4 +1,4 @@
-"""Encoding whole documents: the same ids by the fast way, and texts of any size."""
+"""Tests of: data_tools.tokenizers.fast, patterns: the same ids by the fast way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``--tokenizer`` may name: files, directories, rank files, tiktoken encodings."""
+"""Tests of: data_tools.tokenizers.ranks, named: whatever ``--tokenizer`` may name."""
 
 from __future__ import annotations
 

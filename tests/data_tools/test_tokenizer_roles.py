@@ -1,4 +1,4 @@
-"""A tokenizer's own special tokens take the roles that a dataset needs."""
+"""Tests of: data_tools.tokenizers.roles: a tokenizer's own special tokens take our roles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dualtrain data tokenizer train`."""
+"""Tests of: data_tools.train_tokenizer: `dualtrain data tokenizer train`."""
 
 from __future__ import annotations
 

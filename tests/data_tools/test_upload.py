@@ -1,4 +1,4 @@
-"""Uploading a dataset to an S3 server, and what plain streaming reads of it."""
+"""Tests of: data_tools.remote, upload: a dataset on an S3 server, and plain streaming of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dualtrain eval``: what it shows, what it writes, what it refuses."""
+"""Tests of: dualtrain.evaluate.command, result_files: what is shown, written and refused."""
 
 import gzip
 import hashlib

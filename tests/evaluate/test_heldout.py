@@ -1,4 +1,4 @@
-"""Held-out losses: right by brute force, the same for any number of ranks, the same every time."""
+"""Tests of: dualtrain.evaluate.heldout: by brute force, on any number of ranks, every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores against definitions: what each mode reads, from where, and what it must not see."""
+"""Tests of: dualtrain.evaluate.scoring, masks: what each mode reads, and must not see."""
 
 from itertools import combinations, product
 from math import comb, exp, fsum, sqrt

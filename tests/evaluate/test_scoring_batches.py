@@ -1,4 +1,4 @@
-"""What does not change a score: batches, memory, ranks; and what becomes of unfit requests."""
+"""Tests of: dualtrain.evaluate.scoring, packing: batches, memory and ranks change nothing."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Tasks: the shipped files, a user's own, their data on disk and on the hub, and every mistake."""
+"""Tests of: dualtrain.evaluate.tasks, task_data, templates: tasks, their data, every mistake."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Scores of tasks: ties, chance, normalisation, intervals."""
+"""Tests of: dualtrain.evaluate.statistics: ties, chance, normalisation, intervals."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""What an export holds, that dualtrain opens it again, and that nothing half-written is left."""
+"""Tests of: dualtrain.export.export: what it holds, that it opens again, nothing half-written."""
 
 import json
 import resource

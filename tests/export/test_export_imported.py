@@ -1,4 +1,4 @@
-"""A model imported from Hugging Face is exported as what it was, with its new vocabulary."""
+"""Tests of: dualtrain.export.export: a model from Hugging Face leaves as what it was."""
 
 import json
 import shutil

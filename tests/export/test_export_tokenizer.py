@@ -1,4 +1,4 @@
-"""The exported tokenizer gives training's ids behind `<s>`, whatever the training's came from."""
+"""Tests of: dualtrain.model.exported_tokenizer: training's ids, wherever it came from."""
 
 import base64
 import json

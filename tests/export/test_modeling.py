@@ -1,4 +1,4 @@
-"""The remote code computes what the trained model computes, in every mode."""
+"""Tests of: dualtrain.export.modeling_dualtrain: it computes what the trained model does."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Exports in a process that has transformers and nothing of dualtrain."""
+"""Tests of: dualtrain.export: exports in a process that has only transformers."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Text around the names of special tokens has the same ids in an export as in training."""
+"""Tests of: dualtrain.model.exported_tokenizer: ids around names of special tokens."""
 
 from __future__ import annotations
 

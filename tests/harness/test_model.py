@@ -1,4 +1,4 @@
-"""The model type for lm-evaluation-harness: agreement with our scorer, windows, texts, mistakes."""
+"""Tests of: dualtrain.harness.model: agreement with our scorer, windows, texts, mistakes."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Importing a published model: its files, its tokenizer, new rows, and everything refused."""
+"""Tests of: dualtrain.model.hugging_face, build: files, tokenizer, new rows, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imported decoders: the stock model in causal mode, and what a plan makes of it otherwise."""
+"""Tests of: dualtrain.model.imported: the stock model when causal, and what plans make of it."""
 
 from __future__ import annotations
 

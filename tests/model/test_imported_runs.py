@@ -1,4 +1,4 @@
-"""Training an imported model for real: stages, ranks, resuming, and opening what was saved."""
+"""Tests of: dualtrain.model.imported: real training, stages, ranks, resuming, opening."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class SweepOptions:
         typer.Option(metavar="I/N", help="Only the points I, I + N, I + 2 N and so on."),
     ] = None
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also points that failed before.")
+        bool, typer.Option("--retry-failed", help="Try points again that failed before.")
     ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the points with tokens and estimated time.")
@@ -64,7 +64,7 @@ class FitOptions:
 
     directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A sweep's directory.")]
     metric: Annotated[
-        str, typer.Option(help="Such as ar_nll, diffusion_nll, best.ar_nll, or ar.blimp.")
+        str, typer.Option(help="What to fit: ar_nll, diffusion_nll, best.ar_nll, ar.blimp, ...")
     ] = "ar_nll"
     where: Where = field(default_factory=list)
     out: Annotated[

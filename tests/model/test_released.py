@@ -1,0 +1,222 @@
+"""Tests of: dualtrain.model.released.
+
+The released layout is built here from its description, in float32 and without dualtrain; a model
+that is read from it must compute the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualtrain.common.errors import UserError
+from dualtrain.model.released import convert, read_state_dict
+from dualtrain.network.attention import plan_attention
+from dualtrain.network.transformer import DualLM
+
+VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 96, 24, 3, 3, 20
+SETTINGS = {
+    "d_h": WIDTH // HEADS,
+    "hidden_size": WIDTH,
+    "intermediate_size": MLP,
+    "max_sequence_length": 32,
+    "norm_eps": 1e-3,  # large, so that it counts
+    "num_attention_heads": HEADS,
+    "num_layers": LAYERS,
+    "rope_theta": 70.0,
+    "vocab_size": VOCABULARY,
+    "tie_weights": False,
+}
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
+
+
+def released_weights(prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of random weights, by the names of the released code."""
+    shapes = {
+        "embedding.word_embedding.weight": (VOCABULARY, WIDTH),
+        "classifier.pre_norm.weight": (WIDTH,),
+        "classifier.projection.weight": (WIDTH, WIDTH),
+        "classifier.emb2vocab.weight": (VOCABULARY, WIDTH),
+        "classifier.emb2vocab.bias": (VOCABULARY,),
+    }
+    for layer in range(LAYERS):
+        attention, mlp = (f"encoder.layers.{layer}.{part}" for part in ("attention", "mlp"))
+        shapes |= {f"{part}.pre_norm.weight": (WIDTH,) for part in (attention, mlp)}
+        shapes |= {f"{attention}.qkv_proj.weights.{i}": (WIDTH, WIDTH) for i in range(3)}
+        shapes |= {f"{attention}.out_proj.weight": (WIDTH, WIDTH)}
+        shapes |= {f"{mlp}.up_proj.weights.{i}": (MLP, WIDTH) for i in range(2)}
+        shapes |= {f"{mlp}.down_proj.weight": (WIDTH, MLP)}
+    random = torch.Generator().manual_seed(3)
+    return {
+        prefix + name: torch.randn(shape, generator=random) * (0.3 if len(shape) == 2 else 1)
+        for name, shape in shapes.items()
+    }
+
+
+def released_logits(weights: dict[str, Tensor], ids: Tensor, documents: Tensor, causal: bool):
+    """(B, T, V) logits of the released model, position by position and head by head."""
+
+    def norm(hidden: Tensor, name: str) -> Tensor:
+        mean = hidden.pow(2).mean(-1, keepdim=True)
+        return hidden / torch.sqrt(mean + SETTINGS["norm_eps"]) * weights[f"{name}.weight"]
+
+    def turned(vector: Tensor, position: int) -> Tensor:
+        half = len(vector) // 2
+        result = vector.clone()
+        for i in range(half):
+            angle = position / SETTINGS["rope_theta"] ** (2 * i / len(vector))
+            a, b = vector[i], vector[i + half]
+            result[i] = a * math.cos(angle) - b * math.sin(angle)
+            result[i + half] = b * math.cos(angle) + a * math.sin(angle)
+        return result
+
+    def attention(hidden: Tensor, name: str, documents: Tensor) -> Tensor:
+        size = WIDTH // HEADS
+        query, key, value = (hidden @ weights[f"{name}.qkv_proj.weights.{i}"].T for i in range(3))
+        mixed = torch.zeros_like(hidden)
+        for head in range(HEADS):
+            part = slice(head * size, (head + 1) * size)
+            queries, keys = (
+                [turned(row[part], position) for position, row in enumerate(rows)]
+                for rows in (query, key)
+            )
+            for i in range(len(hidden)):
+                seen = [
+                    j
+                    for j in range(i + 1 if causal else len(hidden))
+                    if documents[j] == documents[i]
+                ]
+                scores = torch.stack([queries[i] @ keys[j] for j in seen]) / math.sqrt(size)
+                mixed[i, part] = scores.softmax(0) @ value[seen][:, part]
+        return mixed @ weights[f"{name}.out_proj.weight"].T
+
+    def mlp(hidden: Tensor, name: str) -> Tensor:
+        up, gate = (hidden @ weights[f"{name}.up_proj.weights.{i}"].T for i in range(2))
+        return (up * gate * torch.sigmoid(gate)) @ weights[f"{name}.down_proj.weight"].T
+
+    rows = []
+    for row, parts in zip(ids, documents, strict=True):
+        hidden = weights["embedding.word_embedding.weight"][row]
+        for layer in range(LAYERS):
+            name = f"encoder.layers.{layer}"
+            mixed = norm(hidden, f"{name}.attention.pre_norm")
+            hidden = hidden + attention(mixed, f"{name}.attention", parts)
+            hidden = hidden + mlp(norm(hidden, f"{name}.mlp.pre_norm"), f"{name}.mlp")
+        hidden = norm(hidden, "classifier.pre_norm") @ weights["classifier.projection.weight"].T
+        hidden = F.gelu(hidden, approximate="tanh")
+        rows.append(
+            hidden @ weights["classifier.emb2vocab.weight"].T + weights["classifier.emb2vocab.bias"]
+        )
+    return torch.stack(rows)
+
+
+def build(weights: dict[str, Tensor], settings: dict = SETTINGS) -> DualLM:
+    config, own = convert(weights, settings, SPECIAL, where="W", settings_file="S")
+    model = DualLM(config)
+    model.load_state_dict(own)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.module."])
+def test_logits_are_those_of_the_released_model(kind: str, prefix: str):
+    ids = torch.randint(0, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0] * 5 + [1] * 9, [0] * 3 + [1] * 2 + [2] * 9])
+    expected = released_logits(released_weights(), ids, documents, causal=kind == "causal")
+    plan = plan_attention(kind, documents, backend="sdpa", device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        logits = build(released_weights(prefix))(ids, attention=plan).logits
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_tied_weights_and_norms_without_gains():
+    weights = released_weights()
+    weights["classifier.emb2vocab.weight"] = weights["embedding.word_embedding.weight"]
+    without = {name: value for name, value in weights.items() if "mlp.pre_norm" not in name}
+    plain = {
+        name: torch.ones_like(value) if "mlp.pre_norm" in name else value
+        for name, value in weights.items()
+    }
+    ids, documents = torch.tensor([[1, 7, 8, 9]]), torch.zeros(1, 4)
+    settings = SETTINGS | {"feed_forward_pre_norm_affine": False, "tie_weights": True}
+    model = build(without, settings)
+    expected = released_logits(plain, ids, documents, causal=True)
+    assert (model(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+
+
+def wrong() -> Iterator[tuple[str, dict, dict, str]]:
+    weights, name = released_weights(), "encoder.layers.1.mlp.down_proj.weight"
+    yield (
+        "another model",
+        {"wte.weight": torch.ones(2)},
+        SETTINGS,
+        "has no embedding.word_embedding",
+    )
+    yield (
+        "surplus",
+        weights | {"encoder.layers.0.mlp.bias": torch.ones(2)},
+        SETTINGS,
+        "not understood",
+    )
+    less = {key: value for key, value in weights.items() if key != name}
+    yield "missing", less, SETTINGS, f"lacks {name}"
+    yield "shape", weights | {name: torch.ones(WIDTH, 7)}, SETTINGS, f"{name} is of shape (24, 7)"
+    yield "vector", weights | {"embedding.word_embedding.weight": torch.ones(3)}, SETTINGS, "(3,)"
+    yield "gains", {k: v for k, v in weights.items() if "pre_norm" not in k}, SETTINGS, "lacks"
+    yield "other sizes", weights, SETTINGS | {"num_layers": 4}, "num_layers is 4, but 3 in W"
+    yield "no heads", weights, {"norm_eps": 1e-7}, "num_attention_heads, rope_theta"
+    yield "odd heads", weights, SETTINGS | {"num_attention_heads": 5}, "5 heads"
+    yield "no number", weights, SETTINGS | {"rope_theta": "x"}, "'x'"
+    yield "nan", weights, SETTINGS | {"norm_eps": math.nan}, "nan"
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "said"), [case[1:] for case in wrong()], ids=[c[0] for c in wrong()]
+)
+def test_what_is_not_a_released_model_is_named(weights: dict, settings: dict, said: str):
+    with pytest.raises(UserError) as caught:
+        convert(weights, settings, SPECIAL, where="W", settings_file="S")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("zip_file", [False, True])
+def test_files_of_torch_save_are_read(nested: bool, zip_file: bool, tmp_path: Path):
+    weights = released_weights()
+    file = tmp_path / "state_dict.bin"
+    torch.save(
+        {"model": weights, "global_step": 3} if nested else weights,
+        file,
+        _use_new_zipfile_serialization=zip_file,
+    )
+    found = read_state_dict(file)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+class Program:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_nothing_in_a_file_is_run_and_other_files_are_named(tmp_path: Path, capsys):
+    file = tmp_path / "state_dict.bin"
+    for content in ({"a": Program()}, [1, 2], {"a": 3}, torch.ones(3)):
+        torch.save(content, file)
+        with pytest.raises(UserError, match="released code"):
+            read_state_dict(file)
+    torch.save(released_weights(), file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state_dict(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="Git LFS"):
+        read_state_dict(file)
+    assert "run" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ from dualtrain.common.files import file_problem
 from dualtrain.common.options import as_command
 from dualtrain.common.terminal import forget_output, prepare_streams
 from dualtrain.evaluate.command import evaluate
-from dualtrain.export.command import export
+from dualtrain.export.command import export, import_
 from dualtrain.generate.command import generate
 from dualtrain.launch.peers import ROLL_CALL_S, LostPeer
 from dualtrain.launch.world import prepare_environment
@@ -49,8 +49,12 @@ def common(
     del local_rank
 
 
-for command in (run, sweep, fit, alpha, compare, generate, evaluate, export, recipes, schema):
-    app.command("eval" if command is evaluate else None)(as_command(command))
+_NAMES = {evaluate: "eval", import_: "import"}
+for command in (
+    *(run, sweep, fit, alpha, compare, generate),
+    *(evaluate, export, import_, recipes, schema),
+):
+    app.command(_NAMES.get(command))(as_command(command))
 
 
 def mount_data_tools() -> None:

@@ -26,6 +26,42 @@ class ExportOptions:
     ] = "5GB"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """The command line of ``dualtrain import``."""
+
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE[@REVISION]",
+            help="A state dict, its directory, or a repository such as ltg/dual-lm-470m.",
+        ),
+    ]
+    to: Annotated[Path, typer.Option(help="A new or empty directory; with --all, one for each.")]
+    all_revisions: Annotated[
+        bool, typer.Option("--all", help="Every revision; those that are there are passed over.")
+    ] = False
+    config: Annotated[
+        Path | None, typer.Option(help="Its JSON file of sizes; default: beside the weights.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its tokenizer.json; default: beside the weights.")
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="Precision of the written weights.")
+    ] = "fp32"
+
+
+def import_(options: ImportOptions) -> None:
+    """Write a model of the paper's released code as `dualtrain export` writes ours."""
+    from dualtrain.export.released import import_released
+
+    for imported in import_released(
+        options, on_note=lambda note: typer.echo(f"note: {note}", err=True)
+    ):
+        typer.echo("\n".join(imported.lines()))
+
+
 def export(options: ExportOptions) -> None:
     """Write a model as a directory for transformers: weights, tokenizer and model card."""
     from dualtrain.export.export import export_checkpoint

@@ -28,7 +28,7 @@ from dualtrain.checkpoint.trained import find_source
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import check_name, read_object
 from dualtrain.common.files import absolute, made_whole, reserved, writing
-from dualtrain.data.dataset import DatasetInfo
+from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.export.model_card import write_model_card
 from dualtrain.export.weights import write_weights
 from dualtrain.model.build import CONFIG, model_config, read_config
@@ -92,9 +92,7 @@ def export_checkpoint(
     Raises:
         UserError: There is no whole checkpoint, or the directory cannot be written.
     """
-    dtype = _DTYPES.get(precision)
-    if dtype is None:
-        raise UserError("--dtype", repr(precision), "fp32 or bf16")
+    dtype = weights_dtype(precision)
     source = find_source(path, step=step)
     for note in source.notes:
         if on_note is not None:
@@ -117,9 +115,9 @@ def export_checkpoint(
     else:
         given = read_object(file, "a model's configuration")
         values = exported_import(given, **facts)
-    with _made_whole(to) as directory:
-        _write(directory / CONFIG, values)
-        _write(directory / "generation_config.json", _generation(config, info))
+    with new_directory(to) as directory:
+        write_json(directory / CONFIG, values)
+        write_json(directory / "generation_config.json", generation(config, info.vocabulary))
         names = write_tokenizer(
             source.tokenizer_file,
             directory,
@@ -146,8 +144,19 @@ def export_checkpoint(
     )
 
 
+def weights_dtype(precision: str) -> torch.dtype:
+    """What ``--dtype`` means.
+
+    Raises:
+        UserError: It is another word.
+    """
+    if precision not in _DTYPES:
+        raise UserError("--dtype", repr(precision), " or ".join(_DTYPES))
+    return _DTYPES[precision]
+
+
 @contextmanager
-def _made_whole(directory: Path | str) -> Iterator[Path]:
+def new_directory(directory: Path | str) -> Iterator[Path]:
     """Give a directory to write into, which takes its place only if nothing goes wrong."""
     where = f"--to {directory}"
     with writing(directory, where=where, hint="nothing is left of it"):
@@ -157,18 +166,18 @@ def _made_whole(directory: Path | str) -> Iterator[Path]:
             yield partial
 
 
-def _generation(config: DualConfig | PretrainedConfig, info: DatasetInfo) -> dict[str, object]:
+def generation(config: DualConfig | PretrainedConfig, vocabulary: Vocabulary) -> dict[str, object]:
     """How ``generate`` begins and ends a text, and what it never writes."""
     # The beginning of the next document ends a text, too, where a model was taught to write it.
-    ends = list(dict.fromkeys([info.eos_id, info.bos_id]))
-    never = {*info.special_ids, *range(info.vocab_size, config.vocab_size)} - {*ends}
+    ends = list(dict.fromkeys([vocabulary.eos_id, vocabulary.bos_id]))
+    never = {*vocabulary.special_ids, *range(vocabulary.size, config.vocab_size)} - {*ends}
     return {
-        "bos_token_id": info.bos_id,
+        "bos_token_id": vocabulary.bos_id,
         "eos_token_id": ends,
-        "pad_token_id": info.pad_id,
+        "pad_token_id": config.pad_token_id,
         "suppress_tokens": sorted(never),
     }
 
 
-def _write(file: Path, values: dict[str, object]) -> None:
+def write_json(file: Path, values: dict[str, object]) -> None:
     file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

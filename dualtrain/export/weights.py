@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights
@@ -22,11 +24,17 @@ INDEX = "model.safetensors.index.json"
 _SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", re.IGNORECASE)
 
 
-def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shard_size: str) -> int:
+Weights = Path | Mapping[str, Tensor]
+"""A safetensors file, or tensors by name."""
+
+
+def write_weights(
+    source: Weights, directory: Path, *, dtype: torch.dtype, max_shard_size: str
+) -> int:
     """Copy weights, converted, into as many files as their size asks for.
 
     Args:
-        source: A safetensors file; the names stay.
+        source: The names stay.
         directory: Where ``model.safetensors`` is written, or several and their index.
         max_shard_size: Of a file, such as ``5GB``; a larger tensor has a file of its own.
 
@@ -37,8 +45,11 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
         UserError: The size is none.
         OSError: The disk is full, or the like.
     """
-    with open_weights(source) as weights:
-        shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    if isinstance(source, Path):
+        with open_weights(source) as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    else:
+        shapes = {name: tensor.shape for name, tensor in source.items()}
     # Tensors without memory: the library looks at their sizes only.
     sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     # The library takes a size below zero, and fails on an infinite one.
@@ -53,10 +64,13 @@ def write_weights(source: Path, directory: Path, *, dtype: torch.dtype, max_shar
     return sum(tensor.numel() for tensor in sizes.values())
 
 
-def _copy(source: Path, file: Path, names: list[str], dtype: torch.dtype) -> None:
-    # Opened anew for each file: what is mapped of the checkpoint goes with it.
-    with open_weights(source) as weights:
-        tensors = {name: weights.get_tensor(name).to(dtype) for name in names}
+def _copy(source: Weights, file: Path, names: list[str], dtype: torch.dtype) -> None:
+    if isinstance(source, Path):
+        # Opened anew for each file: what is mapped of the checkpoint goes with it.
+        with open_weights(source) as weights:
+            tensors = {name: weights.get_tensor(name).to(dtype) for name in names}
+    else:
+        tensors = {name: source[name].to(dtype).contiguous() for name in names}
     try:
         # transformers asks what wrote a file, and takes no other answer.
         save_file(tensors, file, metadata={"format": "pt"})

@@ -107,6 +107,9 @@ def put_space_only_first(content: dict[str, Any]) -> None:
         # the normalizer would have put there.
         content["normalizer"] = {**normalizer, "normalizers": [*normalizers[:-2], normalizers[-1]]}
         steps = [_metaspace(" ", "first"), _metaspace(_WORD, "never"), *steps]
+    elif normalizers[0].get("type") == "Prepend" and normalizers[0]["prepend"] == " ":
+        content["normalizer"] = {"type": "Sequence", "normalizers": normalizers[1:]}
+        steps = [_metaspace(" ", "first"), *steps]
     elif steps and steps[0]["type"] == "ByteLevel" and steps[0]["add_prefix_space"]:
         steps = [_metaspace(" ", "first"), {**steps[0], "add_prefix_space": False}, *steps[1:]]
     elif steps and steps[0]["type"] == "Metaspace" and _prepends(steps[0]):

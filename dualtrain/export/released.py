@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -19,7 +20,6 @@ from dualtrain.common.file_kinds import parse_tokenizer, read_object
 from dualtrain.common.files import user_path
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import SPECIAL_TOKENS, TOKENIZER_FILE
-from dualtrain.export.command import ImportOptions
 from dualtrain.export.export import (
     CODE_FILE,
     Exported,
@@ -33,6 +33,9 @@ from dualtrain.model.build import CONFIG
 from dualtrain.model.exported import exported_config
 from dualtrain.model.exported_tokenizer import write_tokenizer
 from dualtrain.model.released import STATE_DICT, convert, read_state_dict
+
+if TYPE_CHECKING:
+    from dualtrain.export.command import ImportOptions
 
 _WEIGHTS = ("state_dict.bin", "pytorch_model.bin", "model.safetensors")
 _WANTED = ("*.json", *_WEIGHTS)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 PYTHON = [sys.executable, "-m"]
 COMMANDS = {
     "lint": [*PYTHON, "ruff", "check", "--no-cache", "."],
@@ -22,3 +23,18 @@ def test_no_complaints(name):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(COMMANDS[name], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_test_file_says_what_it_covers():
+    for file in TESTS.rglob("test_*.py"):
+        first = file.read_text().partition("\n")[0]
+        assert first.startswith('"""Tests of: '), f"{file.relative_to(ROOT)}: {first}"
+
+
+def test_helpers_stand_in_helpers():
+    """What ranks call stands in the test that calls it, and what several tests use in helpers."""
+    for file in TESTS.rglob("*.py"):
+        folder = file.relative_to(TESTS).parts[0]
+        if folder not in ("helpers", "experiments", "benchmarks"):
+            assert file.name.startswith("test_") or file.name == "conftest.py", file
+        assert not file.stem.endswith("_workers"), file

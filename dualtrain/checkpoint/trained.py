@@ -28,8 +28,8 @@ from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.model.build import CONFIG, empty_model, read_exported
 from dualtrain.model.exported import exported_append_eos, exported_target
 from dualtrain.model.handle import ModelHandle, Target
-from dualtrain.model.imported import ImportedLM
 from dualtrain.network.attention import resolve_backend
+from dualtrain.network.config import DualConfig
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
 
@@ -366,6 +366,8 @@ def _context(source: ModelSource, model: Any) -> int:
     """Longest row in tokens."""
     if source.recipe is not None:
         return source.recipe.sequence_length
-    return (
-        model.longest_row if isinstance(model, ImportedLM) else model.config.max_position_embeddings
-    )
+    if isinstance(model.config, DualConfig):
+        return model.config.max_position_embeddings
+    from dualtrain.model.imported_config import longest_row  # which takes transformers
+
+    return longest_row(model.config)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualtrain.data.batches import Batch
+from dualtrain.data.batches import Batch, ValidationData
+from dualtrain.evaluate.statistics import Floats
 from dualtrain.method.objectives import (
     Example,
     MaskingNoise,
@@ -51,50 +52,27 @@ from dualtrain.recipe.schema import UniformCorruption
 _CORRUPTION = UniformCorruption()
 
 
-class HeldOutSequences(Protocol):
-    """What is asked of ``data.ValidationData``."""
-
-    token_bytes: Tensor
-
-    def __len__(self) -> int: ...
-
-    def batch(self, first: int, count: int) -> Batch: ...
-
-
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Losses on held-out text, the same on every rank.
+    """Losses on held-out text in nats per token, the same on every rank.
 
     Bits per byte are by the bytes of text that the scored tokens stand for. Errors are standard
     errors over documents, nan where there is one document only.
-
-    Attributes:
-        ar_error: Standard error of ``ar_nll``.
-        diffusion_nll: Nats per token, an upper bound in expectation over masks.
-        diffusion_error: Standard error of ``diffusion_nll``; an overestimate, since the rates of
-            the sequences are spread rather than independent.
-        prefix_nll: Nats per token of the documents' second halves, each after its first half read
-            bidirectionally.
-        prefix_error: Standard error of ``prefix_nll``.
-        ar_nll_same_tokens: AR loss of the tokens that ``prefix_nll`` is the mean of.
-        prefix_minus_ar_error: Standard error of the paired difference, ``prefix_nll`` -
-            ``ar_nll_same_tokens``.
-        documents: Number of documents, parts of which are scored.
     """
 
     ar_nll: float
     ar_bits_per_byte: float
     ar_error: float
-    diffusion_nll: float
+    diffusion_nll: float  # an upper bound in expectation over masks
     diffusion_bits_per_byte: float
-    diffusion_error: float
-    prefix_nll: float
+    diffusion_error: float  # too large: rates of sequences are spread rather than independent
+    prefix_nll: float  # of documents' second halves, after first halves read both ways
     prefix_bits_per_byte: float
     prefix_error: float
-    ar_nll_same_tokens: float
-    prefix_minus_ar_error: float
+    ar_nll_same_tokens: float  # AR loss of the tokens that prefix_nll is the mean of
+    prefix_minus_ar_error: float  # of the paired difference
     prefix_tokens: int
-    documents: int
+    documents: int  # parts of which are scored
     sequences: int
     tokens: int
 
@@ -112,37 +90,23 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class DocumentLosses:
-    """Losses of each held-out document, as far as it is scored; all arrays are (D,).
+    """Losses of each held-out document, as far as it is scored; all arrays are (D,)."""
 
-    Attributes:
-        documents: int64, numbers in the dataset's held-out split.
-        tokens: float64, scored by AR.
-        bytes: float64, of those tokens' text.
-        ar: float64, nats.
-        diffusion_tokens: float64, scored by diffusion.
-        diffusion_bytes: float64, of those.
-        diffusion: float64, nats, an upper bound in expectation over masks.
-        prefix_tokens: float64, tokens in the documents' second halves.
-        prefix_bytes: float64, of those.
-        prefix: float64, nats of those in prefix mode.
-        ar_same_tokens: float64, nats of the same tokens in AR.
-    """
-
-    documents: NDArray[np.int64]
-    tokens: NDArray[np.float64]
-    bytes: NDArray[np.float64]
-    ar: NDArray[np.float64]
-    diffusion_tokens: NDArray[np.float64]
-    diffusion_bytes: NDArray[np.float64]
-    diffusion: NDArray[np.float64]
-    prefix_tokens: NDArray[np.float64]
-    prefix_bytes: NDArray[np.float64]
-    prefix: NDArray[np.float64]
-    ar_same_tokens: NDArray[np.float64]
+    documents: NDArray[np.int64]  # numbers in the dataset's held-out split
+    tokens: Floats  # scored by AR
+    bytes: Floats  # of those tokens' text
+    ar: Floats  # nats
+    diffusion_tokens: Floats
+    diffusion_bytes: Floats
+    diffusion: Floats  # nats, an upper bound in expectation over masks
+    prefix_tokens: Floats  # in the documents' second halves
+    prefix_bytes: Floats
+    prefix: Floats  # nats of those tokens in prefix mode
+    ar_same_tokens: Floats  # nats of the same tokens in AR
 
 
 def held_out_losses(
-    model: ModelHandle, validation: HeldOutSequences, *, micro_batch: int, seed: int = 0
+    model: ModelHandle, validation: ValidationData, *, micro_batch: int, seed: int = 0
 ) -> HeldOut:
     """Score held-out sequences in all three modes; arguments as for :func:`document_losses`."""
     found = document_losses(model, validation, micro_batch=micro_batch, seed=seed)
@@ -152,7 +116,7 @@ def held_out_losses(
         ("diffusion", found.diffusion_tokens, found.diffusion_bytes),
         ("prefix", found.prefix_tokens, found.prefix_bytes),
     ):
-        nats: NDArray[np.float64] = getattr(found, mode)
+        nats: Floats = getattr(found, mode)
         losses[f"{mode}_nll"], losses[f"{mode}_error"] = mean_and_error(nats, tokens)
         losses[f"{mode}_bits_per_byte"] = _bits_per_byte(nats, size)
     same, second = found.ar_same_tokens, found.prefix_tokens
@@ -168,7 +132,7 @@ def held_out_losses(
 
 
 def document_losses(
-    model: ModelHandle, validation: HeldOutSequences, *, micro_batch: int, seed: int = 0
+    model: ModelHandle, validation: ValidationData, *, micro_batch: int, seed: int = 0
 ) -> DocumentLosses:
     """Score held-out sequences in all three modes, by document. Called by all ranks at once.
 
@@ -178,7 +142,7 @@ def document_losses(
     """
     count = len(validation)
     batches = -(-count // micro_batch)
-    found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+    found: list[tuple[NDArray[np.int64], Floats]] = []
     with model.inference(compiled=True):
         for turn in range(-(-batches // model.world_size)):
             number = turn * model.world_size + model.rank
@@ -205,15 +169,11 @@ def document_losses(
     return DocumentLosses(documents, *sums)
 
 
-def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
+def mean_and_error(sums: Floats, counts: Floats) -> tuple[float, float]:
     """Return Σ sums / Σ counts over documents, and its standard error; nan where nothing counts.
 
     The error of a ratio of two means, by linearisation (Cochran, "Sampling Techniques", 1977); nan
     for a single document, from which it cannot be known.
-
-    Args:
-        sums: (D,) nats of each document.
-        counts: (D,) tokens of each.
     """
     if not counts.any():
         return math.nan, math.nan
@@ -227,12 +187,7 @@ def mean_and_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tu
 def in_prompt(document_ids: Tensor) -> Tensor:
     """Tell which inputs are of the first half of their document, which prefix mode reads at once.
 
-    Args:
-        document_ids: (B, T) integers, equal within a document; what a row holds of a document
-            counts as the whole of it.
-
-    Returns:
-        (B, T) bool; of n inputs the first ceil(n / 2).
+    What a row holds of a document counts as the whole of it; of n inputs the first ceil(n / 2).
     """
     length = document_ids.shape[1]
     index = torch.arange(length)
@@ -243,7 +198,7 @@ def in_prompt(document_ids: Tensor) -> Tensor:
     return index - begin < (end - begin + 2) // 2
 
 
-def _bits_per_byte(nats: NDArray[np.float64], size: NDArray[np.float64]) -> float:
+def _bits_per_byte(nats: Floats, size: Floats) -> float:
     total = float(size.sum())
     return float(nats.sum()) / (math.log(2) * total) if total else math.nan
 
@@ -310,9 +265,7 @@ def _columns(
     """What each position adds to the columns of :class:`DocumentLosses`: (10, B, T) float64.
 
     Args:
-        examples: Of the three modes.
-        nlls: Of each, (·, T) float64 cross-entropies, perhaps with more rows than the batch.
-        token_bytes: (vocabulary,) int64.
+        nlls: (·, T) float64 cross-entropies of each example, perhaps with more rows.
     """
     rows = len(batch.inputs)
     ar, diffused, prefix = (nll[:rows] for nll in nlls)
@@ -323,31 +276,16 @@ def _columns(
         special = torch.tensor(model.vocabulary.special_ids)
         masked = (~torch.isin(batch.inputs, special)).double()
         masked_size = token_bytes[batch.inputs]
-    return torch.stack(
-        [
-            scored,
-            size * scored,
-            ar * scored,
-            masked,
-            masked_size * masked,
-            diffused * weights,
-            second,
-            size * second,
-            prefix * second,
-            ar * second,
-        ]
-    )
+    of_ar = scored, size * scored, ar * scored
+    of_diffusion = masked, masked_size * masked, diffused * weights
+    return torch.stack([*of_ar, *of_diffusion, second, size * second, prefix * second, ar * second])
 
 
-def _by_document(batch: Batch, columns: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _by_document(batch: Batch, columns: Tensor) -> tuple[NDArray[np.int64], Floats]:
     """Add up what each row has of each document.
 
-    Args:
-        batch: B rows.
-        columns: (K, B, T).
-
     Returns:
-        (2, n) numbers of sequence and document, and (K, n) sums.
+        (2, n) numbers of sequence and document, and (K, n) sums of the (K, B, T) columns.
     """
     found = [
         (int(sequence), document, columns[:, row, batch.document_ids[row] == number].sum(1))

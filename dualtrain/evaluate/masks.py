@@ -46,17 +46,12 @@ from dualtrain.model.handle import Target
 
 @dataclass(frozen=True)
 class Masking:
-    """How passages are masked.
-
-    Attributes:
-        target: A masked token at i is predicted at i-1 (``next``), or at i (``in_place``).
-        samples: S, for elbo.
-    """
+    """How passages are masked."""
 
     mode: Mode
     vocabulary: Vocabulary
-    target: Target = "next"
-    samples: int = 32
+    target: Target = "next"  # a masked token at i is predicted at i-1, or in_place at i
+    samples: int = 32  # S, for elbo
     seed: int = 0
 
     def documents(self, passage: Passage) -> tuple[list[MaskedDocument], np.ndarray]:
@@ -115,13 +110,7 @@ class Masking:
 
 @dataclass(frozen=True, eq=False)
 class MaskedDocument:
-    """A passage with some tokens masked, and what is read from it.
-
-    Attributes:
-        tokens: (n,) int64.
-        at: (m,) int64, places whose output is read.
-        targets: (m,) int64, the tokens whose loss is read there.
-    """
+    """A passage with some tokens masked, and what is read from it, as in a :class:`Row`."""
 
     tokens: np.ndarray
     at: np.ndarray

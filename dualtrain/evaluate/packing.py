@@ -22,23 +22,14 @@ from dualtrain.network.attention import AttentionPlan, SdpaPlan, plan_attention,
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Tokens of one row and what is read from it.
+    """Tokens of one row and what is read from it."""
 
-    Attributes:
-        tokens: (n,) int64.
-        positions: (n,) int64, each token's place in its own sequence.
-        at: (m,) int64, places in the row whose output is read; a place may occur more than once.
-        targets: (m,) int64, the tokens whose loss is read there.
-        reads: (m,) int64, the numbers of these readings in the plan.
-        parts: Sequences in the row; a row with one cannot be divided.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    at: np.ndarray
-    targets: np.ndarray
-    reads: np.ndarray
-    parts: int
+    tokens: np.ndarray  # (n,) int64
+    positions: np.ndarray  # (n,) int64, each token's place in its own sequence
+    at: np.ndarray  # (m,) int64, places whose output is read; one may occur more than once
+    targets: np.ndarray  # (m,) int64, the tokens whose loss is read there
+    reads: np.ndarray  # (m,) int64, the numbers of these readings in the plan
+    parts: int  # sequences in the row; a row with one cannot be divided
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,15 +42,10 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class TreeRow(Row):
-    """A tree of tokens in depth-first order: every token sees those it descends from.
+    """A tree of tokens in depth-first order: every token sees those it descends from."""
 
-    Attributes:
-        ends: (n,) int64: all from a token up to here, exclusively, descend from it.
-        prompt_length: So many tokens at the row's beginning are seen by all; 0 is causal.
-    """
-
-    ends: np.ndarray
-    prompt_length: int
+    ends: np.ndarray  # (n,) int64: all from a token up to here, exclusively, descend from it
+    prompt_length: int  # so many tokens at the row's beginning are seen by all; 0 is causal
 
     @property
     def is_chain(self) -> bool:
@@ -68,28 +54,19 @@ class TreeRow(Row):
 
 @dataclass(frozen=True, eq=False)
 class PackedRow(Row):
-    """Documents that see themselves bidirectionally, and not each other.
+    """Documents that see themselves bidirectionally, and not each other."""
 
-    Attributes:
-        documents: (n,) int32, 0, 1, ... along the row.
-    """
-
-    documents: np.ndarray
+    documents: np.ndarray  # (n,) int32, 0, 1, ... along the row
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows that are run together.
-
-    Attributes:
-        rows: All trees or all packed, longest first.
-    """
+class RowBatch:
+    """Rows that are run together: all trees or all packed, longest first."""
 
     rows: Sequence[Row]
 
     @property
     def width(self) -> int:
-        """T."""
         return max(map(len, self.rows))
 
     @property
@@ -135,7 +112,7 @@ class Batch:
         return plan_attention("full", ids, backend=backend, device=device, dtype=dtype)
 
 
-def make_batches(rows: Sequence[Row], tokens: int, *, overhead_tokens: int) -> list[Batch]:
+def make_batches(rows: Sequence[Row], tokens: int, *, overhead_tokens: int) -> list[RowBatch]:
     """Divide rows into batches of similar lengths.
 
     Args:
@@ -160,7 +137,7 @@ def make_batches(rows: Sequence[Row], tokens: int, *, overhead_tokens: int) -> l
             and (full - stop) * (width - len(ordered[stop])) <= overhead_tokens
         ):
             stop += 1
-        batches.append(Batch(ordered[begin:stop]))
+        batches.append(RowBatch(ordered[begin:stop]))
         begin = stop
     return batches
 

@@ -31,24 +31,17 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "jinja2")
 
 @dataclass
 class Evaluation:
-    """All that is known of an evaluation.
-
-    Attributes:
-        settings: What decides the numbers, by name.
-        data: Directory of the held-out text; None where there is none.
-        items: The items of each, by the task's name.
-        files: Name of the file with the items of each (task, mode).
-    """
+    """All that is known of an evaluation."""
 
     source: ModelSource
-    settings: dict[str, Any]
-    data: str | None = None
+    settings: dict[str, Any]  # what decides the numbers
+    data: str | None = None  # directory of the held-out text
     dataset: str | None = None
     held_out: HeldOut | None = None
     tasks: list[Task] = field(default_factory=list)
-    items: dict[str, TaskItems] = field(default_factory=dict)
+    items: dict[str, TaskItems] = field(default_factory=dict)  # by the task's name
     results: list[TaskResult] = field(default_factory=list)
-    files: dict[tuple[str, Mode], str] = field(default_factory=dict)
+    files: dict[tuple[str, Mode], str] = field(default_factory=dict)  # names of files of items
     notes: list[str] = field(default_factory=list)
 
     def averages(self) -> dict[str, Estimate]:
@@ -73,7 +66,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "held_out": _held_out(evaluation),
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "over": "items"},
         "average": {
-            mode: {**estimate.json(), "tasks": len(evaluation.tasks)}
+            mode: {**asdict(estimate), "tasks": len(evaluation.tasks)}
             for mode, estimate in averages.items()
         },
         "tasks": {task.name: _task(evaluation, task) for task in evaluation.tasks},

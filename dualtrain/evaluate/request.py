@@ -22,29 +22,19 @@ MOST_ELBO_SAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A continuation to be scored after a context.
+    """A continuation to be scored after a context, both in token ids."""
 
-    Attributes:
-        context: Token ids, the first of them ``<s>``.
-    """
-
-    context: tuple[int, ...]
+    context: tuple[int, ...]  # begins with ``<s>``
     continuation: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a request got.
+    """What a request got."""
 
-    Attributes:
-        log_likelihood: In nats, summed over the continuation, in the mode's sense.
-        is_greedy: Whether every token is the likeliest one; None in the modes that mask.
-        dropped: The oldest tokens of the context behind ``<s>`` that the model had no room for.
-    """
-
-    log_likelihood: float
-    is_greedy: bool | None
-    dropped: int
+    log_likelihood: float  # nats, summed over the continuation, in the mode's sense
+    is_greedy: bool | None  # whether all tokens are the likeliest; None in the modes that mask
+    dropped: int  # oldest tokens of the context behind ``<s>`` that the model had no room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +43,6 @@ class Passage:
 
     tokens: tuple[int, ...]
     begin: int
-
-
-def longest_passage(mode: Mode, context: int) -> int:
-    """How many tokens context and continuation may have together.
-
-    Args:
-        mode: The last token of a continuation is no input where nothing is predicted from it.
-        context: The longest row of the model, in tokens.
-    """
-    return context + (mode not in MASKING_MODES)
 
 
 def fit_requests(requests: Sequence[Request], longest: int) -> list[tuple[Passage, int]]:
@@ -129,14 +109,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, bos_id
     Apart they would be other tokens: many tokenizers treat the beginning of a text specially, and
     merge across the boundary.
 
-    Args:
-        context: May be empty: then the context of the request is ``<s>`` alone.
-        continuation: With its leading space, if it has one.
-        bos_id: ``<s>``.
-
-    Returns:
-        The request. A token that holds the end of the context and the beginning of the
-        continuation belongs to the continuation, so that none of its text is left out.
+    A token that holds the end of the context and the beginning of the continuation belongs to the
+    continuation, so that none of its text is left out. The context may be empty.
 
     Raises:
         UserError: There is no token in the continuation.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.evaluate.masks import MaskedDocument, Masking, pack_documents
-from dualtrain.evaluate.packing import Batch, Row, make_batches
+from dualtrain.evaluate.packing import Row, RowBatch, make_batches
 from dualtrain.evaluate.request import (
     MASKING_MODES,
     MODES,
@@ -36,7 +36,6 @@ from dualtrain.evaluate.request import (
     check_scorable,
     encode_pair,
     fit_requests,
-    longest_passage,
 )
 from dualtrain.evaluate.tree import make_trees
 from dualtrain.model.handle import ModelHandle
@@ -92,7 +91,8 @@ class Scorer:
 
     def longest(self, mode: Mode) -> int:
         """Return how many tokens context and continuation may have together."""
-        return longest_passage(mode, self.model.context)
+        # The last token of a continuation is no input where nothing is predicted from it.
+        return self.model.context + (mode not in MASKING_MODES)
 
     def score(
         self,
@@ -199,7 +199,7 @@ class Scorer:
             report(before + len(plan.passages) * done / total)
         return plan.results(self._exchange(plan.read_count, outputs))
 
-    def _attempt(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    def _attempt(self, batch: RowBatch) -> tuple[Tensor, Tensor] | None:
         """Run a batch: (N,) losses and whether each target is the likeliest; None without memory.
 
         The tensors stay on the device, so that nothing waits for it.
@@ -219,7 +219,7 @@ class Scorer:
             torch.cuda.empty_cache()
         return None
 
-    def _shrinks(self, batch: Batch, *, failed: bool) -> bool:
+    def _shrinks(self, batch: RowBatch, *, failed: bool) -> bool:
         """Make batches smaller if one failed on any rank, and say whether that was so.
 
         Raises:
@@ -277,30 +277,19 @@ _Result = tuple[float, bool | None]
 
 @dataclass(frozen=True)
 class _Plan:
-    """Rows, and how scores come from what is read there.
-
-    Attributes:
-        reads: For each passage the numbers of its readings.
-        weights: For each passage the weights of their losses; None where the mode does not mask,
-            and all are 1.
-    """
+    """Rows, and how scores come from what is read there."""
 
     passages: Sequence[Passage]
     rows: Sequence[Row]
-    reads: Sequence[np.ndarray]
-    weights: Sequence[np.ndarray] | None
+    reads: Sequence[np.ndarray]  # for each passage the numbers of its readings
+    weights: Sequence[np.ndarray] | None  # of their losses; None in modes that do not mask: all 1
 
     @property
     def read_count(self) -> int:
-        """N, readings of all rows."""
         return sum(len(row.reads) for row in self.rows)
 
     def results(self, found: np.ndarray) -> dict[Passage, _Result]:
-        """Add up the losses of those passages that are read to the end.
-
-        Args:
-            found: From ``Scorer._exchange``.
-        """
+        """Add up the losses, from ``Scorer._exchange``, of passages that are read to the end."""
         losses, is_top, is_read = found[0], found[1] > 0, found[2] > 0
         results: dict[Passage, _Result] = {}
         for number, (passage, reads) in enumerate(zip(self.passages, self.reads, strict=True)):

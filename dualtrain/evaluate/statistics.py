@@ -24,11 +24,7 @@ depends on which others were in the batch."""
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with its bootstrap interval.
-
-    Attributes:
-        low: Lower end of the 95 % interval.
-    """
+    """A number with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -41,26 +37,16 @@ class Estimate:
         low, high = np.quantile(resampled, [outside, 1 - outside])
         return cls(float(value), float(low), float(high))
 
-    def json(self) -> dict[str, float]:
-        """For a JSON file."""
-        return {"value": self.value, "low": self.low, "high": self.high}
-
 
 @dataclass(frozen=True)
 class Resampled:
-    """Means over items drawn anew, with replacement.
-
-    Attributes:
-        accuracy: (R,) float64, mean credit.
-        chance: (R,) float64, mean chance of the same items.
-    """
+    """Means over items drawn anew, with replacement; each is (R,) float64."""
 
     accuracy: Floats
     chance: Floats
 
     @property
     def score(self) -> Floats:
-        """(R,) float64, normalised scores."""
         return normalised(self.accuracy, self.chance)
 
 
@@ -109,9 +95,5 @@ def resample(
 
 
 def average(scores: Sequence[float], resampled: Sequence[Floats]) -> Estimate:
-    """Mean over tasks, each resampled by itself (a bootstrap stratified by task).
-
-    Args:
-        resampled: Of each task, (R,) float64.
-    """
+    """Mean over tasks, each resampled by itself (a bootstrap stratified by task)."""
     return Estimate.of(float(np.mean(scores)), np.mean(resampled, axis=0))

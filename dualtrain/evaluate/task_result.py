@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """One item, scored.
-
-    Attributes:
-        log_likelihoods: Of each answer, in nats.
-        greedy: Of each answer, whether every token of it is the likeliest; None in modes that mask.
-        dropped: Tokens of the prompt that the context had no room for; of the longest answer.
-    """
+    """One item, scored."""
 
     item: Item
-    log_likelihoods: tuple[float, ...]
-    greedy: tuple[bool | None, ...]
-    dropped: int
+    log_likelihoods: tuple[float, ...]  # of each answer, in nats
+    greedy: tuple[bool | None, ...]  # whether all tokens are the likeliest; None in modes that mask
+    dropped: int  # tokens of the prompt that the context had no room for before the longest answer
 
     @property
     def per_character(self) -> tuple[float, ...]:
-        """Log-likelihood of each answer divided by its characters."""
         pairs = zip(self.log_likelihoods, self.item.characters, strict=True)
         return tuple(value / count for value, count in pairs)
 
@@ -52,7 +45,6 @@ class ItemResult:
         return credit(scores, self.item.gold)
 
     def json(self) -> dict[str, Any]:
-        """For a JSON file."""
         return {
             "line": self.item.line,
             "group": self.item.group,
@@ -80,7 +72,6 @@ class Scores:
 
     @cached_property
     def chances(self) -> Floats:
-        """(N,) float64, chance of each item."""
         return chances([len(result.item.choices) for result in self.items])
 
     @property
@@ -116,13 +107,12 @@ class Scores:
         return int(sum(0 < value < 1 for value in self._credits[self.metric]))
 
     def json(self) -> dict[str, Any]:
-        """For a JSON file."""
         return {
             "items": len(self.items),
             "chance": self.chance,
-            "accuracy": self.accuracy.json(),
-            "accuracy_norm": self.accuracy_norm.json(),
-            "score": self.score.json(),
+            "accuracy": asdict(self.accuracy),
+            "accuracy_norm": asdict(self.accuracy_norm),
+            "score": asdict(self.score),
             "ties": self.ties,
         }
 
@@ -146,12 +136,7 @@ class Scores:
 
 
 class TaskResult(Scores):
-    """What a model got on a task in a mode.
-
-    Args:
-        items: Those that were scored, at least one.
-        left_out: Items with an answer longer than the model's context, which cannot be scored.
-    """
+    """What a model got on a task in a mode: at least one item."""
 
     def __init__(
         self,
@@ -167,8 +152,8 @@ class TaskResult(Scores):
         super().__init__(items, metric, seed=seed, purpose=f"{task}, {mode}")
         self.task = task
         self.mode: Mode = mode
+        # Items with an answer longer than the model's context cannot be scored.
         self.left_out, self.seconds = left_out, seconds
-        self._seed = seed
 
     @property
     def cut(self) -> int:
@@ -197,7 +182,6 @@ class TaskResult(Scores):
         )
 
     def json(self) -> dict[str, Any]:
-        """For a JSON file."""
         return {
             **super().json(),
             "prompts_cut": self.cut,

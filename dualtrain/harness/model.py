@@ -13,6 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from dualtrain.checkpoint.trained import Precision, open_trained
 from dualtrain.common.errors import EXIT_DONE, EXIT_USER_ERROR, UserError, nearest
+from dualtrain.evaluate.request import MOST_ELBO_SAMPLES
 from dualtrain.evaluate.scoring import (
     MASKING_MODES,
     MODES,
@@ -31,6 +33,7 @@ from dualtrain.evaluate.scoring import (
     Scorer,
     encode_pair,
 )
+from dualtrain.launch.world import launched_ranks
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -52,17 +55,45 @@ logger = logging.getLogger("lm_eval.models.dualtrain")
 """Below the harness's logger, whose settings it follows."""
 
 DEFAULT_DEVICE = "cuda:0"
-OPTIONS = (
-    "path",
-    "mode",
-    "step",
-    "device",
-    "precision",
-    "tokens_per_batch",
-    "elbo_samples",
-    "seed",
-    "max_gen_toks",
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """``--model_args`` of the model type ``dualtrain``; harness/README.md says what they do."""
+
+    path: str | None = None
+    mode: Mode = "ar"
+    step: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    tokens_per_batch: int | None = None
+    elbo_samples: int = 32
+    seed: int = 0
+    max_gen_toks: int = 256
+
+    def check(self) -> None:
+        """Refuse what no model has.
+
+        Raises:
+            UserError: A value that an option cannot have.
+        """
+        if self.path is None:
+            raise _wrong("path", "not given", "a run, a checkpoint, or an exported model")
+        for key, words in (("mode", MODES), ("precision", get_args(Precision))):
+            value = getattr(self, key)
+            if value not in words and (key, value) != ("precision", None):
+                raise _wrong(key, f"{value!r}", f"one of {', '.join(words)}", value, words)
+        for key, least in _LEAST.items():
+            value = getattr(self, key)
+            if value is None and getattr(ModelArguments, key) is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise _wrong(key, f"{value!r}", f"a whole number, at least {least}")
+        if self.elbo_samples > MOST_ELBO_SAMPLES:
+            raise _wrong("elbo_samples", f"{self.elbo_samples}", f"at most {MOST_ELBO_SAMPLES}")
+
+
+_LEAST = {"step": 0, "tokens_per_batch": 1, "elbo_samples": 1, "seed": 0, "max_gen_toks": 1}
 
 
 @register_model("dualtrain")
@@ -70,15 +101,8 @@ class DualtrainLM(TemplateLM):
     """A run, a checkpoint or an exported model, scored in one of the five modes.
 
     Args:
-        mode: One of :data:`MODES`.
-        step: Of a run, the checkpoint of this step; by default the newest.
-        device: By default the first GPU, or the CPU.
-        precision: ``fp32`` or ``bf16``; by default fp32 on a CPU, as trained on a GPU.
-        tokens_per_batch: Tokens of a forward pass; by default what fits.
-        elbo_samples: Masks for each request in the mode ``elbo``.
-        seed: Of these masks, and of sampling.
-        max_gen_toks: Tokens to generate at most where a task does not say.
         batch_size: The harness always gives one; rows are batched by tokens instead.
+        given: The fields of :class:`ModelArguments`.
 
     Raises:
         UserError: No model at ``path``, an option that does not exist, or a value it cannot have.
@@ -88,67 +112,47 @@ class DualtrainLM(TemplateLM):
         self,
         path: str | None = None,
         *,
-        mode: Mode = "ar",
-        step: int | None = None,
-        device: str | None = None,
-        precision: Precision | None = None,
-        tokens_per_batch: int | None = None,
-        elbo_samples: int = 32,
-        seed: int = 0,
-        max_gen_toks: int = 256,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
-        **unknown: object,
+        **given: Any,
     ) -> None:
         super().__init__()
-        for key in unknown:
-            raise _wrong(key, "no such option", f"one of {', '.join(OPTIONS)}", key, OPTIONS)
-        if path is None:
-            raise _wrong("path", "not given", "a run, a checkpoint, or an exported model")
-        _check_choice("mode", mode, MODES)
-        if precision is not None:
-            _check_choice("precision", precision, get_args(Precision))
-        numbers = {"elbo_samples": elbo_samples, "max_gen_toks": max_gen_toks}
-        if tokens_per_batch is not None:
-            numbers["tokens_per_batch"] = tokens_per_batch
-        for key, value in numbers.items():
-            if not isinstance(value, int) or value < 1:
-                raise _wrong(key, f"{value!r}", "a whole number, at least 1")
+        known = [field.name for field in fields(ModelArguments)]
+        for key in given:
+            if key not in known:
+                raise _wrong(key, "no such option", f"one of {', '.join(known)}", key, known)
+        options = self.options = ModelArguments(path=path, **given)
+        options.check()
         if batch_size not in (None, 1, "1") or max_batch_size is not None:
             logger.warning("dualtrain batches by tokens: use tokens_per_batch, not batch_size")
-        self.mode: Mode = mode
-        self.max_gen_toks, self.seed = max_gen_toks, seed
-        self.tokens_per_batch = tokens_per_batch
+        self.mode: Mode = options.mode
         self._rank, self._world_size = join_ranks()
         self.trained = open_trained(
             str(path),
-            step=step,
-            device=_own_device(device),
-            precision=precision,
+            step=options.step,
+            device=_own_device(options.device),
+            precision=options.precision,
             on_note=logger.warning,
         )
         self._device = self.trained.device
         self.scorer = Scorer(
             self.trained,
-            tokens_per_batch=tokens_per_batch,
-            elbo_samples=elbo_samples,
-            seed=seed,
+            tokens_per_batch=options.tokens_per_batch,
+            elbo_samples=options.elbo_samples,
+            seed=options.seed,
             on_note=logger.warning,
         )
 
     @property
     def eot_token_id(self) -> int:
-        """``</s>``."""
         return self.trained.vocabulary.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """``<s>``, which every text begins with."""
         return self.trained.vocabulary.bos_id
 
     @property
     def max_length(self) -> int:
-        """Longest row in tokens."""
         return self.trained.context
 
     @property
@@ -272,8 +276,8 @@ class DualtrainLM(TemplateLM):
             return write_texts(
                 self.trained,
                 asked,
-                Settings(mode=self.mode, tokens=self.max_gen_toks, seed=self.seed),
-                tokens_per_batch=self.tokens_per_batch,
+                Settings(mode=self.mode, tokens=self.options.max_gen_toks, seed=self.options.seed),
+                tokens_per_batch=self.options.tokens_per_batch,
                 on_text=on_text,
                 on_note=logger.warning,
             )
@@ -296,7 +300,6 @@ class DualtrainLM(TemplateLM):
         raise UserError("--apply_chat_template", "the model has no chat template", "no such option")
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate what all ranks have."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty(0)] * self.world_size
@@ -312,7 +315,6 @@ class DualtrainLM(TemplateLM):
         return parts
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -344,7 +346,7 @@ def join_ranks() -> tuple[int, int]:
     Returns:
         Rank and number of ranks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_ranks(os.environ) == 1:
         return 0, 1
     if not dist.is_initialized():
         # Ranks are not equally fast: the first to be done waits for the last.
@@ -378,11 +380,6 @@ def _warn_of_unknown_greediness(requests: Sequence[Instance], mode: Mode) -> Non
             mode,
             ", ".join(tasks),
         )
-
-
-def _check_choice(option: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise _wrong(option, f"{value!r}", f"one of {', '.join(choices)}", value, choices)
 
 
 def _wrong(

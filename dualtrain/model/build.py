@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dualtrain.common.errors import UserError
-from dualtrain.common.file_kinds import open_weights, read_object
+from dualtrain.common.file_kinds import read_object
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.engine.norm_gains import set_type
 from dualtrain.engine.parameters import (
@@ -23,6 +22,7 @@ from dualtrain.engine.parameters import (
     whole_parameters,
 )
 from dualtrain.model.exported import is_exported, read_exported_config
+from dualtrain.model.pretrained import load_pretrained
 from dualtrain.network.config import DualConfig
 from dualtrain.network.initialize import initialize_parameter
 from dualtrain.network.norms import norm_parameters
@@ -111,14 +111,8 @@ def read_exported(directory: Path) -> nn.Module:
     Raises:
         UserError: Its files are missing, or do not fit one another.
     """
-    config = read_config(directory / CONFIG)
-    model = _on_meta(config).to_empty(device="cpu")
-    if isinstance(config, DualConfig):
-        load_safetensors(directory, model)
-    else:
-        from dualtrain.model.pretrained import load_pretrained
-
-        load_pretrained(directory, cast("ImportedLM", model))
+    model = _on_meta(read_config(directory / CONFIG)).to_empty(device="cpu")
+    load_pretrained(directory, model)
     return model
 
 
@@ -138,35 +132,10 @@ def read_config(file: Path) -> DualConfig | PretrainedConfig:
     return parse_config(values, where=str(file))
 
 
-def _on_meta(config: DualConfig | PretrainedConfig) -> nn.Module:
+def _on_meta(config: DualConfig | PretrainedConfig) -> DualLM | ImportedLM:
     with torch.device("meta"):
         if isinstance(config, DualConfig):
             return DualLM(config)
         from dualtrain.model.imported import ImportedLM
 
         return ImportedLM(config)
-
-
-def load_safetensors(directory: Path, model: nn.Module) -> None:
-    """Fill a model from the ``*.safetensors`` of a directory, one tensor at a time.
-
-    Raises:
-        UserError: There are none, or their names or shapes are not the model's.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(str(directory), "has no weights", "*.safetensors")
-    missing = dict(model.named_parameters())
-    for file in files:
-        with open_weights(file) as weights:
-            for name in weights.keys():  # noqa: SIM118
-                if name not in missing:
-                    raise UserError(str(file), f"has an unknown weight {name}", "the model's own")
-                parameter, found = missing.pop(name), weights.get_tensor(name)
-                if parameter.shape != found.shape:
-                    shapes = f"{tuple(found.shape)}", f"{tuple(parameter.shape)}, as in {CONFIG}"
-                    raise UserError(str(file), f"{name} is of shape {shapes[0]}", shapes[1])
-                with torch.no_grad():
-                    parameter.copy_(found)
-    if missing:
-        raise UserError(str(directory), f"lacks the weights {', '.join(sorted(missing)[:3])}")

@@ -7,7 +7,7 @@ that a run trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,30 +53,25 @@ class ModelHandle:
         with torch.autocast(self.device.type, self.dtype):
             return self.model(*inputs, **options)
 
-    def inference(self, *, compiled: bool = False) -> AbstractContextManager[None]:
-        """See :func:`inference`."""
-        return inference(self.model, compiled=compiled)
+    @contextmanager
+    def inference(self, *, compiled: bool = False) -> Iterator[None]:
+        """Put the model in evaluation mode, without gradients, and put it back afterwards.
 
+        ``torch.no_grad`` rather than ``inference_mode``: ZeRO-3 gathers parameters into tensors
+        that training uses again.
 
-@contextmanager
-def inference(model: object, *, compiled: bool = False) -> Iterator[None]:
-    """Put a model in evaluation mode, without gradients, and put it back afterwards.
-
-    ``torch.no_grad`` rather than ``inference_mode``: ZeRO-3 gathers parameters into tensors that
-    training uses again.
-
-    Args:
-        model: A module, a DeepSpeed engine around one, or a plain function, which has no mode.
-        compiled: Whether compiled blocks run as such; they need a graph for every shape of rows.
-    """
-    # An engine keeps its own flag and sets its module's; the module's is the one that counts.
-    inner: Any = getattr(model, "module", model)
-    was_training = isinstance(inner, nn.Module) and inner.training
-    if was_training:
-        inner.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
-            yield
-    finally:
+        Args:
+            compiled: Whether compiled blocks run as such; they need a graph for every shape.
+        """
+        # An engine keeps its own flag and sets its module's; the module's is the one that counts.
+        inner: Any = getattr(self.model, "module", self.model)
+        was_training = isinstance(inner, nn.Module) and inner.training
+        stance = "default" if compiled else "force_eager"
         if was_training:
-            inner.train()
+            inner.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance(stance):
+                yield
+        finally:
+            if was_training:
+                inner.train()

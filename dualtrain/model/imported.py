@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Pretra
 
 from dualtrain.common.randomness import generator
 from dualtrain.engine.parameters import muon_parameter_names
-from dualtrain.model.imported_config import longest_row, remove_dropout
+from dualtrain.model.imported_config import remove_dropout
 from dualtrain.network.arithmetic import ModelSizes
 from dualtrain.network.attention import AttentionPlan, plan_rows
 from dualtrain.network.loss import OutputLayer
@@ -58,9 +58,9 @@ class ImportedLM(nn.Module):
         config.pad_token_id = padding
         config.architectures = [model_class.__name__]
         self.config = config
-        self._body_name: str = model.base_model_prefix
+        self.base_model_prefix: str = model.base_model_prefix
         self._head_name = _HEADS.get(config.model_type, "lm_head")
-        self.add_module(self._body_name, model.base_model)
+        self.add_module(self.base_model_prefix, model.base_model)
         exempt_norms(self)
         head = model.get_output_embeddings()
         head.__class__ = OutputLayer  # the same matrix, with the loss inside
@@ -78,10 +78,7 @@ class ImportedLM(nn.Module):
         selection: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> DualOutput:
-        """Compute logits, the loss, or each position's loss.
-
-        Args and returns are those of ``DualLM.forward``.
-        """
+        """As ``DualLM.forward``."""
         hidden = self.body(
             input_ids=input_ids,
             position_ids=positions,
@@ -105,17 +102,11 @@ class ImportedLM(nn.Module):
     @property
     def body(self) -> Any:
         """transformers' model without its output matrix."""
-        return self.get_submodule(self._body_name)
+        return self.get_submodule(self.base_model_prefix)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks."""
         return next(part for part in self.body.children() if isinstance(part, nn.ModuleList))
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens that a row can have."""
-        return longest_row(self.config)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -135,11 +126,9 @@ class ImportedLM(nn.Module):
             block.compile(dynamic=False)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding of tokens."""
         return self.body.get_input_embeddings()
 
     def get_output_embeddings(self) -> OutputLayer:
-        """The matrix to the vocabulary."""
         return cast(OutputLayer, self.get_submodule(self._head_name))
 
     def renew_rotary(self) -> None:

@@ -1,6 +1,6 @@
-"""Weights of a published model, read into an imported one parameter by parameter.
+"""Weights of a published or exported model, read into one of ours parameter by parameter.
 
-``hugging_face`` and ``build`` call :func:`load_pretrained`. Only safetensors are read: other
+Only safetensors are read: other
 formats are programs that run when they are opened.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, read_object
 from dualtrain.common.randomness import generator
 from dualtrain.engine.parameters import whole_parameters
-from dualtrain.model.imported import ImportedLM
+from dualtrain.network.transformer import DualLM
+
+if TYPE_CHECKING:
+    from dualtrain.model.imported import ImportedLM
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +38,7 @@ _CONSTANTS = (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 
-# Of the spread of the old rows: enough to tell new rows apart.
+# Share of the spread of the old rows: enough to tell new rows apart.
 _NOISE = 0.02
 
 
@@ -58,15 +62,7 @@ class NewRows:
     seed: int
 
     def extend(self, published: Tensor, name: str) -> Tensor:
-        """Give a vocabulary's matrix its new rows.
-
-        Args:
-            published: (R, W).
-            name: Of the parameter; the noise depends on it.
-
-        Returns:
-            (rows, W) float32.
-        """
+        """From (published, W) to (rows, W) float32, with noise by the parameter's name."""
         result = torch.zeros(self.rows, published.shape[1])
         result[: len(published)] = published
         is_known = torch.arange(self.rows) < len(published)
@@ -81,21 +77,25 @@ class NewRows:
         return result
 
 
-def load_pretrained(directory: Path, model: ImportedLM, new_rows: NewRows | None = None) -> None:
-    """Fill an imported model with the weights of a directory; at stage 3 every rank calls.
+def load_pretrained(
+    directory: Path, model: DualLM | ImportedLM, new_rows: NewRows | None = None
+) -> None:
+    """Fill a model with the weights of a directory; at stage 3 every rank calls.
 
     Never more than one parameter is whole, nor in memory twice.
 
     Args:
         directory: In the layout of Hugging Face.
-        model: Of its configuration, but for the vocabulary.
+        model: Of that configuration, but for the vocabulary.
         new_rows: How to make up for a larger vocabulary; None where it is the published one.
 
     Raises:
         UserError: There are no weights in safetensors, or they are not those of this model.
     """
-    files = _Weights(directory, model.body.base_model_prefix)
-    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    files = _Weights(directory, getattr(model, "base_model_prefix", ""))
+    ends = ()
+    if new_rows is not None:
+        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -107,11 +107,8 @@ def load_pretrained(directory: Path, model: ImportedLM, new_rows: NewRows | None
             if extending is not None:
                 expected = (extending.published, *expected[1:])
             if tuple(found.shape) != expected:
-                raise UserError(
-                    str(directory),
-                    f"{name} is of shape {tuple(found.shape)}",
-                    f"{expected}, as its config.json says",
-                )
+                what = f"{name} is of shape {tuple(found.shape)}"
+                raise UserError(str(directory), what, f"{expected}, as its config.json says")
             parameter.copy_(found if extending is None else extending.extend(found, name))
     files.check_rest()
 
@@ -124,23 +121,18 @@ class _Weights:
         self._files = dict(_find_tensors(directory))
 
     def take(self, names: Sequence[str]) -> Tensor:
-        """Read a tensor, under the first of its names that is there; the others go with it.
-
-        Published GPT-2 leaves out the name of the body.
-
-        Raises:
-            UserError: It is not there, cannot be read, or has values that nothing can begin from.
-        """
+        """Read a tensor, under the first of its names that is there; the others go with it."""
+        # Published GPT-2 leaves out the name of the body.
         spellings = [*names, *(name.removeprefix(f"{self._prefix}.") for name in names)]
-        there = [name for name in spellings if name in self._files]
-        if not there:
-            raise UserError(
-                str(self._directory), f"lacks the weights {names[0]}", "those of its config.json"
-            )
-        with open_weights(self._files[there[0]]) as weights:
-            found = weights.get_tensor(there[0])
-        _check_values(found, there[0], self._files[there[0]])
-        for name in there:
+        known = [name for name in spellings if name in self._files]
+        if not known:
+            what = f"lacks the weights {names[0]}"
+            raise UserError(str(self._directory), what, "those of its config.json")
+        name, file = known[0], self._files[known[0]]
+        with open_weights(file) as weights:
+            found = weights.get_tensor(name)
+        _check_values(found, name, file)
+        for name in known:
             self._files.pop(name, None)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,13 +187,13 @@ def _differences(losses: Mapping[str, DocumentLosses], seed: int) -> dict[str, d
         found: dict[str, Any] = {"documents": len(own.documents)}
         # Of a run against itself: what reading the first half both ways is worth.
         prefix = over_documents(own.prefix, own.ar_same_tokens, own.prefix_tokens, seed=seed)
-        found["prefix_minus_ar"] = prefix.json()
+        found["prefix_minus_ar"] = asdict(prefix)
         if differences:
             reference = losses[next(iter(losses))]
             for part in PARTS:
                 tokens = own.tokens if part == "ar" else getattr(own, f"{part}_tokens")
                 one, other = getattr(own, part), getattr(reference, part)
-                found[part] = over_documents(one, other, tokens, seed=seed).json()
+                found[part] = asdict(over_documents(one, other, tokens, seed=seed))
         differences[name] = found
     return differences
 

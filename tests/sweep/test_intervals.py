@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -31,7 +33,7 @@ def test_pairing_documents_takes_out_how_hard_they_are():
     one, other = (hard + 0.1) * tokens, (hard + rng.normal(0, 0.02, 200)) * tokens
     found = over_documents(one, other, tokens)
     assert found.low < 0.1 < found.high and found.high - found.low < 0.02
-    assert over_documents(one, one, tokens).json() == {"value": 0, "low": 0, "high": 0}
+    assert asdict(over_documents(one, one, tokens)) == {"value": 0, "low": 0, "high": 0}
 
 
 def test_the_interval_over_documents_covers_as_often_as_it_says():

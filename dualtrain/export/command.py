@@ -67,11 +67,6 @@ def export(options: ExportOptions) -> None:
     from dualtrain.export.export import export_checkpoint
 
     exported = export_checkpoint(
-        options.path,
-        to=options.to,
-        step=options.step,
-        precision=options.dtype,
-        max_shard_size=options.max_shard_size,
-        on_note=lambda note: typer.echo(f"note: {note}", err=True),
+        options, on_note=lambda note: typer.echo(f"note: {note}", err=True)
     )
     typer.echo("\n".join(exported.lines()))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
@@ -35,6 +35,9 @@ from dualtrain.model.build import CONFIG, model_config, read_config
 from dualtrain.model.exported import CODE, exported_config, exported_import
 from dualtrain.model.exported_tokenizer import write_tokenizer
 from dualtrain.network.config import DualConfig
+
+if TYPE_CHECKING:
+    from dualtrain.export.command import ExportOptions
 
 CODE_FILE = f"{CODE}.py"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,31 +75,20 @@ class Exported:
 
 
 def export_checkpoint(
-    path: Path | str,
-    *,
-    to: Path | str,
-    step: int | None = None,
-    precision: str = "fp32",
-    max_shard_size: str = "5GB",
-    on_note: Callable[[str], None] | None = None,
+    options: ExportOptions, *, on_note: Callable[[str], None] = lambda note: None
 ) -> Exported:
     """Export a checkpoint.
 
     Args:
-        path: A run directory (its newest whole checkpoint), or a checkpoint's directory.
-        step: Of a run directory, the checkpoint of this step.
-        precision: Of the exported weights: fp32 or bf16.
-        max_shard_size: Of a file of weights, such as ``5GB``.
         on_note: Told what the user should know of how the model was found.
 
     Raises:
         UserError: There is no whole checkpoint, or the directory cannot be written.
     """
-    dtype = weights_dtype(precision)
-    source = find_source(path, step=step)
+    dtype = weights_dtype(options.dtype)
+    source = find_source(options.path, step=options.step)
     for note in source.notes:
-        if on_note is not None:
-            on_note(note)
+        on_note(note)
     recipe, info = source.recipe, source.info
     if recipe is None or info is None:
         raise UserError(
@@ -113,9 +105,8 @@ def export_checkpoint(
     if isinstance(config, DualConfig):
         values = exported_config(config, **facts)
     else:
-        given = read_object(file, "a model's configuration")
-        values = exported_import(given, **facts)
-    with new_directory(to) as directory:
+        values = exported_import(read_object(file, "a model's configuration"), **facts)
+    with new_directory(options.to) as directory:
         write_json(directory / CONFIG, values)
         write_json(directory / "generation_config.json", generation(config, info.vocabulary))
         names = write_tokenizer(
@@ -126,22 +117,15 @@ def export_checkpoint(
         )
         if isinstance(config, DualConfig):
             shutil.copyfile(Path(__file__).with_name(CODE_FILE), directory / CODE_FILE)
-        parameters = write_weights(
-            source.path / checkpoint.WEIGHTS, directory, dtype=dtype, max_shard_size=max_shard_size
-        )
+        weights, size = source.path / checkpoint.WEIGHTS, options.max_shard_size
+        parameters = write_weights(weights, directory, dtype=dtype, max_shard_size=size)
         write_model_card(
             directory, source, config=config, values=values, parameters=parameters, names=names
         )
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    return Exported(
-        directory=Path(to),
-        name=source.name,
-        architecture=values["architectures"][0],
-        is_plain=values["model_type"] != DualConfig.model_type,
-        precision=precision,
-        parameters=parameters,
-        files=files,
-    )
+    plain = values["model_type"] != DualConfig.model_type
+    architecture = values["architectures"][0]
+    return Exported(options.to, source.name, architecture, plain, options.dtype, parameters, files)
 
 
 def weights_dtype(precision: str) -> torch.dtype:

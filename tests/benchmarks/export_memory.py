@@ -21,13 +21,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # In the new process: imports, then the measured export.
 EXPORT = """
 import sys, time
+from pathlib import Path
+from dualtrain.export.command import ExportOptions
 from dualtrain.export.export import export_checkpoint
 import safetensors.torch
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, began = peak(), time.perf_counter()
 source, to, precision, size = sys.argv[1:]
-export_checkpoint(source, to=to, precision=precision, max_shard_size=size)
+source, to = Path(source), Path(to)
+export_checkpoint(ExportOptions(path=source, to=to, dtype=precision, max_shard_size=size))
 print(peak() - before, time.perf_counter() - began)
 """
 

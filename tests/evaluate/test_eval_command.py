@@ -24,6 +24,7 @@ from dualtrain.data.dataset import DatasetInfo
 from dualtrain.evaluate import result_files
 from dualtrain.evaluate.command import EvalOptions
 from dualtrain.evaluate.evaluate import choose_modes, evaluate_model
+from dualtrain.export.command import ExportOptions
 from dualtrain.export.export import export_checkpoint
 
 
@@ -192,7 +193,7 @@ def test_held_out_text_that_is_gone_is_noted_and_asked_for_refused(
 
 def test_an_export_has_the_losses_of_its_checkpoint(run_dir, tiny_dataset, out, tmp_path, capsys):
     """Its tokenizer.json is another file, but encodes the same; documents end as in training."""
-    export_checkpoint(run_dir, to=tmp_path / "export")
+    export_checkpoint(ExportOptions(path=run_dir, to=tmp_path / "export"))
     own = tmp_path / "export" / "tokenizer.json"
     assert own.read_bytes() != (tiny_dataset / "tokenizer.json").read_bytes()
     options = EvalOptions(path=run_dir, tasks="none", sequences=10, out=out)

@@ -9,6 +9,7 @@ from helpers.imported import loader
 from helpers.runs import tiny_loader, train_on
 
 from dualtrain.checkpoint.trained import TrainedModel, open_trained
+from dualtrain.export.command import ExportOptions
 from dualtrain.export.export import Exported, export_checkpoint
 from dualtrain.network.attention import plan_attention
 
@@ -66,7 +67,7 @@ def cases(tiny_dataset, published, tmp_path_factory) -> dict[str, Case]:
     cases = {}
     for head, recipe in recipes.items():
         run_dir = recipe.recipe.directory
-        exported = export_checkpoint(run_dir, to=folder / f"{head}-export")
+        exported = export_checkpoint(ExportOptions(path=run_dir, to=folder / f"{head}-export"))
         cases[head] = Case(run_dir, exported, open_trained(run_dir, device="cpu"))
     return cases
 

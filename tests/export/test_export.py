@@ -18,6 +18,7 @@ from dualtrain.checkpoint.trained import open_trained
 from dualtrain.cli import app
 from dualtrain.common.errors import UserError
 from dualtrain.export.card_results import held_out, task_scores
+from dualtrain.export.command import ExportOptions
 from dualtrain.export.export import export_checkpoint
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
@@ -116,7 +117,7 @@ def test_an_earlier_step_in_bf16_in_several_files(cases, tmp_path):
     paper = cases["paper"]
     place = tmp_path / "new" / "export"
     done = export_checkpoint(
-        paper.run_dir, to=place, step=2, precision="bf16", max_shard_size="20KB"
+        ExportOptions(path=paper.run_dir, to=place, step=2, dtype="bf16", max_shard_size="20KB")
     )
     assert done.name == "tiny at step 2"
     index = json.loads((place / "model.safetensors.index.json").read_text())
@@ -160,20 +161,22 @@ def test_places_where_nothing_can_be_written(paper, tmp_path):
         "full": "is not empty",
     }.items():
         with pytest.raises(UserError, match=match):
-            export_checkpoint(paper.run_dir, to=tmp_path / place)
+            export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / place))
     for name in ("x" * 300, "x" * 250):  # what is made beside the place has a longer name
         with pytest.raises(UserError, match="--to .*: cannot be written: File name too long"):
-            export_checkpoint(paper.run_dir, to=tmp_path / "new" / name)
+            export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "new" / name))
     with pytest.raises(UserError, match="has a name that is not UTF-8"):
-        export_checkpoint(paper.run_dir, to=tmp_path / "na\udcefve")
+        export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "na\udcefve"))
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "full", "mine.txt"}
     with pytest.raises(UserError, match="--dtype: 'fp8' — expected fp32 or bf16"):
-        export_checkpoint(paper.run_dir, to=tmp_path / "new", precision="fp8")
+        export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "new", dtype="fp8"))
     for size in ("much", "-5MB", "0GB", "infGB", "5"):
         with pytest.raises(UserError, match=f"--max-shard-size: '{size}' — expected such as 5GB"):
-            export_checkpoint(paper.run_dir, to=tmp_path / "new", max_shard_size=size)
+            export_checkpoint(
+                ExportOptions(path=paper.run_dir, to=tmp_path / "new", max_shard_size=size)
+            )
     with pytest.raises(UserError, match="is an exported model already"):
-        export_checkpoint(paper.directory, to=tmp_path / "new")
+        export_checkpoint(ExportOptions(path=paper.directory, to=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -201,7 +204,7 @@ def test_an_empty_directory_and_what_a_killed_export_left(paper, tmp_path):
     left.mkdir()
     (left / "model.safetensors").write_text("half")
     (tmp_path / "link").symlink_to(place)
-    export_checkpoint(paper.run_dir, to=tmp_path / "link")
+    export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "link"))
     assert {file.name for file in place.iterdir()} == FILES
     assert everything_beside(place) == {"export", "link"}
 
@@ -213,7 +216,7 @@ def test_a_full_disk_leaves_nothing(paper, tmp_path, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         with pytest.raises(UserError, match="cannot be written.*nothing is left"):
-            export_checkpoint(paper.run_dir, to=place)
+            export_checkpoint(ExportOptions(path=paper.run_dir, to=place))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -225,36 +228,39 @@ def test_an_interrupted_export_leaves_nothing(paper, tmp_path, monkeypatch):
 
     monkeypatch.setattr("dualtrain.export.export.write_model_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(paper.run_dir, to=tmp_path / "export")
+        export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "export"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoints_that_are_not_there_or_damaged(paper, tmp_path):
     run = shutil.copytree(paper.run_dir, tmp_path / "run")
     with pytest.raises(UserError, match="no checkpoint of step 9 — expected one of 2, 3"):
-        export_checkpoint(run, to=tmp_path / "export", step=9)
+        export_checkpoint(ExportOptions(path=run, to=tmp_path / "export", step=9))
     weights = run / "step-00000003" / WEIGHTS
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
     notes = []
-    done = export_checkpoint(run, to=tmp_path / "export", on_note=notes.append)
+    done = export_checkpoint(ExportOptions(path=run, to=tmp_path / "export"), on_note=notes.append)
     assert done.name == "tiny at step 2" and "step-00000003 is damaged" in notes[0]
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        export_checkpoint(weights.parent, to=tmp_path / "other")
+        export_checkpoint(ExportOptions(path=weights.parent, to=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
 MEASURE = """
 import sys
 import dualtrain.export.export, safetensors.torch
+from pathlib import Path
+from dualtrain.export.command import ExportOptions
 def peak():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 for precision in ("fp32", "bf16"):
     to = sys.argv[2] + precision
-    dualtrain.export.export.export_checkpoint(sys.argv[1], to=to, precision=precision)
+    options = ExportOptions(path=Path(sys.argv[1]), to=Path(to), dtype=precision)
+    dualtrain.export.export.export_checkpoint(options)
     print(peak() - before)
 """
 

@@ -13,6 +13,7 @@ from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_
 from dualtrain.checkpoint.store import WEIGHTS
 from dualtrain.checkpoint.trained import open_trained
 from dualtrain.data.dataset import DatasetInfo
+from dualtrain.export.command import ExportOptions
 from dualtrain.export.export import export_checkpoint
 from dualtrain.model.build import build_model
 from dualtrain.model.exported import exported_import
@@ -63,7 +64,7 @@ def test_every_family(cases, tmp_path, family, tied):
         file = checkpoint / name
         facts[name] = FileFacts(file.stat().st_size, hash_file(file))
     write_marker(checkpoint, facts)
-    export_checkpoint(checkpoint, to=tmp_path / "export")
+    export_checkpoint(ExportOptions(path=checkpoint, to=tmp_path / "export"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     with torch.no_grad():
         own = model(IDS).logits

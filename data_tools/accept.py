@@ -34,11 +34,11 @@ def check_made_alike(place: str, info: DatasetInfo, build: BuildSection) -> None
 
 def changed_settings(info: DatasetInfo, build: BuildSection) -> list[str]:
     """In what the settings of a dataset that is there differ from these, in words."""
-    there, asked = _with_defaults(info.arguments), effective_arguments(build)
+    made, asked = _with_defaults(info.arguments), effective_arguments(build)
     return [
-        f"{name} is {there.get(name)!r} there and {value!r} here"
+        f"{name} is {made.get(name)!r} there and {value!r} here"
         for name, value in asked.items()
-        if there.get(name) != value
+        if made.get(name) != value
     ]
 
 

@@ -215,9 +215,9 @@ def refuse_taken(place: Path, where: str = "", marker: str = "") -> None:
         UserError: A file, a volume, or a directory that is not empty and lacks the `marker`.
     """
     where, expected = where or in_utf8(place), "a new or empty directory"
-    nearest_there = next((path for path in (place, *place.parents) if path.exists()), place)
-    if nearest_there.is_file():
-        raise UserError(where, f"{in_utf8(nearest_there)} is a file", expected)
+    existing = next((path for path in (place, *place.parents) if path.exists()), place)
+    if existing.is_file():
+        raise UserError(where, f"{in_utf8(existing)} is a file", expected)
     if place.is_mount():
         raise UserError(
             where,

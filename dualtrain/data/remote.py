@@ -193,8 +193,8 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def _fetch_missing(remote: Remote, path: Path, incoming: Path) -> None:
-    here = DatasetInfo.load(path) if (path / DATASET_FILE).exists() else None
-    if here is None and any(path.glob("*/*.mds")):
+    local = DatasetInfo.load(path) if (path / DATASET_FILE).exists() else None
+    if local is None and any(path.glob("*/*.mds")):
         raise UserError(
             str(path),
             f"has shards but no {DATASET_FILE}, so they cannot be told from those of {remote.url}",
@@ -202,26 +202,26 @@ def _fetch_missing(remote: Remote, path: Path, incoming: Path) -> None:
             "remove it, or give another data.path",
         )
     try:
-        there = _download_info(remote, incoming)
+        stored = _download_info(remote, incoming)
     except UserError:
-        if here is not None and _is_whole(path, here):
+        if local is not None and _is_whole(path, local):
             return
         raise
-    if here is not None and here.fingerprint != there.fingerprint:
+    if local is not None and local.fingerprint != stored.fingerprint:
         raise UserError(
             str(path),
-            f"holds another dataset than {remote.url}: fingerprint {here.fingerprint}",
-            there.fingerprint,
+            f"holds another dataset than {remote.url}: fingerprint {local.fingerprint}",
+            stored.fingerprint,
             "give another data.path, or remove the directory if it is only a copy",
         )
-    if here is None:
+    if local is None:
         (path / STATE_DIR / ORIGIN_FILE).write_text(remote.url + "\n")
-    for name in _fact_files(there):
+    for name in _fact_files(stored):
         if not (path / name).exists():
             (path / name).parent.mkdir(exist_ok=True)
             remote.download(name, incoming / Path(name).name)
             (incoming / Path(name).name).replace(path / name)
-    if here is None:
+    if local is None:
         (incoming / DATASET_FILE).replace(path / DATASET_FILE)
 
 

@@ -247,7 +247,7 @@ class _List(list):
         raise TypeError(f"{self._path!r} is a list and no text")
 
 
-class _Section(dict):
+class _Object(dict):
     """An object of the data: its fields come before the methods of a dict, and it is not text."""
 
     def __init__(self, values: Any, path: str) -> None:
@@ -278,7 +278,7 @@ def _guard(value: Any, path: str) -> Any:
         return _Null(hint=f"{path!r} is {value}")
     if isinstance(value, dict):
         fields = ((key, _guard(inner, f"{path}.{key}")) for key, inner in value.items())
-        return _Section(fields, path)
+        return _Object(fields, path)
     if isinstance(value, (list, tuple)):
         return _List((_guard(inner, f"{path}[{n}]") for n, inner in enumerate(value)), path)
     return value
@@ -302,7 +302,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(str(_finalize(part)) for part in parts)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if isinstance(obj, _Section) and attribute in obj:
+        if isinstance(obj, _Object) and attribute in obj:
             return obj[attribute]
         return self._named(obj, attribute, super().getattr(obj, attribute))
 
@@ -312,7 +312,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _named(self, obj: Any, name: Any, found: Any) -> Any:
         """What was found, or an error that says where it is missing."""
         is_missing = isinstance(found, Undefined) and not isinstance(found, _Null)
-        if is_missing and isinstance(obj, (_List, _Section)):
+        if is_missing and isinstance(obj, (_List, _Object)):
             return self.undefined(hint=f"{obj._path!r} has no {name!r}")
         return found
 
@@ -348,7 +348,7 @@ def _is_text(value: object) -> bool:
 
 def _finalize(value: Any) -> Any:
     """Refuse to show what is no text, as Python would write it."""
-    if isinstance(value, (Undefined, _Boolean, _List, _Section)):
+    if isinstance(value, (Undefined, _Boolean, _List, _Object)):
         str(value)  # raises, with the name of the field
     if not _is_text(value):
         raise ValueError(f"{shown(value)} is no text")

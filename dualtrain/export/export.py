@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,10 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import check_name, read_object
 from dualtrain.common.files import absolute, made_whole, reserved, writing
 from dualtrain.common.vocabulary import Vocabulary
-from dualtrain.export.model_card import write_model_card
-from dualtrain.export.weights import write_weights
+from dualtrain.export.model_card import model_card
+from dualtrain.export.weights import Weights, write_weights
 from dualtrain.model.build import CONFIG, model_config, read_config
-from dualtrain.model.exported import CODE, exported_config, exported_import
+from dualtrain.model.exported import CODE, DTYPE, exported_config, exported_import
 from dualtrain.model.exported_tokenizer import write_tokenizer
 from dualtrain.network.config import DualConfig
 
@@ -74,6 +75,29 @@ class Exported:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportContents:
+    """What is to be written of a model.
+
+    Attributes:
+        values: Its ``config.json``.
+        special_tokens: Ids by role.
+        context: The longest row it reads, in tokens.
+        card: Makes the model card of the configuration, its values, the number of parameters, and
+            the names of the special tokens by role.
+    """
+
+    name: str
+    config: DualConfig | PretrainedConfig
+    values: Mapping[str, Any]
+    vocabulary: Vocabulary
+    tokenizer_file: Path
+    special_tokens: Mapping[str, int]
+    context: int
+    weights: Weights
+    card: Callable[[DualConfig | PretrainedConfig, Mapping[str, Any], int, Mapping[str, str]], str]
+
+
 def export_checkpoint(
     options: ExportOptions, *, on_note: Callable[[str], None] = lambda note: None
 ) -> Exported:
@@ -85,7 +109,7 @@ def export_checkpoint(
     Raises:
         UserError: There is no whole checkpoint, or the directory cannot be written.
     """
-    dtype = weights_dtype(options.dtype)
+    weights_dtype(options.dtype)
     source = find_source(options.path, step=options.step)
     for note in source.notes:
         on_note(note)
@@ -100,32 +124,65 @@ def export_checkpoint(
     facts: dict[str, Any] = {
         "target": recipe.objective.target,
         "append_eos": recipe.data.append_eos,
-        "dtype": str(dtype).removeprefix("torch."),
     }
     if isinstance(config, DualConfig):
         values = exported_config(config, **facts)
     else:
         values = exported_import(read_object(file, "a model's configuration"), **facts)
-    with new_directory(options.to) as directory:
-        write_json(directory / CONFIG, values)
-        write_json(directory / "generation_config.json", generation(config, info.vocabulary))
+    contents = ExportContents(
+        name=source.name,
+        config=config,
+        values=values,
+        vocabulary=info.vocabulary,
+        tokenizer_file=source.tokenizer_file,
+        special_tokens=info.special_tokens,
+        context=recipe.sequence_length,
+        weights=source.path / checkpoint.WEIGHTS,
+        card=partial(model_card, source),
+    )
+    return write_export(
+        contents, options.to, precision=options.dtype, max_shard_size=options.max_shard_size
+    )
+
+
+def write_export(
+    contents: ExportContents, to: Path, *, precision: str, max_shard_size: str = "5GB"
+) -> Exported:
+    """Write a directory whole, or leave nothing of it.
+
+    Raises:
+        UserError: The directory cannot be written, or the precision or the size is none.
+    """
+    dtype, config = weights_dtype(precision), contents.config
+    values = {**contents.values, DTYPE: str(dtype).removeprefix("torch.")}
+    with _new_directory(to) as directory:
+        _write_json(directory / CONFIG, values)
+        _write_json(directory / "generation_config.json", _generation(config, contents.vocabulary))
         names = write_tokenizer(
-            source.tokenizer_file,
+            contents.tokenizer_file,
             directory,
-            special_tokens=info.special_tokens,
-            context=recipe.sequence_length,
+            special_tokens=contents.special_tokens,
+            context=contents.context,
         )
         if isinstance(config, DualConfig):
             shutil.copyfile(Path(__file__).with_name(CODE_FILE), directory / CODE_FILE)
-        weights, size = source.path / checkpoint.WEIGHTS, options.max_shard_size
-        parameters = write_weights(weights, directory, dtype=dtype, max_shard_size=size)
-        write_model_card(
-            directory, source, config=config, values=values, parameters=parameters, names=names
+        parameters = write_weights(
+            contents.weights, directory, dtype=dtype, max_shard_size=max_shard_size
+        )
+        # Names of files need not be Unicode.
+        (directory / "README.md").write_text(
+            contents.card(config, values, parameters, names), "utf-8", "backslashreplace"
         )
         files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    plain = values["model_type"] != DualConfig.model_type
-    architecture = values["architectures"][0]
-    return Exported(options.to, source.name, architecture, plain, options.dtype, parameters, files)
+    return Exported(
+        directory=to,
+        name=contents.name,
+        architecture=values["architectures"][0],
+        is_plain=values["model_type"] != DualConfig.model_type,
+        precision=precision,
+        parameters=parameters,
+        files=files,
+    )
 
 
 def weights_dtype(precision: str) -> torch.dtype:
@@ -140,7 +197,7 @@ def weights_dtype(precision: str) -> torch.dtype:
 
 
 @contextmanager
-def new_directory(directory: Path | str) -> Iterator[Path]:
+def _new_directory(directory: Path | str) -> Iterator[Path]:
     """Give a directory to write into, which takes its place only if nothing goes wrong."""
     where = f"--to {directory}"
     with writing(directory, where=where, hint="nothing is left of it"):
@@ -150,7 +207,7 @@ def new_directory(directory: Path | str) -> Iterator[Path]:
             yield partial
 
 
-def generation(config: DualConfig | PretrainedConfig, vocabulary: Vocabulary) -> dict[str, object]:
+def _generation(config: DualConfig | PretrainedConfig, vocabulary: Vocabulary) -> dict[str, object]:
     """How ``generate`` begins and ends a text, and what it never writes."""
     # The beginning of the next document ends a text, too, where a model was taught to write it.
     ends = list(dict.fromkeys([vocabulary.eos_id, vocabulary.bos_id]))
@@ -163,5 +220,5 @@ def generation(config: DualConfig | PretrainedConfig, vocabulary: Vocabulary) ->
     }
 
 
-def write_json(file: Path, values: dict[str, object]) -> None:
+def _write_json(file: Path, values: dict[str, object]) -> None:
     file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

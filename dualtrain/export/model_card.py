@@ -76,16 +76,14 @@ logits = model(**gaps, attention="full").logits  # {where}
 """
 
 
-def write_model_card(
-    directory: Path,
+def model_card(
     source: ModelSource,
-    *,
     config: DualConfig | PretrainedConfig,
     values: Mapping[str, Any],
     parameters: int,
     names: Mapping[str, str],
-) -> None:
-    """Write ``README.md``.
+) -> str:
+    """The text of ``README.md``.
 
     Args:
         values: The export's ``config.json``.
@@ -113,9 +111,7 @@ def write_model_card(
         "## Recipe",
         f"```yaml\n{recipe_text}\n```",
     ]
-    text = _FRONT + "\n" + "\n\n".join(parts) + "\n"
-    # Names of files need not be Unicode.
-    (directory / "README.md").write_text(text, "utf-8", "backslashreplace")
+    return _FRONT + "\n" + "\n\n".join(parts) + "\n"
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

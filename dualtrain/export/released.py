@@ -7,7 +7,6 @@ Where a revision of the hub's repository is asked for, its name tells alpha and 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,9 @@ from dualtrain.common.file_kinds import parse_tokenizer, read_object
 from dualtrain.common.files import user_path
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import SPECIAL_TOKENS, TOKENIZER_FILE
-from dualtrain.export.export import (
-    CODE_FILE,
-    Exported,
-    generation,
-    new_directory,
-    weights_dtype,
-    write_json,
-)
-from dualtrain.export.weights import write_weights
+from dualtrain.export.export import ExportContents, Exported, weights_dtype, write_export
 from dualtrain.model.build import CONFIG
 from dualtrain.model.exported import exported_config
-from dualtrain.model.exported_tokenizer import write_tokenizer
 from dualtrain.model.released import STATE_DICT, convert, read_state_dict
 
 if TYPE_CHECKING:
@@ -138,35 +128,21 @@ def _import(
         eos_id=special_tokens["</s>"],
         mask=special_tokens["<mask>"],
     )
-    dtype = weights_dtype(options.dtype)
-    # The released code predicts masked tokens from the position before, and has no </s>.
-    values = exported_config(
-        config, target="next", append_eos=False, dtype=str(dtype).removeprefix("torch.")
-    )
-    with new_directory(to) as directory:
-        write_json(directory / CONFIG, values)
-        write_json(directory / "generation_config.json", generation(config, vocabulary))
-        write_tokenizer(
-            files.tokenizer,
-            directory,
-            special_tokens=special_tokens,
-            context=config.max_position_embeddings,
-        )
-        shutil.copyfile(Path(__file__).with_name(CODE_FILE), directory / CODE_FILE)
-        parameters = write_weights(weights, directory, dtype=dtype, max_shard_size="5GB")
-        (directory / "README.md").write_text(
-            _card(options.source, files.name, parameters), "utf-8", "backslashreplace"
-        )
-        written = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    return Exported(
-        directory=to,
+    contents = ExportContents(
         name=files.name,
-        architecture=values["architectures"][0],
-        is_plain=False,
-        precision=options.dtype,
-        parameters=parameters,
-        files=written,
+        config=config,
+        # The released code predicts masked tokens from the position before, and has no </s>.
+        values=exported_config(config, target="next", append_eos=False),
+        vocabulary=vocabulary,
+        tokenizer_file=files.tokenizer,
+        special_tokens=special_tokens,
+        context=config.max_position_embeddings,
+        weights=weights,
+        card=lambda _config, _values, parameters, _names: _card(
+            options.source, files.name, parameters
+        ),
     )
+    return write_export(contents, to, precision=options.dtype)
 
 
 def _special_tokens(tokenizer: Tokenizer, file: Path) -> dict[str, int]:

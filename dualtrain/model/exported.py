@@ -25,7 +25,9 @@ _TARGET = "diffusion_target"
 _APPEND_EOS = "append_eos"
 _HEAD = "head"
 # The old name: transformers before 4.56 knows no other, and newer ones know both.
-_DTYPE = "torch_dtype"
+DTYPE = "torch_dtype"
+"""What an export's ``config.json`` calls the type of its weights."""
+
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -36,17 +38,14 @@ _SIZES = (
 )
 
 
-def exported_config(
-    config: DualConfig, *, target: Target, append_eos: bool, dtype: str
-) -> dict[str, Any]:
+def exported_config(config: DualConfig, *, target: Target, append_eos: bool) -> dict[str, Any]:
     """Describe a model for transformers 4 and 5 alike.
 
     Args:
         target: What its diffusion objective predicts at i: token i+1, or i.
         append_eos: Whether the texts of its training ended with ``</s>``.
-        dtype: Of the exported weights, such as ``float32``.
     """
-    values = asdict(config) | {_TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
+    values = asdict(config) | {_TARGET: target, _APPEND_EOS: append_eos}
     values |= {"tie_word_embeddings": False, "use_cache": True}
     auto_map = {
         "AutoConfig": f"{CODE}.DualTrainConfig",
@@ -74,14 +73,14 @@ def exported_config(
 
 
 def exported_import(
-    values: Mapping[str, Any], *, target: Target, append_eos: bool, dtype: str
+    values: Mapping[str, Any], *, target: Target, append_eos: bool
 ) -> dict[str, Any]:
     """Describe a model that was imported from Hugging Face and trained.
 
     Args:
         values: Its ``config.json`` in a checkpoint.
     """
-    exported = {**values, _TARGET: target, _APPEND_EOS: append_eos, _DTYPE: dtype}
+    exported = {**values, _TARGET: target, _APPEND_EOS: append_eos}
     exported.pop("dtype", None)
     rope = dict(values.get("rope_parameters") or {})
     is_neox = values["model_type"] == "gpt_neox"

@@ -226,7 +226,7 @@ def test_an_interrupted_export_leaves_nothing(paper, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dualtrain.export.export.write_model_card", interrupt)
+    monkeypatch.setattr("dualtrain.export.export.model_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(ExportOptions(path=paper.run_dir, to=tmp_path / "export"))
     assert list(tmp_path.iterdir()) == []

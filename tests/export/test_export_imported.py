@@ -81,22 +81,20 @@ def test_rotary_settings_are_written_for_both_versions():
         {"model_type": "llama", "rope_parameters": rope, "dtype": "float32"},
         target="in_place",
         append_eos=True,
-        dtype="bfloat16",
     )
     assert llama["rope_theta"] == 5e5 and llama["rope_parameters"] == rope
     assert llama["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert llama["torch_dtype"] == "bfloat16" and "dtype" not in llama
+    assert "dtype" not in llama
     assert llama["diffusion_target"] == "in_place"
     old = {"model_type": "gpt_neox", "rotary_emb_base": 1e4, "rotary_pct": 0.25}
     neox = exported_import(
         {"model_type": "gpt_neox", "rope_parameters": rope | {"rope_type": "default"}},
         target="next",
         append_eos=True,
-        dtype="float32",
     )
     assert neox["rotary_emb_base"] == 5e5 and neox["rotary_pct"] == 0.5
     assert "rope_scaling" not in neox
-    assert json.dumps(exported_import(old, target="next", append_eos=True, dtype="float32"))
+    assert json.dumps(exported_import(old, target="next", append_eos=True))
 
 
 def test_an_exported_llama_is_imported_like_any_other(cases, tiny_dataset, tmp_path):

@@ -60,7 +60,7 @@ def to_llama(model: DualLM) -> LlamaForCausalLM:
 
     from dualtrain.model.exported import exported_config
 
-    values = exported_config(model.config, target="next", append_eos=True, dtype="float32")
+    values = exported_config(model.config, target="next", append_eos=True)
     llama = LlamaForCausalLM(LlamaConfig.from_dict(values))
     llama.load_state_dict(model.state_dict())
     return llama.train(model.training)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from dualtrain.common.cpu import has_bfloat16
 from dualtrain.engine.groups import ParameterGroup
 from dualtrain.engine.norm_gains import set_type, widen_groups
 from dualtrain.engine.parameters import whole_parameters
@@ -62,8 +63,12 @@ def build_optimizer(
     adamw = partial(torch.optim.AdamW, fused=next(model.parameters()).is_cuda)
     if not any(group.uses_muon for group in groups):
         return adamw([{k: v for k, v in o.items() if k != "use_muon"} for o in options])
+    from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    if not next(model.parameters()).is_cuda and not has_bfloat16():
+        # Emulated bf16 is slower than fp32, and less exact.
+        original_muon.ns_compute_dtype = lambda _method: torch.float32
     return MuonWithAuxAdam(options, adam_optimizer=adamw)
 
 

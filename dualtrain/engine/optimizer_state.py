@@ -335,14 +335,15 @@ def _state_tensor(engine: DeepSpeedEngine, number: int, key: str, updates: int) 
     optimizer: Any = engine.optimizer
     master = _masters(engine)[number]
     state = _base(engine).state[master]
+    if key in ADAMW_KEYS:
+        # torch keeps the count on the CPU, but beside the moments for the fused kernel, which reads
+        # it there.
+        fused = any(group.get("fused") for group in _base(engine).param_groups)
+        device = master.device if fused else "cpu"
+        state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
     if key not in state:
-        if key in ADAMW_KEYS:
-            # torch keeps the count on the CPU, whatever the device of the moments.
-            state["step"] = torch.tensor(float(updates), dtype=torch.float32)
         size = master.shape
         if key in MUON_KEYS and _whole_momentum(engine) is not None:
             size = torch.Size([sum(p.numel() for p in optimizer.params_in_partition[number])])
         state[key] = torch.zeros(size, dtype=torch.float32, device=master.device)
-    elif key in ADAMW_KEYS:
-        state["step"] = torch.tensor(float(updates), dtype=torch.float32)
     return state[key]

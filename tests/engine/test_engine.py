@@ -1,4 +1,4 @@
-"""Tests of: dualtrain.engine.build, groups, parameters, process.
+"""Tests of: dualtrain.engine.build, groups, optimizer_state, parameters, process.
 
 Parameter groups by value, and DeepSpeed's updates against the paper's in plain PyTorch.
 """
@@ -6,6 +6,7 @@ Parameter groups by value, and DeepSpeed's updates against the paper's in plain 
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from dualtrain.engine.build import (
 )
 from dualtrain.engine.config import merge_settings
 from dualtrain.engine.groups import group_parameters, muon_scale
+from dualtrain.engine.optimizer_state import _state_tensor
 from dualtrain.engine.parameters import muon_parameter_names, parameter_shapes, whole_parameters
 from dualtrain.engine.process import (
     check_precision,
@@ -259,3 +261,17 @@ def test_groups_of_the_dry_run_are_the_models(head):
     assert list(optimizer_groups(recipe, sizes)) == group_parameters(parameter_shapes(model), muon)
     adamw = load_recipe("paper/470m", ["optim.name=adamw"]).recipe
     assert [group.label for group in optimizer_groups(adamw, sizes)] == ["adamw"]
+
+
+@pytest.mark.parametrize(("fused", "device"), [(None, "cpu"), (True, "meta")])
+def test_count_of_a_resumed_adamw_lies_where_its_kernel_reads_it(fused, device):
+    """The fused one, which a GPU has, takes it from the parameter's device."""
+    optimizer: Any = torch.optim.AdamW([nn.Parameter(torch.empty(3, device="meta"))])
+    optimizer.param_groups[0]["fused"] = fused
+    engine: Any = SimpleNamespace(
+        optimizer=optimizer, zero_optimization_partition_weights=lambda: False
+    )
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert _state_tensor(engine, 0, key, updates=7).device.type == "meta"
+    (state,) = optimizer.state.values()
+    assert state["step"].device.type == device

@@ -14,7 +14,7 @@ import typer
 from dualtrain.common.files import user_path
 
 Step = Annotated[
-    int | None, typer.Option(help="Of a run, the checkpoint of this step; default: the newest.")
+    int | None, typer.Option(help="The checkpoint of this step of a run; default: the newest.")
 ]
 Device = Annotated[
     str | None,

@@ -222,7 +222,8 @@ def _revisions(source: str) -> list[str]:
     elif _HUB_NAME.fullmatch(source):
         names = _branches(source)
     else:
-        raise UserError(source, "does not exist", "a repository, or a local copy of one")
+        what = "is a file" if place.exists() else "does not exist"
+        raise UserError(source, what, "with --all, a repository, or a local copy of one")
     return [name for name in names if read_branch(name) is not None]
 
 

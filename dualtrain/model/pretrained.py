@@ -1,7 +1,6 @@
 """Weights of a published or exported model, read into one of ours parameter by parameter.
 
-Only safetensors are read: other
-formats are programs that run when they are opened.
+Only safetensors are read: other formats are programs that run when they are opened.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class _Weights:
         name, file = known[0], self._files[known[0]]
         with open_weights(file) as weights:
             found = weights.get_tensor(name)
-        _check_values(found, name, file)
+        check_values(found, name, str(file))
         for name in known:
             self._files.pop(name, None)
         return found
@@ -148,17 +147,24 @@ class _Weights:
             )
 
 
-def _check_values(found: Tensor, name: str, file: Path) -> None:
-    """Refuse values that training could only fail on, step after step."""
+def check_values(found: Tensor, name: str, where: str) -> None:
+    """Refuse values that training could only fail on, step after step.
+
+    Args:
+        where: The file, for messages.
+
+    Raises:
+        UserError: They are of a quantised type, or not all finite.
+    """
     if found.dtype not in _DTYPES:
         what = f"{name} is of type {str(found.dtype).removeprefix('torch.')}"
         hint = "quantised weights cannot be trained"
-        raise UserError(str(file), what, "fp32, bf16 or fp16", hint)
+        raise UserError(where, what, "fp32, bf16 or fp16", hint)
     values = found.float() if found.dtype == torch.float64 else found
     wrong = int((~values.isfinite()).sum())
     if wrong:
         raise UserError(
-            str(file),
+            where,
             f"{name} has {wrong:,} values that are NaN or infinite, of {found.numel():,}",
             "numbers that fp32 can hold",
             "fetch the file again, or take another checkpoint of the model",

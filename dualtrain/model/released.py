@@ -9,7 +9,7 @@ ltgoslo/dual-language-models.
 
 from __future__ import annotations
 
-import pickle
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import open_weights, refuse_foreign
+from dualtrain.model.pretrained import check_values
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
 
@@ -64,6 +65,7 @@ _SETTINGS = {
     "intermediate_size": ("intermediate_size",),
     "num_layers": ("num_layers", "num_hidden_layers"),
 }
+_FRACTIONS = ("rope_theta", "norm_eps")
 
 STATE_DICT = "a state dict of the paper's released code"
 
@@ -81,7 +83,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except OSError as error:
         raise UserError(str(file), f"cannot be read: {error.strerror}", STATE_DICT) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file may raise anything
         if not _is_zip(file):
             refuse_foreign(file, STATE_DICT)
         reason = str(error).splitlines()[0][:200] if str(error) else "it ends early"
@@ -89,7 +91,9 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     # Where a run was saved to be continued, the model is one entry of several.
     if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
         saved = saved["model"]
-    if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items()
+    ):
         raise UserError(str(file), "holds other things than tensors by name", STATE_DICT)
     return saved
 
@@ -138,6 +142,7 @@ def convert(
             (released,) = _released([name])
             what = f"{released} is of shape {tuple(value.shape)}"
             raise UserError(where, what, f"{tuple(shapes[name])}, as the others have it")
+        check_values(value, name, where)
     if weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr():
         weights["lm_head.weight"] = weights["lm_head.weight"].clone()  # tied in the released model
     return config, weights
@@ -208,11 +213,15 @@ def _config(
     if missing := [name for name in needed if name not in given]:
         what = f"does not say {', '.join(missing)}"
         raise UserError(settings_file, what, "as in the released configs/large.json")
+    heads, head_size = int(given["num_attention_heads"]), given.get("d_h")
+    if head_size is not None and heads * head_size != width:
+        what = f"{heads} heads of size {head_size} are not the width {width} in {where}"
+        raise UserError(settings_file, what, "the settings of the same model")
     return DualConfig(
         vocab_size=rows,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=int(given["num_attention_heads"]),
+        num_attention_heads=heads,
         intermediate_size=mlp_width,
         rope_theta=float(given["rope_theta"]),
         rms_norm_eps=float(given["norm_eps"]),
@@ -242,6 +251,9 @@ def _given(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, int |
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise UserError(f"{where}: {key}", f"{value!r}", "a number above 0")
+            if not math.isfinite(value) or (name not in _FRACTIONS and value != int(value)):
+                expected = "a finite number" if name in _FRACTIONS else "an integer above 0"
+                raise UserError(f"{where}: {key}", f"{value!r}", expected)
             yield name, value
             break
 

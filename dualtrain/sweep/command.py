@@ -100,7 +100,7 @@ class CompareOptions:
     ]
     metric: Annotated[
         list[str],
-        typer.Option(help="What points of a sweep are compared by; may be repeated."),
+        typer.Option(help="What points of a sweep are compared by; repeatable; default: ar_nll."),
     ] = field(default_factory=list)
     where: Where = field(default_factory=list)
     to: Annotated[

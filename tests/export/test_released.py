@@ -123,6 +123,8 @@ def test_every_revision_of_a_copy_is_imported_once(released, tmp_path):
     assert again.count("is there already") == len(BRANCHES)
     one = tmp_path / "one"
     assert run(f"{tmp_path / 'copy'}@{BRANCHES[0]}", "--to", one).startswith("0:")
+    file = tmp_path / "copy" / BRANCHES[0] / "state_dict.bin"
+    assert "is a file" in run(file, "--all", "--to", tmp_path / "two")
     missing = run(f"{tmp_path / 'copy'}@alpha_0.251_n-reps=32", "--to", tmp_path / "two")
     assert "has no copy of alpha_0.251_n-reps=32" in missing and BRANCHES[1] in missing
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,11 @@ def wrong() -> Iterator[tuple[str, dict, dict, str]]:
     yield "odd heads", weights, SETTINGS | {"num_attention_heads": 5}, "5 heads"
     yield "no number", weights, SETTINGS | {"rope_theta": "x"}, "'x'"
     yield "nan", weights, SETTINGS | {"norm_eps": math.nan}, "nan"
+    yield "infinite", weights, SETTINGS | {"max_sequence_length": math.inf}, "inf"
+    yield "half a head", weights, SETTINGS | {"num_attention_heads": 2.5}, "an integer above 0"
+    yield "head size", weights, SETTINGS | {"d_h": 4}, "3 heads of size 4 are not the width 24"
+    yield "NaN weights", weights | {name: weights[name] * math.nan}, SETTINGS, "NaN or infinite"
+    yield "quantised", weights | {name: weights[name].to(torch.int8)}, SETTINGS, "of type int8"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ class Program:
 
 def test_nothing_in_a_file_is_run_and_other_files_are_named(tmp_path: Path, capsys):
     file = tmp_path / "state_dict.bin"
-    for content in ({"a": Program()}, [1, 2], {"a": 3}, torch.ones(3)):
+    for content in ({"a": Program()}, [1, 2], {"a": 3}, {1: torch.ones(2)}, torch.ones(3)):
         torch.save(content, file)
         with pytest.raises(UserError, match="released code"):
             read_state_dict(file)
@@ -128,6 +134,12 @@ def test_nothing_in_a_file_is_run_and_other_files_are_named(tmp_path: Path, caps
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
         read_state_dict(file)
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    for place in range(0, len(content), 7):
+        file.write_bytes(content[:place] + b"\x86" + content[place + 1 :])
+        with suppress(UserError):
+            read_state_dict(file)
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="Git LFS"):
         read_state_dict(file)

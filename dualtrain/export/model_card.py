@@ -22,7 +22,7 @@ from dualtrain.network.config import DualConfig
 from dualtrain.recipe.schema import AlphaSchedule, Recipe
 
 _SHOWN_FILES = 10
-_FRONT = """\
+FRONT = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -31,7 +31,7 @@ tags:
 - masked-diffusion
 ---
 """
-_PAPER = "[Dual-objective Language Models](https://arxiv.org/abs/2512.14549)"
+PAPER = "[Dual-objective Language Models](https://arxiv.org/abs/2512.14549)"
 _LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +95,7 @@ def model_card(
     parts = [
         f"# {source.name}",
         f"A language model of {count(parameters)} parameters with two objectives, autoregressive"
-        f" and masked diffusion, after {_PAPER}. Trained with dualtrain.",
+        f" and masked diffusion, after {PAPER}. Trained with dualtrain.",
         _table(_model_rows(recipe, config, values, parameters)),
         "## Training",
         _table(_training_rows(recipe, info, source.facts)),
@@ -111,7 +111,7 @@ def model_card(
         "## Recipe",
         f"```yaml\n{recipe_text}\n```",
     ]
-    return _FRONT + "\n" + "\n\n".join(parts) + "\n"
+    return FRONT + "\n" + "\n\n".join(parts) + "\n"
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

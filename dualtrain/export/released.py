@@ -20,6 +20,7 @@ from dualtrain.common.files import user_path
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import SPECIAL_TOKENS, TOKENIZER_FILE
 from dualtrain.export.export import ExportContents, Exported, weights_dtype, write_export
+from dualtrain.export.model_card import FRONT, PAPER
 from dualtrain.model.build import CONFIG
 from dualtrain.model.exported import exported_config
 from dualtrain.model.released import STATE_DICT, convert, read_state_dict
@@ -31,21 +32,6 @@ _WEIGHTS = ("state_dict.bin", "pytorch_model.bin", "model.safetensors")
 _WANTED = ("*.json", *_WEIGHTS)
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _BRANCH = re.compile(r"alpha_(?P<alpha>\d\.\d+)_n-reps=(?P<repetitions>\d+)")
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- dualtrain
-- masked-diffusion
----
-
-# {name}
-
-A language model of {parameters:,} parameters with two objectives, autoregressive and masked
-diffusion, of [Dual-objective Language Models](https://arxiv.org/abs/2512.14549). Trained by its
-authors with their released code; these are the weights of {source}, in the layout of dualtrain.
-{facts}"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,9 @@ def import_released(
         UserError: There is no such source or revision; the files are those of another model, or do
             not fit one another; the directory cannot be written.
     """
+    if not options.source:
+        hint = "perhaps a variable of the shell is not set"
+        raise UserError("SOURCE", "an empty name is given", "a model's", hint)
     weights_dtype(options.dtype)
     source, _, revision = options.source.partition("@")
     if user_path(options.source).exists():
@@ -154,12 +143,18 @@ def _special_tokens(tokenizer: Tokenizer, file: Path) -> dict[str, int]:
 
 
 def _card(source: str, name: str, parameters: int) -> str:
-    branch = read_branch(name)
-    facts = ""
-    if branch is not None:
+    parts = [
+        f"# {name}",
+        f"A language model of {parameters:,} parameters with two objectives, autoregressive and"
+        f" masked diffusion, of {PAPER}. Trained by its authors with their released code; these are"
+        f" the weights of `{source}`, in the layout of dualtrain.",
+    ]
+    if branch := read_branch(name):
         alpha, repetitions = branch
-        facts = f"\nBy its name: AR share (alpha) {alpha}, {repetitions} repetitions of the data.\n"
-    return _CARD.format(name=name, parameters=parameters, source=f"`{source}`", facts=facts)
+        parts.append(
+            f"By its name: AR share (alpha) {alpha}, {repetitions} repetitions of the data."
+        )
+    return FRONT + "\n" + "\n\n".join(parts) + "\n"
 
 
 def _find_files(options: ImportOptions, source: str, revision: str) -> _Files:

@@ -125,7 +125,7 @@ def convert(
 
     Raises:
         UserError: The tensors are those of another model, or do not fit one another, the settings
-            or the tokenizer; all names that are missing or not understood are told.
+            or the tokenizer; of names that are missing or not understood, the first are told.
     """
     weights = _renamed(tensors, where)
     config = _config(weights, settings, special_tokens, where=where, settings_file=settings_file)
@@ -135,12 +135,14 @@ def convert(
         if settings.get(setting) is False:
             gains = [name for name in shapes if f"{norm}.weight" in name and name not in weights]
             weights |= {name: torch.ones(shapes[name]) for name in gains}
+    if settings.get("tie_weights") is True:
+        # safetensors keeps one of two that are the same.
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     if missing := [name for name in shapes if name not in weights]:
-        raise UserError(where, f"lacks {_listed(_released(missing))}", STATE_DICT)
+        raise UserError(where, f"lacks {_listed([*map(_released, missing)])}", STATE_DICT)
     for name, value in weights.items():
         if value.shape != shapes[name]:
-            (released,) = _released([name])
-            what = f"{released} is of shape {tuple(value.shape)}"
+            what = f"{_released(name)} is of shape {tuple(value.shape)}"
             raise UserError(where, what, f"{tuple(shapes[name])}, as the others have it")
         check_values(value, name, where)
     if weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr():
@@ -174,17 +176,14 @@ def _own_name(released: str) -> str | None:
     return None if own is None else f"model.layers.{int(layer[1])}.{own}"
 
 
-def _released(names: Sequence[str]) -> list[str]:
-    """The released names of weights of a ``DualLM``."""
-    outside, in_layer = ({own: name for name, own in m.items()} for m in (_OUTSIDE, _IN_LAYER))
-
-    def released(name: str) -> str:
-        if name in outside:
-            return outside[name]
-        _, _, number, own = name.split(".", 3)
-        return f"encoder.layers.{number}.{in_layer[own]}"
-
-    return [released(name) for name in names]
+def _released(name: str) -> str:
+    """The released name of a weight of a ``DualLM``."""
+    for released, own in _OUTSIDE.items():
+        if own == name:
+            return released
+    _, _, number, part = name.split(".", 3)
+    (released,) = (released for released, own in _IN_LAYER.items() if own == part)
+    return f"encoder.layers.{number}.{released}"
 
 
 def _config(
@@ -197,7 +196,12 @@ def _config(
 ) -> DualConfig:
     rows, width = _matrix(weights, "model.embed_tokens.weight", where)
     _, mlp_width = _matrix(weights, "model.layers.0.mlp.down_proj.weight", where)
-    layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers"))
+    numbers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers")}
+    # Were it the largest of them, a number in a name could ask for any memory.
+    layers = len(numbers)
+    if beyond := [number for number in sorted(numbers) if number >= layers]:
+        what = f"has {layers} layers, one of which is number {beyond[0]}"
+        raise UserError(where, what, f"the numbers 0 to {layers - 1}")
     given = dict(_given(settings, settings_file))
     for name, size in {
         "hidden_size": width,
@@ -236,9 +240,8 @@ def _config(
 def _matrix(weights: Mapping[str, Tensor], name: str, where: str) -> tuple[int, int]:
     found = weights.get(name)
     if found is None or found.ndim != 2:
-        (released,) = _released([name])
         what = "is not there" if found is None else f"is of shape {tuple(found.shape)}"
-        raise UserError(where, f"{released} {what}", "a matrix")
+        raise UserError(where, f"{_released(name)} {what}", "a matrix")
     return found.shape[0], found.shape[1]
 
 

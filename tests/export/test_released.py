@@ -129,6 +129,12 @@ def test_every_revision_of_a_copy_is_imported_once(released, tmp_path):
     assert "has no copy of alpha_0.251_n-reps=32" in missing and BRANCHES[1] in missing
 
 
+def test_an_empty_source_is_not_the_current_directory(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(released)
+    assert "SOURCE: an empty name is given" in run("", "--to", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_hubs_cache_is_a_copy(released, tmp_path):
     cache = tmp_path / "models--ltg--dual-lm-470m"
     shutil.copytree(released, cache / "snapshots" / "abc123")

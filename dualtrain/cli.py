@@ -49,12 +49,10 @@ def common(
     del local_rank
 
 
-_NAMES = {evaluate: "eval", import_: "import"}
-for command in (
-    *(run, sweep, fit, alpha, compare, generate),
-    *(evaluate, export, import_, recipes, schema),
-):
-    app.command(_NAMES.get(command))(as_command(command))
+for command in (run, sweep, fit, alpha, compare, generate, export, recipes, schema):
+    app.command()(as_command(command))
+app.command("eval")(as_command(evaluate))
+app.command("import")(as_command(import_))
 
 
 def mount_data_tools() -> None:

@@ -1,4 +1,4 @@
-"""What this machine's CPU can do; needs no torch."""
+"""What this machine computes with, as far as it can be known without torch."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
         return True
     flags = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Feat"))]
     return not flags or all(not _BFLOAT16.isdisjoint(of_core) for of_core in flags)
+
+
+def has_gpu() -> bool:
+    """Whether the driver of a GPU is there."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))

@@ -73,9 +73,7 @@ class FitOptions:
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Decides restarts and posterior samples.")
     ] = 0
-    figures: Annotated[
-        bool, typer.Option(" /--no-figures", help="Only fit.json.", show_default=False)
-    ] = True
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Only fit.json.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,7 @@ def fit_sweep(options: FitOptions) -> Fit:
     )
     out = options.out or options.directory / "fit" / metric
     make_directory(out, may_exist=True)
-    drawn = _draw(out, fit, results, surface, curve) if options.figures else []
+    drawn = [] if options.no_figures else _draw(out, fit, results, surface, curve)
     # Last: who finds it finds the figures that belong to it.
     write_json(out / "fit.json", fit.model_dump())
     _print(fit)

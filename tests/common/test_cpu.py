@@ -49,10 +49,14 @@ def test_newton_schulz_is_fp32_where_bf16_is_emulated(has: bool, dtype, monkeypa
 
 def test_the_dry_run_says_what_the_cpu_means(monkeypatch):
     recipe = load_recipe("quickstart", ["engine.precision=bf16"]).recipe
+    monkeypatch.setattr("dualtrain.derived.dry_run.has_gpu", lambda: False)
     monkeypatch.setattr("dualtrain.derived.dry_run.has_bfloat16", lambda: False)
-    said = {name: (value, reason) for name, value, reason in machine_rows(recipe, 240)}
+    said = {name: (value, reason) for name, value, reason in machine_rows(recipe, 400)}
     assert said["Newton-Schulz"][0] == "fp32"
-    assert "2 x slower" in said["engine.precision"][1]
+    assert "less than half as fast" in said["engine.precision"][1]
     assert "model.compile=true" in said["model.compile"][1]
     monkeypatch.setattr("dualtrain.derived.dry_run.has_bfloat16", lambda: True)
     assert list(machine_rows(recipe, 100)) == []
+    monkeypatch.setattr("dualtrain.derived.dry_run.has_gpu", lambda: True)
+    monkeypatch.setattr("dualtrain.derived.dry_run.has_bfloat16", lambda: False)
+    assert list(machine_rows(recipe, 400)) == []

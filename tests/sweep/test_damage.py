@@ -105,7 +105,7 @@ def test_a_number_that_no_float_holds_is_not_finite(made: Path) -> None:
     with (made / FIRST / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "eval", "step": 40, "ar_nll": 1' + 400 * "0" + "}\n")
     with pytest.raises(UserError, match="ar_nll is not there, or not finite, in repetitions=4"):
-        fit_sweep(FitOptions(directory=made, figures=False))
+        fit_sweep(FitOptions(directory=made, no_figures=True))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_points_that_are_gone_are_said_in_table_and_fit(
     shutil.rmtree(made / FIRST)
     print_results(made)
     assert f"note: not begun, or gone: {FIRST}" in capsys.readouterr().out
-    result = fit_sweep(FitOptions(directory=made, figures=False))
+    result = fit_sweep(FitOptions(directory=made, no_figures=True))
     assert f"left out, because they have not begun, or are gone: {FIRST}" in result.notes
 
 

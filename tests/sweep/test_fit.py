@@ -19,7 +19,7 @@ from dualtrain.sweep.surface import Best
 
 
 def fit(directory, **options):
-    return fit_sweep(FitOptions(directory=directory, figures=False, **options)).model_dump()
+    return fit_sweep(FitOptions(directory=directory, no_figures=True, **options)).model_dump()
 
 
 @pytest.fixture(scope="module")

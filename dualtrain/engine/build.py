@@ -59,7 +59,7 @@ def build_optimizer(
         else:
             shared |= {"betas": optim.betas, "eps": optim.eps}
         options.append(shared)
-    # On a CPU the fused one is no faster and rounds otherwise.
+    # On a CPU the usual one, whose rounding is that of the runs there so far.
     adamw = partial(torch.optim.AdamW, fused=next(model.parameters()).is_cuda)
     if not any(group.uses_muon for group in groups):
         return adamw([{k: v for k, v in o.items() if k != "use_muon"} for o in options])

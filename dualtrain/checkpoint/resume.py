@@ -22,6 +22,7 @@ from dualtrain.checkpoint.store import (
     RECIPE,
     REQUIRED,
     find_checkpoints,
+    gather,
     is_whole,
     list_checkpoints,
     read_state,
@@ -114,7 +115,7 @@ def agree_on_start(resume: str, run_dir: Path, world: World) -> Resume:
         choice = _broadcast(lambda: choose_resume(resume, run_dir, damaged=damaged), world)
         if choice.path is None:
             return choice
-        found = _gather(find_defects(choice.path, share=(world.rank, world.world_size)), world)
+        found = gather(find_defects(choice.path, share=(world.rank, world.world_size)), world)
         defects = [defect for defects in found for defect in defects]
         if not defects:
             return choice
@@ -278,15 +279,12 @@ def describe_change(path: Path, *, world_size: int, zero_stage: int) -> str | No
     )
 
 
-def share_rank_states(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict:
-    """What a rank continues with, from what every rank saved.
+def share_rank_states(states: Sequence[Mapping[str, Any]], rank: int) -> dict:
+    """What a rank continues with, from what every rank of another number saved.
 
-    With the same number of ranks, its own. With another, the unfinished averages go to rank 0,
-    which counts for all; algorithms must have had the same state everywhere. The state of the
-    global generators is None for a rank that is new.
+    The unfinished averages go to rank 0, which counts for all; algorithms must have had the same
+    state everywhere. The state of the global generators is None for a rank that is new.
     """
-    if len(states) == world_size:
-        return dict(states[rank])
     first = states[0]
     for name, state in first["algorithms"].items():
         if not all(_same(state, other["algorithms"][name]) for other in states):
@@ -327,13 +325,6 @@ def _broadcast(choose: Any, world: World) -> Resume:
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]
-
-
-def _gather(mine: list[str], world: World) -> list[list[str]]:
-    found = [mine] * world.world_size
-    if world.world_size > 1:
-        dist.all_gather_object(found, mine)
-    return found
 
 
 def _same(one: Any, other: Any) -> bool:

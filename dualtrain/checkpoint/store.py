@@ -28,10 +28,11 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dualtrain.checkpoint.files import (
@@ -68,6 +69,8 @@ WEIGHTS = "weights.safetensors"
 REQUIRED = (STATE, RECIPE, WEIGHTS)
 
 _PARTIAL = ".partial"
+
+T = TypeVar("T")
 
 
 class SaveFailed(Exception):
@@ -167,6 +170,7 @@ def load(
 
     Args:
         path: The checkpoint; it may come from another number of ranks or another ZeRO stage.
+        states: From :func:`load_rank_states`.
     """
     try:
         load_state(engine, path, [SavedPieces(*state["pieces"]) for state in states])
@@ -193,23 +197,47 @@ class _PickleOfAnyVersion:
 _MOVED = {"dualtrain.optimizer_state": "dualtrain.engine.optimizer_state"}
 
 
-def load_rank_states(path: Path) -> list[dict]:
-    """What each rank gave to :func:`save` as ``rank_state``, in order; with three keys more.
+def load_rank_states(path: Path, world: World) -> list[dict]:
+    """What ranks gave to :func:`save` as ``rank_state``, with three keys more; all ranks call.
+
+    Where as many ranks have saved, only that of this one, from its own file. Else those of all, in
+    order: each file is read by one rank and handed on to the others.
 
     ``random`` is for :func:`set_random_state`, ``pieces`` and ``buffers`` for :func:`load`.
     """
-    states = []
-    for rank in range(read_state(path)["world_size"]):
-        file = path / f"rank-{rank:05d}.pt"
-        try:
-            # A user's algorithm may keep any object.
-            found = torch.load(
-                file, map_location="cpu", weights_only=False, pickle_module=_PickleOfAnyVersion
-            )
-            states.append(found)
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise _damaged(file, error) from None
-    return states
+    saved, here = read_state(path)["world_size"], world.world_size
+    read: list[dict] = []
+    error = None
+    try:
+        read = [_load_rank_state(path, rank) for rank in range(world.rank, saved, here)]
+    except UserError as problem:
+        error = problem  # the other ranks wait for what this one has read
+    if saved != here:
+        every = gather((read, error), world)
+        error = next((problem for _, problem in every if problem is not None), None)
+        read = [every[rank % here][0][rank // here] for rank in range(saved)] if not error else []
+    if error is not None:
+        raise error
+    return read
+
+
+def _load_rank_state(path: Path, rank: int) -> dict:
+    file = path / f"rank-{rank:05d}.pt"
+    try:
+        # A user's algorithm may keep any object.
+        return torch.load(
+            file, map_location="cpu", weights_only=False, pickle_module=_PickleOfAnyVersion
+        )
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(file, error) from None
+
+
+def gather(mine: T, world: World) -> list[T]:
+    """Collect a picklable object of every rank, in rank order; all ranks call."""
+    every = [mine] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(every, mine)
+    return every
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -304,11 +332,7 @@ def _publish(partial: Path, path: Path, files: dict[str, FileFacts]) -> None:
 
 def _agree(files: Files, partial: Path, world: World) -> dict[str, FileFacts]:
     """Wait for all ranks, and find out together whether all have written."""
-    import torch.distributed as dist
-
-    mine = (files.error, files.facts)
-    ranks: list[tuple[str | None, dict[str, FileFacts]]] = [mine] * world.world_size
-    dist.all_gather_object(ranks, mine)
+    ranks = gather((files.error, files.facts), world)
     errors = [error for error, _ in ranks if error is not None]
     if errors:
         if world.rank == 0:

@@ -3,8 +3,9 @@
 DeepSpeed divides masters, moments and momenta over the ranks in a way that depends on their number
 and on the ZeRO stage, and reads a checkpoint only where both are the same. :func:`save_state` has
 it write its files, and notes which piece of which parameter is where in them. :func:`load_state`
-reads them by these notes, taking from every old rank's file what this rank needs now. So moments
-and momenta are not written a second time, and there is one way to load.
+reads them by these notes, taking what this rank needs now: from its own file where ranks and stage
+are as before, else from whatever old ranks' files it lies in. So moments and momenta are not
+written a second time, and there is one way to load.
 
 Layouts of DeepSpeed 0.19.8, by class of ``engine.optimizer``:
 
@@ -18,12 +19,14 @@ Layouts of DeepSpeed 0.19.8, by class of ``engine.optimizer``:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualtrain.engine.parameters import module_of, whole_parameters
@@ -156,19 +159,35 @@ def _count_updates(engine: DeepSpeedEngine) -> int:
 
 
 def load_state(engine: DeepSpeedEngine, checkpoint: Path, saved: Sequence[SavedPieces]) -> None:
-    """Fill a new engine's masters, moments, momenta and weights from a checkpoint."""
+    """Fill a new engine's masters, moments, momenta and weights from a checkpoint; all ranks call.
+
+    Args:
+        saved: Of the files whose notes this rank has read; the ranks together have read all.
+    """
+    wanted = _find_pieces(engine)
+    if _any_rank(not _Source(checkpoint, saved).covers(wanted)):
+        every: list[Any] = [saved] * dist.get_world_size()
+        dist.all_gather_object(every, saved)
+        saved = [*dict.fromkeys(chain.from_iterable(every))]
     source = _Source(checkpoint, saved)
     prologue = getattr(engine.optimizer, "checkpoint_event_prologue", None)
     if prologue is not None:
         prologue()  # stage 3: every parameter partitioned
     with torch.no_grad():
-        for piece in _find_pieces(engine):
+        for piece in wanted:
             if not source.has_begun(piece.key):
                 continue
             tensor = _state_tensor(engine, piece.tensor, piece.key, source.updates)
             target = tensor.view(-1).narrow(0, piece.offset, piece.count)
             source.read(piece, target)
     load_masters(engine, checkpoint)
+
+
+def _any_rank(mine: bool) -> bool:
+    """Whether it is so on any rank."""
+    every: list[Any] = [mine] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return any(every)
 
 
 @torch.no_grad()
@@ -223,23 +242,38 @@ class _Source:
         """Whether there is such state at all; before the first update there need not be."""
         return self.updates > 0 or any(kind == key for _, kind in self._pieces)
 
+    def covers(self, wanted: Iterable[Piece]) -> bool:
+        """Whether all of these stretches are there."""
+        return all(
+            sum(part.count for _, part in self._parts(piece)) == piece.count for piece in wanted
+        )
+
     def read(self, wanted: Piece, target: Tensor) -> None:
         """Copy a stretch of a parameter's state from wherever it lies."""
         missing = wanted.count
-        position = wanted.start
-        # Pieces of different ranks may overlap (a matrix of two partitions); the first will do.
-        for file, piece in sorted(self._pieces[wanted.name, wanted.key], key=lambda p: p[1].start):
-            begin, end = max(position, piece.start), piece.start + piece.count
-            end = min(end, wanted.start + wanted.count)
-            if begin != position or begin >= end:
-                continue
-            flat = self._state(file, piece.tensor)[piece.key].reshape(-1)
-            part = flat.narrow(0, piece.offset + begin - piece.start, end - begin)
-            target.narrow(0, begin - wanted.start, end - begin).copy_(part)
-            missing -= end - begin
-            position = end
+        for file, part in self._parts(wanted):
+            flat = self._state(file, part.tensor)[part.key].reshape(-1)
+            found = flat.narrow(0, part.offset, part.count)
+            target.narrow(0, part.start - wanted.start, part.count).copy_(found)
+            missing -= part.count
         if missing:
             raise MissingState(f"{missing} of {wanted.count} elements of {wanted} are in no file")
+
+    def _parts(self, wanted: Piece) -> Iterator[tuple[str, Piece]]:
+        """The parts of a stretch that there are, each with its file, from the first on."""
+        position, end = wanted.start, wanted.start + wanted.count
+        # Pieces of different ranks may overlap (a matrix of two partitions): any will do, best that
+        # of a file which is open.
+        known = self._pieces[wanted.name, wanted.key]
+        for file, piece in sorted(known, key=lambda p: (p[1].start, p[0] not in self._states)):
+            stop = min(end, piece.start + piece.count)
+            if piece.start <= position < stop:
+                offset = piece.offset + position - piece.start
+                yield (
+                    file,
+                    piece._replace(start=position, count=stop - position, offset=offset),
+                )
+                position = stop
 
     def _state(self, file: str, tensor: int) -> dict[str, Any]:
         if file not in self._states:

@@ -39,7 +39,8 @@ class Origin:
         config: For ``deepspeed.initialize``.
         resume: The checkpoint to start from, if any.
         facts: Its ``state.json``; empty unless the run continues one.
-        rank_states: What each rank saved in it.
+        rank_states: What was saved in it by this rank, or by all where their number was another.
+        mine: What this rank continues with of them.
     """
 
     run_dir: Path
@@ -84,8 +85,9 @@ class Origin:
             stage = zero_stage(config)
             change = describe_change(path, world_size=world.world_size, zero_stage=stage)
             resume = with_notes(resume, change or f"from {path}, ranks and stage as before")
-            states = checkpoint.load_rank_states(path)
-            mine = share_rank_states(states, world.rank, world.world_size)
+            states = checkpoint.load_rank_states(path, world)
+            same = facts["world_size"] == world.world_size
+            mine = states[0] if same else share_rank_states(states, world.rank)
         return cls(run_dir, text, info.fingerprint, config, resume, facts, states, mine)
 
     @property

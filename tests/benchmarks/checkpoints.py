@@ -70,7 +70,7 @@ def main() -> None:
             os.sync()
             plain.append(timed(lambda: plain_save(tensors, file)))
         verify = timed(lambda: find_defects(path, share=(0, 1)))
-        states = checkpoint.load_rank_states(path)
+        states = checkpoint.load_rank_states(path, run.world)
         load = timed(lambda: checkpoint.load(path, run.engine, run.world, states))
         parameters = sum(p.numel() for p in run.state.model.parameters())
         run.close()

@@ -34,6 +34,7 @@ from dualtrain.checkpoint.store import (
 from dualtrain.common.errors import UserError
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.engine.optimizer_state import Piece
+from dualtrain.launch.world import single_world
 from dualtrain.recipe.differences import recipe_differences
 
 
@@ -212,18 +213,17 @@ def test_rank_states_are_shared_only_where_they_are_the_same():
     meter |= {"updates": 3, "logged": {"x": (2.0, 4)}, "seconds": 1.5}
     kept = {"one": {"a": [torch.ones(2)], "b": 1}}
     states = [{"algorithms": kept, "meter": meter, "more": 7, "random": rank} for rank in (0, 1)]
-    assert share_rank_states(states, 1, 2) == states[1]
-    first, second = (share_rank_states(states, rank, 3) for rank in (0, 1))
+    first, second = (share_rank_states(states, rank) for rank in (0, 1))
     assert first["meter"]["sums"] == [2.0, 4.0, 6.0, 8.0, 1.0, 9.0]
     assert first["meter"]["logged"] == {"x": (4.0, 8)} and first["meter"]["slots"] == [2, 4]
     # The norm is the same on every rank, which all go on with.
     assert second["meter"]["sums"] == [0.0, 0.0, 0.0, 0.0, 0.0, 9.0]
     assert second["meter"]["updates"] == 3 and second["meter"]["slots"] == [0, 0]
     assert second["more"] == 7 and second["random"] == 1
-    assert share_rank_states(states, 2, 3)["random"] is None
+    assert share_rank_states(states, 2)["random"] is None
     states[1] = {"algorithms": {"one": {"a": [torch.zeros(2)], "b": 1}}, "meter": meter}
     with pytest.raises(UserError, match="one has a state of its own on each of the 2 ranks"):
-        share_rank_states(states, 0, 1)
+        share_rank_states(states, 0)
 
 
 def test_classes_that_have_moved_are_found_in_older_checkpoints(tmp_path, monkeypatch):
@@ -236,4 +236,4 @@ def test_classes_that_have_moved_are_found_in_older_checkpoints(tmp_path, monkey
         then.setattr(Piece, "__module__", former.__name__)
         torch.save({"pieces": {"file": [piece]}}, path / "rank-00000.pt")
     assert b"dualtrain.optimizer_state" in (path / "rank-00000.pt").read_bytes()
-    assert load_rank_states(path) == [{"pieces": {"file": [piece]}}]
+    assert load_rank_states(path, single_world()) == [{"pieces": {"file": [piece]}}]

@@ -164,14 +164,14 @@ def _train(cell: Cell, folder: Path, world: World) -> Trained:
     final = masters(engine)
     engine.destroy()
     again = _engine(cell, world)
-    checkpoint.load(path, again, world, checkpoint.load_rank_states(path))
+    checkpoint.load(path, again, world, checkpoint.load_rank_states(path, world))
     resumed_losses = _steps(again, range(HALF, WHOLE), world)
     resumed = masters(again)
     again.destroy()
     moved = None
     if cell.moved_to is not None:
         other = _engine(replace(cell, stage=cell.moved_to), world)
-        checkpoint.load(path, other, world, checkpoint.load_rank_states(path))
+        checkpoint.load(path, other, world, checkpoint.load_rank_states(path, world))
         moved = masters(other), _evaluate(other, cast("nn.Module", other.module))[0]
         other.destroy()
     return Trained(start, saved, final, resumed, moved, used, types, loss, losses, resumed_losses)

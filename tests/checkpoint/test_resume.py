@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import zero_momentum
 from helpers.runs import records, results, rewind, slots, train_on
 from safetensors.torch import load_file
 
-from dualtrain.checkpoint.files import FileFacts, hash_file, read_marker, write_marker
 from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.recipe.load import LoadedRecipe, load_recipe
@@ -124,40 +124,6 @@ def test_weights_are_taken_in_fp32_also_where_bf16_computes(tiny, tmp_path):
     for recipe in taken:
         found = load_file(recipe.recipe.directory / "step-00000001" / "weights.safetensors")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def zero_momentum(checkpoint: Path) -> None:
-    """Make a checkpoint in which Muon has forgotten everything, with hashes that agree."""
-    zeroed = 0
-    for file in sorted((checkpoint / "deepspeed").iterdir()):
-        content = torch.load(file, weights_only=False)
-        for state in optimizer_states(content):
-            if "momentum_buffer" in state:
-                zeroed += int(state["momentum_buffer"].zero_().numel() > 0)
-        torch.save(content, file)
-    assert zeroed
-    reseal(checkpoint)
-
-
-def optimizer_states(content: dict) -> list[dict]:
-    """The states in one of DeepSpeed's files, whatever the stage."""
-    found, todo = [], [content]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            found += [value] if "momentum_buffer" in value else []
-            todo += value.values()
-    return found
-
-
-def reseal(checkpoint: Path) -> None:
-    """Write a marker that agrees with the files as they are now."""
-    files = read_marker(checkpoint)
-    facts = {
-        name: FileFacts((checkpoint / name).stat().st_size, hash_file(checkpoint / name))
-        for name in files
-    }
-    write_marker(checkpoint, facts)
 
 
 def copy_run(recipe: LoadedRecipe, to: LoadedRecipe, step: int) -> None:

@@ -31,6 +31,7 @@ from data_tools.reporting import Report, StageProgress
 from data_tools.shards import SHARD_BYTES, SplitDocuments, import_ahead, write_dataset
 from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
 from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
+from data_tools.sources.formats import find_format
 from data_tools.spool import Spool, SpoolState
 from data_tools.tokenizers.ranks import find_tokenizer
 from data_tools.tokenizers.tokenizer import Tokenizer
@@ -126,6 +127,8 @@ def check_build(build: BuildSection, path: str | Path) -> None:
     if is_there:
         check_made_alike(str(path), DatasetInfo.load(path), build)
         return
+    if build.format is not None:
+        find_format(build.format, where="data.build.format")
     if build.sources != [PYTHON_DOCS]:  # always there, and slow to look at
         open_source(build, None)
     if build.tokenizer is not None:

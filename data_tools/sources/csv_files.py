@@ -9,20 +9,21 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from data_tools.sources.documents import BadInput, BlockPart, Document, Parsed, Unusable, not_text
 from data_tools.sources.fields import no_field
+from data_tools.sources.files import Format, ReadingOptions
 from dualtrain.common.compression import BrokenFile
-
-DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 csv.field_size_limit(sys.maxsize)  # of all readers in this process: a document may be long
 
 
 def csv_parts(
-    chunks: Iterable[bytes], name: str, delimiter: str, field: str, block_bytes: int
+    chunks: Iterable[bytes], name: str, options: ReadingOptions, *, delimiter: str
 ) -> Iterator[BlockPart]:
-    """Parts of about `block_bytes`, of whole rows."""
+    """Parts of about a block, of whole rows."""
+    field = options.text_field
     # Bytes that are not UTF-8 pass as half surrogates, to cost only the row in which they stand.
     lines = (line.decode("utf-8", "surrogateescape") for line in _lines(chunks))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -42,7 +43,7 @@ def csv_parts(
             item = _document(row, column, columns, where)
             ready.append(item)
             size += len(item.text) if isinstance(item, Document) else 0
-            if size >= block_bytes:
+            if size >= options.block_bytes:
                 yield Parsed(tuple(ready))
                 ready, size = [], 0
     except csv.Error as error:
@@ -96,3 +97,7 @@ def _not_utf8(text: str, where: str) -> BadInput | None:
         what = f"byte 0x{byte:02x} is not UTF-8"
         return BadInput.at("not UTF-8", where, what, "text in UTF-8", hint)
     return None
+
+
+CSV = Format(name="csv", suffixes=("csv",), parts=partial(csv_parts, delimiter=","))
+TSV = Format(name="tsv", suffixes=("tsv",), parts=partial(csv_parts, delimiter="\t"))

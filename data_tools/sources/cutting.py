@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from data_tools.sources.documents import BadInput, not_text
 from dualtrain.common.compression import BrokenFile
@@ -16,6 +17,10 @@ TOO_LARGE = "file too large"
 WHOLE_LIMIT = 1 << 30
 """What is parsed as a whole is held in memory several times over; above this it is refused."""
 
+BLANK_LINE = "blank-line"
+"""The separator that stands for lines of nothing but (ASCII) white space."""
+
+BLANK_LINES = re.compile(rb"(?m)^[^\S\n]*(?:\n|\Z)")
 _BLANK_LINE = re.compile(rb"\n[^\S\n]*\n")
 
 Ends = Callable[[bytearray, int], tuple[int, int]]
@@ -120,3 +125,27 @@ def decoded(data: bytes, name: str, first_line: int) -> str | BadInput:
         )
     before, nul, _ = text.partition("\0")
     return not_text(f"{name}:{first_line + before.count(chr(10))}") if nul else text
+
+
+@dataclass
+class Separator:
+    """What divides text files; None: nothing."""
+
+    text: str | None
+    is_found: bool = False
+    """Whether it was found in any file: one that is nowhere is a mistake."""
+
+    def ends(self, buffer: bytearray, seen: int) -> tuple[int, int]:
+        """Find ends of documents, as :data:`Ends`."""
+        find = blank_line_ends if self.text == BLANK_LINE else separator_ends(self._bytes)
+        end, seen = find(buffer, seen)
+        self.is_found = self.is_found or end > 0
+        return end, seen
+
+    @property
+    def pattern(self) -> re.Pattern[bytes]:
+        return BLANK_LINES if self.text == BLANK_LINE else re.compile(re.escape(self._bytes))
+
+    @property
+    def _bytes(self) -> bytes:
+        return (self.text or "").replace("\r\n", "\n").encode()

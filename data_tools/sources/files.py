@@ -1,8 +1,11 @@
-"""Files of bytes, standard input and the embedded corpus: which content is cut in which way."""
+"""How files of a format, standard input and the embedded corpus are read.
+
+The module of a format makes a :class:`Format`; ``formats`` lists them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,10 +13,8 @@ from platform import python_version
 from typing import IO
 
 from data_tools.python_docs import python_docs
-from data_tools.sources.csv_files import DELIMITERS, csv_parts
+from data_tools.sources.cutting import Separator
 from data_tools.sources.documents import BlockPart, CorpusFile, Document, Parsed, Reader
-from data_tools.sources.json_files import json_lines_parts, json_parts
-from data_tools.sources.text_files import Separator, text_parts
 from dualtrain.common.compression import BrokenFile, Content
 from dualtrain.common.errors import UserError
 
@@ -31,18 +32,57 @@ class ReadingOptions:
     block_bytes: int
 
 
-@dataclass(kw_only=True)
-class ByteReader(Reader):
-    """Reads ``.txt``, ``.jsonl``, ``.json``, ``.csv`` and ``.tsv``.
+Parts = Callable[[Iterator[bytes], str, ReadingOptions], Iterator[BlockPart]]
+"""``(chunks, name, options)``: cuts content, which is never empty, at the ends of documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A kind of file that holds text. It gives either ``parts`` or a ``reader``.
 
     Attributes:
-        kind: ``txt``, ``jsonl``, ``json``, ``csv`` or ``tsv``.
+        name: What ``--format`` calls it.
+        suffixes: Those of its files' names, without the dot.
+        has_fields: Whether documents have fields, one of which is the text.
+        parts: For what is read from its beginning to its end: then it may be compressed, or come
+            through standard input.
+        reader: For what is read in another order.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    has_fields: bool = True
+    parts: Parts | None = None
+    reader: Callable[[CorpusFile, ReadingOptions], Reader] | None = None
+
+    def open(
+        self,
+        file: CorpusFile,
+        options: ReadingOptions,
+        *,
+        compression: str | None = None,
+        stream: IO[bytes] | None = None,
+    ) -> Reader:
+        """Make the reader of a file, or of a stream in its place."""
+        if self.parts is None:
+            assert self.reader is not None
+            return self.reader(file, options)
+        return ByteReader(
+            file=file, parts_of=self.parts, options=options, compression=compression, stream=stream
+        )
+
+
+@dataclass(kw_only=True)
+class ByteReader(Reader):
+    """Reads a file, or a stream, from its beginning to its end.
+
+    Attributes:
         compression: As the name says; without, the first bytes say whether there is one.
         stream: What comes once only, in place of the file.
     """
 
     file: CorpusFile
-    kind: str
+    parts_of: Parts
     options: ReadingOptions
     compression: str | None = None
     stream: IO[bytes] | None = field(default=None, repr=False)
@@ -55,22 +95,12 @@ class ByteReader(Reader):
         with nullcontext(self.stream) if self.stream else open(self.file.path, "rb") as raw:
             size = min(1 << 20, self.options.block_bytes)
             content = Content(raw, self.compression or "detect", chunk_bytes=size)
-            for part in self._cut(content):
+            chunks = iter(content)
+            first = next(chunks, None)
+            if first is None:
+                raise BrokenFile("empty file", "has no content")
+            for part in self.parts_of(chain([first], chunks), self.file.name, self.options):
                 yield part, content.position
-
-    def _cut(self, content: Content) -> Iterator[BlockPart]:
-        chunks = iter(content)
-        first = next(chunks, None)
-        if first is None:
-            raise BrokenFile("empty file", "has no content")
-        chunks, name = chain([first], chunks), self.file.name
-        size, text_field = self.options.block_bytes, self.options.text_field
-        if self.kind == "txt":
-            return text_parts(chunks, name, self.options.separator, size)
-        if delimiter := DELIMITERS.get(self.kind):
-            return csv_parts(chunks, name, delimiter, text_field, size)
-        cut = json_parts if self.kind == "json" else json_lines_parts
-        return cut(chunks, name, text_field, size)
 
 
 class PythonDocs(Reader):

@@ -8,29 +8,30 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from data_tools.sources.csv_files import DELIMITERS
+from data_tools.sources.cutting import Separator
 from data_tools.sources.documents import BLOCK_BYTES, Corpus, CorpusFile, Reader
 from data_tools.sources.files import (
     BUILTIN,
     PYTHON_DOCS,
     STDIN_NAME,
-    ByteReader,
+    Format,
     PythonDocs,
     ReadingOptions,
 )
+from data_tools.sources.formats import FORMATS, find_format, format_of, known_suffixes
+from data_tools.sources.json_files import JSON_LINES
 from data_tools.sources.mds_files import MdsReader
 from data_tools.sources.splits import training_paths
-from data_tools.sources.tables import TableReader
-from data_tools.sources.text_files import Separator
-from data_tools.sources.walk import FORMATS, TABLES, entries, is_cache, kind_of
+from data_tools.sources.tables import ARROW
+from data_tools.sources.text_files import TEXT
+from data_tools.sources.walk import entries, is_cache
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import in_utf8, user_path
 from dualtrain.data.dataset import DATASET_FILE
 
 STANDARD_INPUT = "-"
-_SUFFIXES = ", ".join(f".{suffix}" for suffix in FORMATS)
 
 
 def open_sources(
@@ -65,7 +66,7 @@ def open_sources(
     options = ReadingOptions(
         text_field=text_field, separator=Separator(separator or None), block_bytes=block_bytes
     )
-    search = _Search(format and FORMATS[format], options, stdin)
+    search = _Search(None if format is None else find_format(format), options, stdin)
     for source in [sources] if isinstance(sources, str) else sources:
         search.add(source)
     if not search.readers:
@@ -96,7 +97,7 @@ def standard_input() -> IO[bytes]:
 class _Search:
     """What has been found so far."""
 
-    format: str | None
+    format: Format | None
     options: ReadingOptions
     stdin: IO[bytes] | None
     readers: list[Reader] = field(default_factory=list)
@@ -137,21 +138,23 @@ class _Search:
 
     def check_options(self) -> None:
         """Raise UserError for an option that says something about files that are not there."""
-        if self.format is not None and not self.is_format_used and self.kinds != {self.format}:
+        format = self.format
+        if format is not None and not self.is_format_used and self.kinds != {format.name}:
             raise UserError(
                 "--format",
-                f"'{self.format}' has no effect: the names of the files say what they are",
+                f"'{format.name}' has no effect: the names of the files say what they are",
                 "files whose names do not say it",
                 "leave it out, or rename the files",
             )
-        if self.options.separator.text is not None and "txt" not in self.kinds:
+        if self.options.separator.text is not None and TEXT.name not in self.kinds:
             raise UserError(
                 "--separator",
                 f"{self.options.separator.text!r} has no effect: there are no text files to divide",
                 ".txt or .md files",
                 "leave it out",
             )
-        if self.options.text_field != "text" and self.kinds <= {"txt", BUILTIN}:
+        plain = {BUILTIN, *(format.name for format in FORMATS if not format.has_fields)}
+        if self.options.text_field != "text" and self.kinds <= plain:
             raise UserError(
                 "--text-field",
                 f"'{self.options.text_field}' has no effect: text files have no fields",
@@ -175,16 +178,15 @@ class _Search:
         )
 
     def _add_standard_input(self) -> None:
-        kind = self.format or "jsonl"
-        if kind in TABLES:
-            what = f"{kind} cannot be read from a stream"
-            expected = ", ".join(["txt", "jsonl", "json", *DELIMITERS])
+        format = self.format or JSON_LINES
+        if format.parts is None:
+            what = f"{format.name} cannot be read from a stream"
+            expected = ", ".join(format.name for format in FORMATS if format.parts is not None)
             raise UserError(STDIN_NAME, what, expected, "save it to a file")
         self.is_format_used, self.repeatable = True, False
         stream = self.stdin or standard_input()
-        file = CorpusFile(STDIN_NAME, 0)
-        reader = ByteReader(file=file, kind=kind, options=self.options, stream=stream)
-        self._keep(reader, kind, STANDARD_INPUT)
+        reader = format.open(CorpusFile(STDIN_NAME, 0), self.options, stream=stream)
+        self._keep(reader, format.name, STANDARD_INPUT)
 
     def _add_directory(self, directory: Path, source: str) -> None:
         before = len(self.readers)
@@ -199,21 +201,21 @@ class _Search:
             for path in entry.files:
                 self._add_reader(path, source)
             for shard in entry.shards:
-                self._keep(MdsReader(entry.path, shard, **self._column), "mds", source)
+                self._keep(MdsReader(entry.path, shard, self.options), "mds", source)
         if len(self.readers) == before:
             where = in_utf8(directory)
             if (directory / DATASET_FILE).is_file():
                 hint = "`dualtrain data merge` joins datasets"
                 raise UserError(where, "is a dataset already", "text", hint)
             hint = "say with --format what files of other names are"
-            raise UserError(where, "the directory has no text", f"{_SUFFIXES} files", hint)
+            raise UserError(where, "the directory has no text", f"{known_suffixes()} files", hint)
 
     def _add_file(self, path: Path, source: str) -> None:
-        if kind_of(path)[0] is None and self.format is None:
+        if format_of(path)[0] is None and self.format is None:
             raise UserError(
                 in_utf8(path),
                 f"cannot read '{''.join(path.suffixes[-2:])}' files",
-                _SUFFIXES,
+                known_suffixes(),
                 "or say what it is with --format",
             )
         if is_cache(path):
@@ -227,20 +229,11 @@ class _Search:
         self.repeatable = self.repeatable and path.is_file()  # not a named pipe
 
     def _add_reader(self, path: Path, source: str) -> None:
-        kind, compression = kind_of(path)
-        if kind is None:
-            kind, self.is_format_used = self.format or "arrow", True  # of a saved dataset
+        format, compression = format_of(path)
+        if format is None:
+            format, self.is_format_used = self.format or ARROW, True  # of a saved dataset
         file = CorpusFile(str(path), path.stat().st_size)
-        reader = (
-            TableReader(file, kind=kind, **self._column)
-            if kind in TABLES
-            else ByteReader(file=file, kind=kind, options=self.options, compression=compression)
-        )
-        self._keep(reader, kind, source)
-
-    @property
-    def _column(self) -> dict[str, Any]:
-        return {"field": self.options.text_field, "block_bytes": self.options.block_bytes}
+        self._keep(format.open(file, self.options, compression=compression), format.name, source)
 
     def _keep(self, reader: Reader, kind: str, source: str, *, name: str = "") -> None:
         """Take a reader, unless its file was found before."""

@@ -11,6 +11,7 @@ from itertools import chain
 from data_tools.sources.cutting import TOO_LARGE, cut, decoded, gather, line_ends
 from data_tools.sources.documents import BadInput, BlockPart, Document, Unparsed
 from data_tools.sources.fields import documents
+from data_tools.sources.files import Format, ReadingOptions
 from dualtrain.common.compression import BrokenFile
 from dualtrain.common.input_files import EACH_KEY_ONCE, json_values
 
@@ -19,18 +20,16 @@ _LINES_LOOKED_AT = 2
 
 
 def json_lines_parts(
-    chunks: Iterable[bytes], name: str, field: str, block_bytes: int
+    chunks: Iterable[bytes], name: str, options: ReadingOptions
 ) -> Iterator[BlockPart]:
-    """Parts of about `block_bytes`, of whole lines."""
+    """Parts of about a block, of whole lines."""
     line = 1
-    for data in cut(chunks, line_ends, block_bytes):
-        yield JsonLines(name, data, line, field)
+    for data in cut(chunks, line_ends, options.block_bytes):
+        yield JsonLines(name, data, line, options.text_field)
         line += data.count(b"\n")
 
 
-def json_parts(
-    chunks: Iterable[bytes], name: str, field: str, block_bytes: int
-) -> Iterator[BlockPart]:
+def json_parts(chunks: Iterable[bytes], name: str, options: ReadingOptions) -> Iterator[BlockPart]:
     """Parts of a ``.json`` file, which may hold JSON lines, an array or a single object.
 
     An array or a single object is parsed at once. That takes about four times its size, and above
@@ -40,7 +39,7 @@ def json_parts(
     head, broken = _head(chunks)
     chunks = chain([head], chunks if broken is None else _raising(broken))
     if _is_json_lines(head, ended=True):
-        yield from json_lines_parts(chunks, name, field, block_bytes)
+        yield from json_lines_parts(chunks, name, options)
         return
     data = bytearray()
     try:
@@ -49,9 +48,9 @@ def json_parts(
         if error.kind != TOO_LARGE:
             # Behind the last brace no object can be whole.
             whole = bytes(data[: data.rfind(b"}") + 1])
-            yield WholeJson(name, whole, field=field, is_cut=True)
+            yield WholeJson(name, whole, field=options.text_field, is_cut=True)
         raise
-    yield WholeJson(name, bytes(data), field=field)
+    yield WholeJson(name, bytes(data), field=options.text_field)
 
 
 def _head(chunks: Iterator[bytes]) -> tuple[bytes, BrokenFile | None]:
@@ -148,3 +147,7 @@ def _not_json(where: str, error: Exception, expected: str) -> BadInput:
     place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
     reason = error.msg if isinstance(error, json.JSONDecodeError) else error
     return BadInput.at("not JSON", where, f"is not JSON: {reason}{place}", expected)
+
+
+JSON_LINES = Format(name="jsonl", suffixes=("jsonl", "ndjson"), parts=json_lines_parts)
+JSON = Format(name="json", suffixes=("json",), parts=json_parts)

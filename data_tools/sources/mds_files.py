@@ -15,6 +15,7 @@ from typing import Any
 from data_tools.sources.cutting import gather
 from data_tools.sources.documents import BadInput, BlockPart, CorpusFile, Reader, Unusable
 from data_tools.sources.fields import no_field
+from data_tools.sources.files import ReadingOptions
 from data_tools.sources.tables import Rows
 from dualtrain.common.compression import BrokenFile, Content
 from dualtrain.common.errors import UserError
@@ -54,9 +55,7 @@ class MdsReader(Reader):
         UserError: The shard is not there, or its entry is not as ``streaming`` writes it.
     """
 
-    def __init__(
-        self, directory: Path, shard: dict[str, Any], *, field: str, block_bytes: int
-    ) -> None:
+    def __init__(self, directory: Path, shard: dict[str, Any], options: ReadingOptions) -> None:
         try:
             raw, packed = shard["raw_data"], shard["zip_data"]
             path = directory / raw["basename"]
@@ -75,8 +74,8 @@ class MdsReader(Reader):
         except OSError as error:
             raise UserError(in_utf8(path), f"cannot be read: {error.strerror}") from None
         self._path = path
-        self._field = field
-        self._block_bytes = block_bytes
+        self._field = options.text_field
+        self._block_bytes = options.block_bytes
 
     def _read(self) -> Iterator[tuple[BlockPart, int]]:
         self._check_column()

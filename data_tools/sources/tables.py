@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from data_tools.sources.documents import (
@@ -16,6 +17,7 @@ from data_tools.sources.documents import (
     Unusable,
 )
 from data_tools.sources.fields import EACH, ITEMS, no_field, steps
+from data_tools.sources.files import Format, ReadingOptions
 from dualtrain.common.compression import BrokenFile
 
 _PARQUET_MAGIC = b"PAR1"
@@ -66,12 +68,12 @@ class TableReader(Reader):
     block, of an Arrow file the batches that it was written in.
     """
 
-    def __init__(self, file: CorpusFile, *, kind: str, field: str, block_bytes: int) -> None:
+    def __init__(self, file: CorpusFile, options: ReadingOptions, *, is_parquet: bool) -> None:
         self.file = file
-        self._is_parquet = kind == "parquet"
-        self._field = field
+        self._is_parquet = is_parquet
+        self._field = options.text_field
         self._steps: list[str] = []
-        self._block_bytes = block_bytes
+        self._block_bytes = options.block_bytes
 
     def _read(self) -> Iterator[tuple[BlockPart, int]]:
         before = 1
@@ -278,3 +280,9 @@ def _in_parts(column: Any, block_bytes: int) -> Iterator[tuple[int, list[bytes |
     rows = max(1, math.ceil(len(column) / parts))
     for start in range(0, len(column), rows):
         yield start, column.slice(start, rows).to_pylist()
+
+
+PARQUET = Format(
+    name="parquet", suffixes=("parquet",), reader=partial(TableReader, is_parquet=True)
+)
+ARROW = Format(name="arrow", suffixes=("arrow",), reader=partial(TableReader, is_parquet=False))

@@ -9,27 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.sources.files import Format
+from data_tools.sources.formats import format_of
 from data_tools.sources.mds_files import mds_shards
 from data_tools.sources.saved_datasets import METADATA, left_splits, saved_dataset_files
 from data_tools.sources.splits import TRAIN
-from dualtrain.common.compression import SUFFIXES
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import in_utf8
 from dualtrain.data.dataset import DATASET_FILE
-
-FORMATS = {
-    "txt": "txt",
-    "md": "txt",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "json",
-    "parquet": "parquet",
-    "arrow": "arrow",
-    "csv": "csv",
-    "tsv": "tsv",
-}
-"""Suffix of a file name, or name of a format, and the kind of content."""
-TABLES = {"parquet", "arrow"}
 
 _CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 
@@ -60,26 +47,16 @@ class Entry:
         return bool(self.files) and self.path.suffix.lower() == ".md"
 
 
-def kind_of(path: Path) -> tuple[str | None, str | None]:
-    """Kind of content and compression, by the name of a file."""
-    suffix = path.suffix.lower()
-    compression = SUFFIXES.get(suffix)
-    if compression is not None:
-        suffix = path.with_suffix("").suffix.lower()
-    kind = FORMATS.get(suffix.removeprefix("."))
-    return (None if compression and kind in TABLES else kind), compression
-
-
 def is_cache(path: Path) -> bool:
     """Whether ``Dataset.map`` and its like left a file beside those that they read."""
     return _CACHE.fullmatch(path.name) is not None
 
 
-def entries(directory: Path, format: str | None) -> list[Entry]:
+def entries(directory: Path, format: Format | None) -> list[Entry]:
     """All that stands in a directory, through all levels, in order of the paths.
 
     Args:
-        format: Kind of files whose names do not say it.
+        format: That of files whose names do not say it.
 
     Raises:
         UserError: A directory cannot be searched, or its files do not belong together as they say.
@@ -94,7 +71,7 @@ def entries(directory: Path, format: str | None) -> list[Entry]:
     ]
 
 
-def _walk(directory: Path, format: str | None) -> Iterator[Entry]:
+def _walk(directory: Path, format: Format | None) -> Iterator[Entry]:
     """Links to directories are followed, but not in circles."""
     seen: set[str] = set()
 
@@ -139,9 +116,9 @@ def _whole_directory(directory: Path) -> Entry | None:
     return Entry(directory, files, ignored=ignored, note=note if left else "")
 
 
-def _file(path: Path, format: str | None) -> Entry:
-    kind = kind_of(path)[0] or format
+def _file(path: Path, format: Format | None) -> Entry:
+    found = format_of(path)[0] or format
     is_other = path.name.startswith(".") or path.name in METADATA or is_cache(path)
-    if kind is not None and not is_other and path.is_file():
+    if found is not None and not is_other and path.is_file():
         return Entry(path, [path])
     return Entry(path, ignored=[str(path)])

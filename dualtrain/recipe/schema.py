@@ -186,10 +186,10 @@ class BuildSection(Section):
         description="`builtin:python-docs`, a file, a directory, a glob pattern, `-` for standard "
         "input, or a list of these.",
     )
-    format: Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] | None = Field(
+    format: str | None = Field(
         default=None,
-        description="Kind of standard input and of files whose name does not say it; null: JSON "
-        "lines for standard input, an error for files.",
+        description="Kind of standard input and of files whose name does not say it, as the usual "
+        "suffix: `txt`, `jsonl`, …; null: JSON lines for standard input, an error for files.",
     )
     text_field: str = Field(
         default="text",

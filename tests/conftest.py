@@ -77,3 +77,23 @@ def published(tmp_path_factory):
     texts = documents()
     stock = publish(folder / "gpt2", "gpt2", texts)
     return folder / "gpt2", stock, convert(folder / "text", texts, folder / "gpt2")
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Iterator[None]:
+    """Compilation, which the test session turns off: the variable alone would do that."""
+    import torch
+
+    from dualtrain.network import attention, loss
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+
+    def forget() -> None:
+        attention._compiled_flex.cache_clear()
+        loss._compiled_turn.cache_clear()
+        torch._dynamo.reset()
+
+    with torch._dynamo.config.patch(disable=False):
+        forget()
+        yield
+        forget()

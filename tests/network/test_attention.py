@@ -64,13 +64,6 @@ def dense_attention(query, key, value, seen):
     return (weights @ value).transpose(1, 2)
 
 
-@pytest.fixture
-def compiler(monkeypatch):
-    """The test session turns compilation off; FlexAttention on CUDA is nothing without it."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    attention._compiled_flex.cache_clear()
-
-
 @pytest.mark.parametrize("layout", BOUNDARIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("backend", "device", "dtype"), BACKENDS)

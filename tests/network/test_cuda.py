@@ -51,14 +51,6 @@ def train_pass(model: DualLM, kind: str, backend: str, device: str, dtype: torch
     return out
 
 
-@pytest.fixture
-def compiler(monkeypatch):
-    """The test session turns compilation off."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    attention_module._compiled_flex.cache_clear()
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["causal", "full"])
 @BACKENDS

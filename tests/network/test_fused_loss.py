@@ -1,4 +1,8 @@
-"""Tests of: dualtrain.network.loss: the fused loss against the formula in plain autograd."""
+"""Tests of: dualtrain.network.loss: the fused loss against the formula in plain autograd.
+
+What a GPU compiles, logits turned into their gradient in place, runs here as it is written, and
+once compiled for the CPU.
+"""
 
 import pytest
 import torch
@@ -7,9 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dualtrain.network import loss as loss_module
 from dualtrain.network.loss import OutputLayer, select_positions
 
 Z = 1e-2
+
+
+@pytest.fixture(params=["by chunks", "in place"], scope="class")
+def way(request):
+    """Each of the two ways to compute the loss; of a class's scope, as hypothesis wants it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "compiles_for", lambda device: request.param == "in place")
+        yield
+
+
+in_both_ways = pytest.mark.usefixtures("way")
 
 
 def make_layer(width=6, vocab=11, *, bias=True, dtype=torch.float64, rows=None) -> OutputLayer:
@@ -43,8 +59,9 @@ def gradients(layer, hidden, loss):
     return torch.autograd.grad(loss, [hidden, *layer.parameters()])
 
 
+@in_both_ways
 @given(
-    st.integers(1, 17),
+    st.integers(0, 17),
     st.sampled_from([1, 2, 5, 16, 17, None]),
     st.booleans(),
     st.sampled_from([0.0, Z]),
@@ -66,6 +83,7 @@ def test_values_and_gradients_are_the_formulas(count, rows, bias, z_loss, zero_e
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
+@in_both_ways
 def test_gradcheck():
     layer = make_layer(rows=2)
     hidden, targets, weights = make_batch(5)
@@ -79,6 +97,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(loss, (hidden, layer.weight, layer.bias))
 
 
+@in_both_ways
 def test_float32_is_as_good_as_plain_autograd():
     layer, (hidden, targets, weights) = make_layer(dtype=torch.float32), make_batch(40)
     hidden = hidden.detach().float().requires_grad_()
@@ -91,6 +110,7 @@ def test_float32_is_as_good_as_plain_autograd():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@in_both_ways
 @pytest.mark.parametrize("mode", ["bf16 module", "autocast"])
 def test_bf16_keeps_float32_losses_and_the_parameters_types(mode):
     kept = torch.bfloat16 if mode == "bf16 module" else torch.float32
@@ -113,6 +133,7 @@ def test_bf16_keeps_float32_losses_and_the_parameters_types(mode):
         assert (mine.double() - theirs).norm() < 2e-2 * theirs.norm()
 
 
+@in_both_ways
 def test_statistics_carry_no_gradient_and_frozen_parameters_get_none():
     layer, (hidden, targets, weights) = make_layer(), make_batch()
     loss, cross_entropy, z_term = layer(hidden, targets, weights, z_loss=Z)
@@ -124,6 +145,7 @@ def test_statistics_carry_no_gradient_and_frozen_parameters_get_none():
         assert not layer(hidden, targets, weights)[0].requires_grad
 
 
+@in_both_ways
 def test_a_second_backward_pass_is_refused_as_usual():
     layer, (hidden, targets, weights) = make_layer(), make_batch()
     loss, *_ = layer(hidden, targets, weights)
@@ -150,6 +172,7 @@ class WidestLogits(TorchDispatchMode):
         return output
 
 
+@in_both_ways
 def test_full_logits_never_exist():
     layer, (hidden, targets, weights) = make_layer(rows=8), make_batch(64)
     with WidestLogits(11) as widest:
@@ -161,6 +184,76 @@ def test_full_logits_never_exist():
     assert widest.rows == 64
 
 
+def in_place_and_by_chunks(layer, hidden, targets, weights, autocast=False):
+    """[loss, its terms, d(hidden), d(weight), d(bias)] of each way."""
+    results = []
+    for in_place in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss_module, "compiles_for", lambda device, answer=in_place: answer)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                losses = layer(hidden, targets, weights, positions=97, z_loss=Z)
+        results.append([*losses, *gradients(layer, hidden, losses[0] / 3)])
+    return results
+
+
+@pytest.mark.parametrize("rows", [97, 40, 7])
+@pytest.mark.parametrize("mode", ["fp32", "bf16 module", "autocast"])
+def test_in_place_is_what_chunks_give(mode, rows):
+    kept = torch.bfloat16 if mode == "bf16 module" else torch.float32
+    layer = make_layer(24, 131, dtype=kept, rows=rows)
+    hidden, targets, weights = make_batch(97, 24, 131)
+    hidden = hidden.detach().to(kept).requires_grad_()
+    # What torch.empty gives is NaN then: rows that nothing was written to would show.
+    torch.use_deterministic_algorithms(True)
+    try:
+        mine, theirs = in_place_and_by_chunks(layer, hidden, targets, weights, mode == "autocast")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.dtype == other.dtype
+        # The exponential of a difference, or a softmax; in bf16 that decides some roundings.
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error < (1e-6 if mode == "fp32" else 1e-3)
+
+
+def test_in_place_tells_of_logits_that_are_not_finite():
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        layer, (hidden, targets, weights) = make_layer(rows=8), make_batch()
+        with torch.no_grad():
+            hidden[4] = bad
+        mine, theirs = in_place_and_by_chunks(layer, hidden, targets, weights)
+        assert not mine[0].isfinite() and not theirs[0].isfinite()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_graph_serves_every_number_of_selected_positions(compiler, monkeypatch, backend):
+    """At 16 sizes of a selection dynamo would stop compiling: it does so after 8."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **rest: compile_(f, backend=backend, **rest))
+    layer = make_layer(24, 131, dtype=torch.float32)
+    torch._dynamo.utils.counters.clear()
+    for count in (97, *range(7, 97, 7), 0):
+        hidden, targets, weights = make_batch(count, 24, 131)
+        hidden = hidden.detach().float().requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            mine, theirs = in_place_and_by_chunks(layer, hidden, targets, weights)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_nothing_is_compiled_where_there_is_no_compiler(monkeypatch):
+    for_cuda = torch.device("cuda")
+    assert not loss_module.compiles_for(torch.device("cpu"))
+    for found, compiler, expected in ((1, "cc", True), (None, "cc", False), (1, "", False)):
+        loss_module._has_compilers.cache_clear()
+        monkeypatch.setattr(loss_module.importlib.util, "find_spec", lambda _, answer=found: answer)
+        monkeypatch.setattr(loss_module.shutil, "which", lambda _: None)
+        monkeypatch.setenv("CC", compiler)
+        assert loss_module.compiles_for(for_cuda) is expected
+    loss_module._has_compilers.cache_clear()
+
+
 def test_single_losses_and_logits():
     layer, (hidden, targets, _) = make_layer(rows=3), make_batch()
     logits = layer(hidden)
@@ -170,6 +263,7 @@ def test_single_losses_and_logits():
     assert not losses.requires_grad
 
 
+@in_both_ways
 def test_a_target_may_be_anything_where_the_weight_is_zero():
     layer, (hidden, targets, weights) = make_layer(), make_batch()
     wild = torch.where(weights == 0, -100, targets)

@@ -15,6 +15,7 @@ from helpers.ranks import on_ranks
 from torch import Tensor
 
 from dualtrain.engine.process import init_distributed, prepare_process
+from dualtrain.network import loss
 from dualtrain.network.attention import plan_attention
 from dualtrain.network.config import DualConfig
 from dualtrain.network.transformer import DualLM
@@ -22,8 +23,11 @@ from dualtrain.network.transformer import DualLM
 LENGTH = 16
 
 
-def deepspeed_differences(cases: list[tuple[int, str, bool]]) -> list[tuple[float, float, float]]:
-    """Train with DeepSpeed and alone, for each (stage, head, activation checkpointing).
+def deepspeed_differences(
+    cases: list[tuple[int, str, bool, bool]],
+) -> list[tuple[float, float, float]]:
+    """Train with DeepSpeed and alone, for each (stage, head, activation checkpointing,
+    loss in place).
 
     Returns:
         For each case how far apart the two are, at most: losses, the weighted mean of the single
@@ -35,7 +39,7 @@ def deepspeed_differences(cases: list[tuple[int, str, bool]]) -> list[tuple[floa
 
     rank, world = dist.get_rank(), dist.get_world_size()
     results = []
-    for stage, head, recompute in cases:
+    for stage, head, recompute, in_place in cases:
         model, plain = make_model(head), make_model(head)
         model.activation_checkpointing = recompute
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -62,7 +66,9 @@ def deepspeed_differences(cases: list[tuple[int, str, bool]]) -> list[tuple[floa
                         continue
                     with torch.no_grad():
                         singles = engine(ids, **batch, reduction="none").nll
-                    actual = engine(ids, **batch, z_loss=1e-2)
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(loss, "compiles_for", lambda _, answer=in_place: answer)
+                        actual = engine(ids, **batch, z_loss=1e-2)
                     engine.backward(actual.loss)
                     engine.step()
                     mean = (singles * batch["weights"]).mean()
@@ -114,8 +120,12 @@ def make_batch(seed: int, kind: str) -> tuple[Tensor, dict]:
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_zero_stage_trains_the_same_model(tmp_path, ranks):
-    cases = [(0, "paper", False), (2, "paper", False)]
-    cases += [(3, head, recompute) for head in ("paper", "linear") for recompute in (False, True)]
+    cases = [(0, "paper", False, False), (2, "paper", False, True)]
+    cases += [
+        (3, head, recompute, head == "paper")
+        for head in ("paper", "linear")
+        for recompute in (False, True)
+    ]
     results = on_ranks(deepspeed_differences, cases, ranks=ranks, tmp_path=tmp_path)
     for rank in results:
         for case, (losses, singles, parameters) in zip(cases, rank, strict=True):

@@ -21,6 +21,7 @@ from dualtrain.engine.norm_gains import set_type, widen_groups
 from dualtrain.engine.parameters import whole_parameters
 from dualtrain.engine.whole_matrices import batch_whole_matrices
 from dualtrain.network.norms import norm_parameters
+from dualtrain.network.transformer import SwiGLU
 from dualtrain.recipe.schema import OptimSection
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def build_engine(
     from deepspeed.runtime import torch_autocast
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+    for module in model.modules():
+        if isinstance(module, SwiGLU):
+            module.may_pack = config["zero_optimization"]["stage"] < 3
     gains = norm_parameters(model) if config["bf16"]["enabled"] else []
     with whole_parameters(gains):
         values = [gain.detach().clone() for gain in gains]

@@ -140,7 +140,7 @@ class _FusedLoss(torch.autograd.Function):
         weights: Tensor,
         settings: _FusedSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        compute = _compute_type(weight)
+        compute = compute_type(weight)
         matrix = weight.to(compute)
         offset = None if bias is None else bias.to(compute)
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -334,7 +334,7 @@ def _token_losses(
 
     The latter, (N,) bool, is False everywhere unless asked for.
     """
-    compute = _compute_type(weight)
+    compute = compute_type(weight)
     exact = torch.promote_types(compute, torch.float32)
     matrix = weight.to(compute)
     offset = None if bias is None else bias.to(compute)
@@ -352,12 +352,12 @@ def _token_losses(
     return losses, is_top
 
 
-def _compute_type(weight: Tensor) -> torch.dtype:
-    """The type matrix products are computed in: autocast's, else the parameter's own."""
-    device_type = weight.device.type
+def compute_type(tensor: Tensor) -> torch.dtype:
+    """The type that matrix products of a tensor are computed in: autocast's, else its own."""
+    device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+    return tensor.dtype
 
 
 def _chunk_rows(positions: int, vocab_size: int, device: torch.device) -> int:

@@ -174,6 +174,7 @@ def _train_dual(model: nn.Module, groups: list, config: dict, rank: int) -> dict
     from deepspeed.utils import safe_get_full_fp32_param
 
     engine = build_engine(model, build_optimizer(model, groups, OptimSection()), config)
+    assert not any(block.mlp.may_pack for block in model.model.layers)  # stage 3
     generator = torch.Generator().manual_seed(rank)
     for _ in range(4):
         tokens = torch.randint(60, (1, 9), generator=generator)

@@ -21,6 +21,7 @@ from dualtrain.network.loss import select_positions
 from dualtrain.network.transformer import (
     DualLM,
     RMSNorm,
+    SwiGLU,
     rotary_tables,
     rotate,
 )
@@ -257,6 +258,52 @@ def test_compiling_in_place_keeps_names_and_results(tiny_model):
     assert all(block._compiled_call_impl is not None for block in model.model.layers)
     assert list(model.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+def test_a_packed_mlp_is_the_same_mlp(tiny_model):
+    for width in (44, 64, 3, 70):
+        mlp = tiny_model(intermediate_size=width).model.layers[0].mlp.double()
+        hidden = torch.randn(3, 7, 32, dtype=torch.float64, requires_grad=True)
+        upstream = torch.randn(3, 7, 32, dtype=torch.float64)
+        inputs = [hidden, *mlp.parameters()]
+        outputs = [mlp(hidden), mlp.packed(hidden)]
+        gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*gradients)
+
+
+def test_mlps_are_packed_where_that_saves_copies(tiny_model):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    odd, even = (tiny_model(intermediate_size=w).model.layers[0].mlp for w in (44, 48))
+    assert odd.packs(cuda, BF16) and not even.packs(cuda, BF16)
+    assert not odd.packs(cpu, BF16) and not odd.packs(cuda, torch.float32)
+    odd.may_pack = False
+    assert not odd.packs(cuda, BF16)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16 module", "autocast"])
+def test_compiled_blocks_pack_their_mlps(tiny_model, compiler, monkeypatch, mode):
+    """As on a GPU; what they compute is what uncompiled ones do, which never pack."""
+    plain, asked = tiny_model(), []
+    plain = plain.to(BF16) if mode == "bf16 module" else plain
+    model = copy.deepcopy(plain)
+    monkeypatch.setattr(SwiGLU, "packs", lambda self, device, dtype: asked.append(dtype) or True)
+    compile_ = torch.nn.Module.compile
+    for block in model.model.layers:
+        compile_(block, backend="eager", fullgraph=True, dynamic=False)
+    rows = {"targets": TARGETS, "weights": WEIGHTS, "attention": plan("causal", dtype=BF16)}
+    if mode == "fp32":
+        rows["attention"] = plan("causal")
+    losses = []
+    for each in (model, plain):
+        with torch.autocast("cpu", BF16, enabled=mode == "autocast"):
+            losses.append(each(IDS, **rows).loss)
+        losses[-1].backward()
+    assert set(asked) == {torch.float32 if mode == "fp32" else BF16}
+    tolerance = 1e-5 if mode == "fp32" else 2e-2
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (mine.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
 
 
 def test_muon_has_the_bodys_matrices_and_the_heads_projection(tiny_model):

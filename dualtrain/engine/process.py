@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
 from datetime import timedelta
 
@@ -33,9 +34,17 @@ def prepare_process(*, compile_model: bool) -> None:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not compile_model:
-        from torch._dynamo import config as dynamo
+        _forbid_compiling()
 
-        dynamo.disable = True
+
+def _forbid_compiling() -> None:
+    """Switch the compiler off, and have DeepSpeed not import it for Muon, which takes a second."""
+    from deepspeed.runtime import compiler
+
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when the compiler is imported
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True
+    compiler.compile = lambda: lambda function: function
 
 
 def choose_device(world: World) -> torch.device:

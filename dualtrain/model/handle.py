@@ -6,8 +6,9 @@ that a run trains.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,11 +67,13 @@ class ModelHandle:
         # An engine keeps its own flag and sets its module's; the module's is the one that counts.
         inner: Any = getattr(self.model, "module", self.model)
         was_training = isinstance(inner, nn.Module) and inner.training
-        stance = "default" if compiled else "force_eager"
+        # Where the compiler was never imported, which takes a second, nothing is compiled.
+        eager = not compiled and "torch._dynamo" in sys.modules
         if was_training:
             inner.eval()
         try:
-            with torch.no_grad(), torch.compiler.set_stance(stance):
+            stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+            with torch.no_grad(), stance:
                 yield
         finally:
             if was_training:

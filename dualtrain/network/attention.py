@@ -21,28 +21,20 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dualtrain.common.errors import UserError
 from dualtrain.network.arithmetic import AttentionKind
 
-# From torch 2.10 on. Looked up by name, because its signature is another in each version.
-varlen_attn: Callable[..., Tensor] | None = None
-with suppress(ImportError):
-    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
-
-# Found out here, because a compiled block cannot look at a signature.
-_VARLEN_TAKES_WINDOW = (
-    varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
-)
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Backend = Literal["sdpa", "varlen", "flex"]
 
@@ -99,14 +91,15 @@ class VarlenPlan(AttentionPlan):
     Attributes:
         offsets: (N + 1,) int32, where documents begin; after the last document B*T repeated, which
             makes empty documents, so that N is the same from batch to batch.
+        varlen_attn: torch's, told whether it is causal.
     """
 
     offsets: Tensor
+    varlen_attn: Callable[..., Tensor]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length = query.shape[1]
-        assert varlen_attn is not None  # resolve_backend has seen to it
-        output = varlen_attn(
+        output = self.varlen_attn(
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
@@ -115,7 +108,6 @@ class VarlenPlan(AttentionPlan):
             # The longest document there could be, rather than the longest there is: a constant.
             length,
             length,
-            **_varlen_options(self.kind),
         )
         return output.view(query.shape)
 
@@ -126,13 +118,15 @@ class FlexPlan(AttentionPlan):
 
     Attributes:
         blocks: Which blocks of the attention matrix are empty, full, or decided by the mask.
+        flex_attention: torch's, which takes a second to import.
     """
 
     blocks: BlockMask
+    flex_attention: Callable[..., Tensor]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         compiled_here = query.is_cuda and not torch.compiler.is_compiling()
-        output = (_compiled_flex() if compiled_here else flex_attention)(
+        output = (_compiled_flex() if compiled_here else self.flex_attention)(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -204,9 +198,14 @@ def plan_attention(
     prefixes = None if in_prefix is None else in_prefix.numpy()
     if backend == "varlen" and kind != "prefix" and dtype in _HALF_TYPES:
         offsets = torch.from_numpy(_document_offsets(documents))
-        return VarlenPlan(kind, "varlen", to_device(offsets, device))
+        function = find_varlen_attn()
+        assert function is not None  # resolve_backend has seen to it
+        return VarlenPlan(kind, "varlen", to_device(offsets, device), _told(function, kind))
     if backend == "flex":
-        return FlexPlan(kind, "flex", _block_mask(kind, documents, prefixes, device))
+        from torch.nn.attention.flex_attention import flex_attention
+
+        blocks = _block_mask(kind, documents, prefixes, device)
+        return FlexPlan(kind, "flex", blocks, flex_attention)
     if backend in ("sdpa", "varlen"):
         return SdpaPlan(kind, "sdpa", _dense_mask(kind, documents, prefixes, device, dtype))
     raise ValueError(f"unknown attention backend {backend!r}")
@@ -235,7 +234,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype | None) -> str
     if name == "flex":
         found = importlib.util.find_spec("triton") is not None
         return "" if found else "it is compiled by triton, which is not installed"
-    if varlen_attn is None:
+    if find_varlen_attn() is None:
         return f"torch {torch.__version__} lacks it, torch 2.10 and newer have it"
     if dtype is not None and dtype not in _HALF_TYPES:
         return f"it computes in bf16 only, not in {str(dtype).removeprefix('torch.')}"
@@ -281,15 +280,27 @@ def _document_offsets(documents: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _varlen_options(kind: AttentionKind) -> dict[str, tuple[int, int] | bool]:
-    """Say causal or full to ``varlen_attn``: torch 2.10 has a flag, later ones a window."""
-    if _VARLEN_TAKES_WINDOW:
-        return {"window_size": (-1, 0) if kind == "causal" else (-1, -1)}
-    return {"is_causal": kind == "causal"}
+@cache
+def find_varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's, from 2.10 on; importing it takes a second. None where there is none."""
+    with suppress(ImportError):
+        # By name, because its signature is another in each version.
+        return import_module("torch.nn.attention.varlen").varlen_attn
+    return None
+
+
+@cache  # one object for good, or compiled blocks would be compiled again
+def _told(function: Callable[..., Tensor], kind: AttentionKind) -> Callable[..., Tensor]:
+    """``varlen_attn``, causal or full: torch 2.10 has a flag for it, later ones a window."""
+    if "window_size" in inspect.signature(function).parameters:
+        return partial(function, window_size=(-1, 0) if kind == "causal" else (-1, -1))
+    return partial(function, is_causal=kind == "causal")
 
 
 @cache
 def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -304,6 +315,8 @@ def _block_mask(
     ``create_block_mask`` would evaluate all (B, T, T) pairs on the device; as documents are
     contiguous, the ids at the ends of each block decide, on the host.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     visible, full = _visible_blocks(kind, documents, prefixes)
     lists = [*_ordered(visible & ~full), *_ordered(full)]
     partial_count, partial, full_count, full_index = (

@@ -123,8 +123,7 @@ def fake_varlen(with_window: bool, calls: list):
 @pytest.mark.parametrize("kind", ["causal", "full"])
 def test_varlen_is_told_where_documents_begin(monkeypatch, kind, with_window):
     calls = []
-    monkeypatch.setattr(attention, "varlen_attn", fake_varlen(with_window, calls))
-    monkeypatch.setattr(attention, "_VARLEN_TAKES_WINDOW", with_window)
+    monkeypatch.setattr(attention, "find_varlen_attn", lambda: fake_varlen(with_window, calls))
     ids = documents("many documents")[:, 90:]
     plan = plan_attention(kind, ids, backend="varlen", device="cpu", dtype=BF16)
     inputs = torch.randn(3, 3, LENGTH - 90, 2, 16).to(BF16)
@@ -225,10 +224,10 @@ def test_a_backend_that_cannot_work_here_is_refused_with_the_reason(monkeypatch)
             resolve_backend(name, "cpu")
     with pytest.raises(UserError, match="auto, sdpa, varlen or flex"):
         resolve_backend("flash", "cpu")
-    monkeypatch.setattr(attention, "varlen_attn", object())
+    monkeypatch.setattr(attention, "find_varlen_attn", object)
     with pytest.raises(UserError, match="bf16 only, not in float32"):
         resolve_backend("varlen", "cuda", FP32)
-    monkeypatch.setattr(attention, "varlen_attn", None)
+    monkeypatch.setattr(attention, "find_varlen_attn", lambda: None)
     with pytest.raises(UserError, match="torch 2.10 and newer"):
         resolve_backend("varlen", "cuda", BF16)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)

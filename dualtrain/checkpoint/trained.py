@@ -28,7 +28,7 @@ from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.model.build import CONFIG, empty_model, read_exported
 from dualtrain.model.exported import exported_append_eos, exported_target
 from dualtrain.model.handle import ModelHandle, Target
-from dualtrain.network.attention import resolve_backend
+from dualtrain.network.backends import resolve_backend
 from dualtrain.network.config import DualConfig
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe

@@ -3,8 +3,8 @@
 :func:`plan_attention` is called once per micro-batch, on the host, with the batch's document ids
 still on the CPU. Whatever has to be decided or built from them happens there, outside any compiled
 region and without waiting for the device; all layers share the resulting :class:`AttentionPlan`.
-Shapes inside a plan depend on the shape of the batch, hardly ever on its contents, so that a
-compiled block keeps one graph per kind.
+Shapes inside a plan depend on the shape of the batch, not on its contents, but for the number of
+documents, which is dynamic: so a compiled block keeps one graph per kind.
 
 Query q sees key k of the same document if
     causal   k <= q
@@ -16,21 +16,19 @@ Shapes: B rows, T positions, H heads of size D.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualtrain.common.errors import UserError
 from dualtrain.network.arithmetic import AttentionKind
 
 if TYPE_CHECKING:
@@ -38,11 +36,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["sdpa", "varlen", "flex"]
 
-# Documents per row that the graph of the varlen backend is made for; doubled where there are more.
-_VARLEN_DOCUMENTS = 8
 # Edge of FlexAttention's square blocks.
 _FLEX_BLOCK = 128
-_HALF_TYPES = (torch.bfloat16, torch.float16)
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +84,13 @@ class SdpaPlan(AttentionPlan):
 class VarlenPlan(AttentionPlan):
     """Flash attention over the documents of all rows laid end to end (CUDA, half precision).
 
+    In torch 2.15 that is cuDNN's on Hopper. Versions such as 2.11 have cuDNN's kernels, too, but
+    their backward pass over documents writes beyond its workspace (pytorch pull request 186142).
+
     Attributes:
-        offsets: (N + 1,) int32, where documents begin; after the last document B*T repeated, which
-            makes empty documents, so that N is the same from batch to batch.
+        offsets: (N + 1,) int32, where each of the N documents begins, and B*T. None is empty: a
+            document without tokens costs blocks of threads in each kernel, and cuDNN before 9.25
+            cannot compute it.
         varlen_attn: torch's, told whether it is causal.
     """
 
@@ -135,32 +135,6 @@ class FlexPlan(AttentionPlan):
         return output.transpose(1, 2)
 
 
-def resolve_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype | None = None
-) -> Backend:
-    """Turn the recipe's ``model.attention`` into a backend that works here.
-
-    Args:
-        name: ``auto``, ``sdpa``, ``varlen`` or ``flex``. auto is sdpa on a CPU; on CUDA varlen
-            where there is one, else flex where there is a compiler, else sdpa.
-        dtype: Compute type, if known: varlen is for half precision only.
-    """
-    device = torch.device(device)
-    if name == "auto":
-        best_first: tuple[Backend, ...] = ("varlen", "flex", "sdpa")
-        return next(backend for backend in best_first if not _obstacle(backend, device, dtype))
-    if name not in ("sdpa", "varlen", "flex"):
-        raise UserError("model.attention", f"{name!r}", "auto, sdpa, varlen or flex")
-    obstacle = _obstacle(name, device, dtype)
-    if obstacle:
-        raise UserError(
-            "model.attention",
-            f"{name} does not work here: {obstacle}",
-            hint="auto takes the best backend that does",
-        )
-    return cast(Backend, name)
-
-
 def plan_attention(
     kind: AttentionKind,
     document_ids: Tensor,
@@ -175,8 +149,8 @@ def plan_attention(
     Args:
         document_ids: (B, T) integers on the CPU, never decreasing within a row: positions with
             equal ids are one document.
-        backend: From :func:`resolve_backend`. varlen cannot express prefix attention, nor compute
-            in float32; such a plan uses sdpa instead.
+        backend: From ``backends.resolve_backend``. varlen cannot express prefix attention, nor
+            compute in float32; such a plan uses sdpa instead.
         dtype: Compute type of the attention (bfloat16 also under autocast).
         in_prefix: (B, T) bool on the CPU, tokens that all of their document see; for the prefix
             kind only.
@@ -196,11 +170,13 @@ def plan_attention(
         raise ValueError("document_ids decrease within a row")
     device = torch.device(device)
     prefixes = None if in_prefix is None else in_prefix.numpy()
-    if backend == "varlen" and kind != "prefix" and dtype in _HALF_TYPES:
-        offsets = torch.from_numpy(_document_offsets(documents))
+    if backend == "varlen" and kind != "prefix" and dtype in HALF_TYPES:
+        offsets = to_device(torch.from_numpy(_document_offsets(documents)), device)
+        # One graph for any number of documents.
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)
         function = find_varlen_attn()
         assert function is not None  # resolve_backend has seen to it
-        return VarlenPlan(kind, "varlen", to_device(offsets, device), _told(function, kind))
+        return VarlenPlan(kind, "varlen", offsets, _told(function, kind))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -223,24 +199,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         # From pageable memory the copy may wait for everything queued before it.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
-    """Say why a backend cannot train here; empty if it can."""
-    if name == "sdpa":
-        return ""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type} (sdpa works everywhere)"
-    if name == "flex":
-        found = importlib.util.find_spec("triton") is not None
-        return "" if found else "it is compiled by triton, which is not installed"
-    if find_varlen_attn() is None:
-        return f"torch {torch.__version__} lacks it, torch 2.10 and newer have it"
-    if dtype is not None and dtype not in _HALF_TYPES:
-        return f"it computes in bf16 only, not in {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
-    return ""
 
 
 def _dense_mask(
@@ -267,17 +225,10 @@ def _dense_mask(
 
 
 def _document_offsets(documents: np.ndarray) -> np.ndarray:
-    """Return where documents begin in the flattened batch, padded with B*T: (N + 1,) int32."""
-    rows, length = documents.shape
+    """Return where documents begin in the flattened batch, and its end: (N + 1,) int32."""
     begins = np.ones_like(documents, dtype=bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = np.flatnonzero(begins)
-    capacity = rows * _VARLEN_DOCUMENTS
-    while capacity < len(starts):
-        capacity *= 2
-    offsets = np.full(min(capacity, rows * length) + 1, rows * length, dtype=np.int32)
-    offsets[: len(starts)] = starts
-    return offsets
+    return np.append(np.flatnonzero(begins), documents.size).astype(np.int32)
 
 
 @cache
@@ -319,9 +270,6 @@ def _block_mask(
 
     visible, full = _visible_blocks(kind, documents, prefixes)
     lists = [*_ordered(visible & ~full), *_ordered(full)]
-    partial_count, partial, full_count, full_index = (
-        to_device(torch.from_numpy(array), device) for array in lists
-    )
     ids = to_device(torch.from_numpy(np.ascontiguousarray(documents)), device)
     prefix = None if prefixes is None else to_device(torch.from_numpy(prefixes), device)
 
@@ -338,15 +286,18 @@ def _block_mask(
 
     masks = {"full": full_mask, "causal": causal_mask, "prefix": prefix_mask}
     length = documents.shape[1]
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial,
-        full_count,
-        full_index,
+    # Made on the host: it derives the lists of queries from those of keys, for which some versions
+    # of torch wait for the device.
+    mask = BlockMask.from_kv_blocks(
+        *(torch.from_numpy(array) for array in lists),
         BLOCK_SIZE=_FLEX_BLOCK,
         mask_mod=masks[kind],
         seq_lengths=(length, length),
     )
+    for name, value in vars(mask).items():
+        if isinstance(value, Tensor):
+            setattr(mask, name, to_device(value, device))
+    return mask
 
 
 def _visible_blocks(

@@ -57,7 +57,7 @@ from dualtrain.launch.world import (
 from dualtrain.method.mixing import Mixture
 from dualtrain.model.build import build_model
 from dualtrain.model.handle import ModelHandle
-from dualtrain.network.attention import resolve_backend
+from dualtrain.network.backends import resolve_backend
 from dualtrain.progress.meter import Meter
 from dualtrain.progress.peaks import peak_flops
 from dualtrain.progress.progress import Progress, ViewChoice

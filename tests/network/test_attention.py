@@ -1,18 +1,23 @@
-"""Tests of: dualtrain.network.attention.
+"""Tests of: dualtrain.network.attention, backends.
 
 Attention plans: every backend against a dense softmax written from the definition.
 """
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualtrain.common.errors import UserError
-from dualtrain.network import attention
-from dualtrain.network.attention import plan_attention, resolve_backend
+from dualtrain.network import attention, backends
+from dualtrain.network.attention import plan_attention
+from dualtrain.network.backends import disagreement, resolve_backend, varlen_fault
 
 KINDS = ("causal", "full", "prefix")
 LENGTH = 200  # two of flex's blocks, the second cut short
@@ -102,14 +107,13 @@ def fake_varlen(with_window: bool, calls: list):
     def compute(query, key, value, offsets, key_offsets, longest, causal):
         calls.append(offsets)
         assert torch.equal(offsets, key_offsets) and offsets.dtype == torch.int32
-        assert (offsets.diff() >= 0).all() and offsets.diff().max() <= longest
+        assert (offsets.diff() > 0).all() and offsets.diff().max() <= longest
         output = torch.full_like(value, torch.nan)
         for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            if begin < end:
-                piece = (x[None, begin:end] for x in (query, key, value))
-                ids = torch.zeros(1, end - begin)
-                seen = visible("causal" if causal else "full", ids, None)
-                output[begin:end] = dense_attention(*piece, seen)[0].to(value.dtype)
+            piece = (x[None, begin:end] for x in (query, key, value))
+            ids = torch.zeros(1, end - begin)
+            seen = visible("causal" if causal else "full", ids, None)
+            output[begin:end] = dense_attention(*piece, seen)[0].to(value.dtype)
         return output
 
     if with_window:
@@ -132,11 +136,143 @@ def test_varlen_is_told_where_documents_begin(monkeypatch, kind, with_window):
     assert len(calls) == 1
 
 
-def test_varlens_shapes_do_not_depend_on_the_documents():
-    lengths = {len(attention._document_offsets(documents(name).numpy())) for name in BOUNDARIES}
-    assert len(lengths) == 2  # 3 rows of up to 8 documents, and the layout with 49 documents
+@pytest.mark.parametrize("layout", BOUNDARIES)
+def test_varlen_has_no_empty_documents(layout):
+    ids = documents(layout).numpy()
+    offsets = attention._document_offsets(ids)
+    assert offsets.dtype == np.int32 and offsets[-1] == ids.size
+    expected = [sum(1 for _ in run) for row in ids.tolist() for _, run in groupby(row)]
+    assert np.diff(offsets).tolist() == expected
     one_each = np.arange(6, dtype=np.int32).reshape(2, 3)
     assert attention._document_offsets(one_each).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(attention.find_varlen_attn() is None, reason="torch 2.10 and newer")
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_varlen_has_one_graph_for_any_number_of_documents(compiler, kind):
+    """Traced with torch's own operator, which runs on CUDA only; its output is made up."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return lambda *given_: [next(x for x in given_ if x.ndim == 4)]
+
+    attend = torch.compile(lambda plan, x: plan.attend(x, x, x), backend=backend, dynamic=False)
+    inputs = torch.randn(3, LENGTH, 2, 16).to(BF16)
+    for layout in ("some documents", *BOUNDARIES):
+        plan = plan_attention(kind, documents(layout), backend="varlen", device="cpu", dtype=BF16)
+        attend(plan, inputs)
+    assert len(graphs) == 1
+
+
+class OnDevice(TorchDispatchMode):
+    """Names the operators that take or give tensors of the meta device, which stands for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, output) if isinstance(x, torch.Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            self.names.add(func.overloadpacket.__name__)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("varlen", "full"), *(("flex", kind) for kind in KINDS)]
+)
+def test_the_device_has_nothing_to_do_for_a_plan_but_to_receive_it(backend, kind):
+    prefixes = PREFIXES if kind == "prefix" else None
+    with OnDevice() as seen:
+        plan = plan_attention(
+            kind,
+            documents("some documents"),
+            backend=backend,
+            device="meta",
+            dtype=BF16,
+            in_prefix=prefixes,
+        )
+    assert seen.names == {"_to_copy"}
+    if plan.backend == "flex":
+        tensors = [x for x in vars(plan.blocks).values() if isinstance(x, torch.Tensor)]
+        assert len(tensors) >= 8 and all(tensor.is_meta for tensor in tensors)
+
+
+def packed_sdpa(query, key, value, offsets, _keys, _longest, _longest_key, *, window_size):
+    """What varlen_attn gives, a document at a time."""
+    pieces = [
+        F.scaled_dot_product_attention(
+            *(x[begin:end].transpose(0, 1) for x in (query, key, value)),
+            is_causal=window_size == (-1, 0),
+        ).transpose(0, 1)
+        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def one_document(query, key, value, offsets, *rest, window_size):
+    return packed_sdpa(query, key, value, offsets[[0, -1]], *rest, window_size=window_size)
+
+
+def never_causal(*given_, window_size):
+    return packed_sdpa(*given_, window_size=(-1, -1))
+
+
+def no_number_in_short_ones(query, key, value, offsets, *rest, window_size):
+    output = packed_sdpa(query, key, value, offsets, *rest, window_size=window_size)
+    lengths = offsets.diff().long()
+    return torch.where(lengths.repeat_interleave(lengths)[:, None, None] == 1, torch.nan, output)
+
+
+def right_output_wrong_gradient(query, key, value, *rest, window_size):
+    return packed_sdpa(query, key.detach(), value, *rest, window_size=window_size) + 0 * key
+
+
+def fails(*_, window_size):
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Make backends believe in a GPU of which the CPU does the work."""
+    monkeypatch.setattr(backends, "_obstacle", lambda name, device, dtype: "")
+    varlen_fault.cache_clear()
+    yield
+    varlen_fault.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (packed_sdpa, ""),
+        (one_document, "is off by"),
+        (never_causal, "is off by"),
+        (no_number_in_short_ones, "is off by inf"),
+        (right_output_wrong_gradient, "is off by"),
+        (fails, "fails on this GPU: no kernel image is available"),
+    ],
+)
+def test_a_wrong_kernel_is_found_before_it_trains(on_a_gpu, monkeypatch, kernel, reason, recwarn):
+    monkeypatch.setattr(attention, "find_varlen_attn", lambda: kernel)
+    found = resolve_backend("auto", "cpu", BF16)
+    assert varlen_fault(torch.device("cpu"), BF16).startswith(reason)
+    if not reason:
+        assert found == "varlen" and resolve_backend("varlen", "cpu", BF16) == "varlen"
+        assert not recwarn.list
+        return
+    assert found == "flex"
+    (warning,) = recwarn.list
+    assert str(warning.message).startswith(f"attention by flex, because varlen {reason}")
+    with pytest.raises(UserError, match=f"varlen does not work here: it {reason}"):
+        resolve_backend("varlen", "cpu", BF16)
+
+
+@GPU
+@pytest.mark.parametrize("backend", ["varlen", "flex"])
+def test_backends_of_this_gpu_pass_their_check(backend, compiler):
+    assert disagreement(backend, torch.device("cuda"), BF16) < 0.015
 
 
 @st.composite
@@ -230,9 +366,9 @@ def test_a_backend_that_cannot_work_here_is_refused_with_the_reason(monkeypatch)
     monkeypatch.setattr(attention, "find_varlen_attn", lambda: None)
     with pytest.raises(UserError, match="torch 2.10 and newer"):
         resolve_backend("varlen", "cuda", BF16)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert resolve_backend("auto", "cuda", BF16) == "sdpa"
     with pytest.raises(UserError, match="triton"):
         resolve_backend("flex", "cuda", BF16)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     assert resolve_backend("auto", "cuda", BF16) == "flex"

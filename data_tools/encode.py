@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections import Counter, deque
@@ -227,9 +228,9 @@ class _Worker:
     def encode(self, block: Block, encoder: Encoder) -> EncodedBlock:
         try:
             if not self._has_encoder:
-                self._pipe.send(encoder)
+                _send(self._pipe, encoder)
                 self._has_encoder = True
-            self._pipe.send(block)
+            _send(self._pipe, block)
             result = self._pipe.recv()
         except (EOFError, OSError):
             raise WorkerDiedError(
@@ -262,4 +263,12 @@ def _serve(pipe: Connection) -> None:
                 result: EncodedBlock | str = encoder.encode(block)
             except Exception:  # a defect of ours: shown where it is seen
                 result = traceback.format_exc()
-            pipe.send(result)
+            _send(pipe, result)
+
+
+def _send(pipe: Connection, value: object) -> None:
+    """As ``pipe.send``, which keeps a view of its buffer in the traceback of its errors.
+
+    When Python 3.12 clears such a view away, the process ends with a segmentation fault.
+    """
+    pipe.send_bytes(pickle.dumps(value))

@@ -47,14 +47,14 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
 
 def build_tiny_dataset(folder: Path) -> Path:
-    """Real English, small: a slice of the embedded corpus as a dataset with 512 tokens."""
+    """The tests' documents as a dataset with 512 tokens."""
+    from helpers.documents import documents
+
     from data_tools.convert import build_dataset
-    from data_tools.python_docs import python_docs
     from dualtrain.recipe.schema import BuildSection
 
-    texts = [text for _, text in python_docs()][::12]
-    for number, text in enumerate(texts):
-        (folder / f"{number:04}.txt").write_text(text[:1500])
+    for number, text in enumerate(documents()):
+        (folder / f"{number:04}.txt").write_text(text)
     build = BuildSection(source=f"{folder}/*.txt", vocab_size=512, val_fraction=0.1)
     build_dataset(build, folder / "dataset")
     return folder / "dataset"
@@ -70,8 +70,9 @@ def tiny(tiny_dataset, tmp_path):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """Directory and stock model of a small GPT-2, and the embedded corpus in its own tokens."""
-    from helpers.imported import convert, documents, publish
+    """Directory and stock model of a small GPT-2, and the tests' documents in its own tokens."""
+    from helpers.documents import documents
+    from helpers.imported import convert, publish
 
     folder = tmp_path_factory.mktemp("published")
     texts = documents()

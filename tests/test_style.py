@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,15 @@ COMMANDS = {
 }
 
 
+TYPED = {"torch": "2.13", "transformers": "4.57", "tokenizers": "0.22"}
+"""Libraries whose annotations change from version to version, and those that ours agree with."""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_complaints(name):
+    found = {library: version(library) for library in TYPED}
+    if name == "types" and any(not found[key].startswith(f"{TYPED[key]}.") for key in TYPED):
+        pytest.skip(f"types are checked with {TYPED}, here are {found}")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(COMMANDS[name], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

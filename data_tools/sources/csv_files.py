@@ -16,6 +16,9 @@ from data_tools.sources.fields import no_field
 from data_tools.sources.files import Format, ReadingOptions
 from dualtrain.common.compression import BrokenFile
 
+_NUL = "\udc00"
+"""Stands for a NUL, which Python 3.10's parser refuses; nothing decodes to it."""
+
 csv.field_size_limit(sys.maxsize)  # of all readers in this process: a document may be long
 
 
@@ -25,7 +28,8 @@ def csv_parts(
     """Parts of about a block, of whole rows."""
     field = options.text_field
     # Bytes that are not UTF-8 pass as half surrogates, to cost only the row in which they stand.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(chunks))
+    decoded = (line.decode("utf-8", "surrogateescape") for line in _lines(chunks))
+    lines = (line.replace("\0", _NUL) for line in decoded)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     ready: list[Document | BadInput] = []
     size = line = 0
@@ -68,10 +72,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _header_problem(row: list[str], field: str, where: str) -> BadInput | None:
-    if (problem := _not_utf8("".join(row), where)) is not None:
+    if (problem := _no_text("".join(row), where)) is not None:
         return problem
-    if "\0" in "".join(row):
-        return not_text(where)
     if field not in row:
         return no_field(where, field, row, kind="column")
     if row.count(field) > 1:
@@ -85,13 +87,15 @@ def _document(row: list[str], column: int, columns: int, where: str) -> Document
         what = f"the row has {len(row)} fields"
         hint = "quote fields that hold delimiters or line ends"
         return BadInput.at("ragged row", where, what, f"{columns}, as in the first row", hint)
-    return _not_utf8(row[column], where) or Document(row[column], where)
+    return _no_text(row[column], where) or Document(row[column], where)
 
 
-def _not_utf8(text: str, where: str) -> BadInput | None:
+def _no_text(text: str, where: str) -> BadInput | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        if _NUL in text:
+            return not_text(where)
         byte = ord(text[error.start]) - 0xDC00
         hint = "convert the file, for example with iconv"
         what = f"byte 0x{byte:02x} is not UTF-8"

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.file_kinds import parse_tokenizer, read_object
 from dualtrain.common.files import user_path
+from dualtrain.common.hub import fetch_from_hub, hub_failures
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import SPECIAL_TOKENS, TOKENIZER_FILE
 from dualtrain.export.export import ExportContents, Exported, weights_dtype, write_export
@@ -227,23 +228,20 @@ def _branches(repository: str) -> list[str]:
 
     try:
         return [branch.name for branch in list_repo_refs(repository).branches]
-    except (OSError, ValueError) as error:
+    except hub_failures() as error:
         raise _unreachable(repository, "", error) from None
 
 
 def _fetch(repository: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[*_WANTED])
-        )
+        return fetch_from_hub(repository, revision, _WANTED)
     except RevisionNotFoundError:
         known = _branches(repository)
         what, expected = f"has no revision {revision}", _some(known)
         raise UserError(repository, what, expected, nearest(revision, known)) from None
-    except (OSError, ValueError) as error:
+    except hub_failures() as error:
         raise _unreachable(repository, revision, error) from None
 
 

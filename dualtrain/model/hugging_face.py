@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer, read_text
 from dualtrain.common.files import user_path
+from dualtrain.common.hub import fetch_from_hub, hub_failures
 from dualtrain.data.dataset import TOKENIZER_FILE, DatasetInfo
 from dualtrain.engine.config import zero_stage
 from dualtrain.engine.norm_gains import set_type
@@ -68,13 +69,11 @@ def find_directory(name: str, *, with_weights: bool = False) -> Path:
     if path.exists() or not _HUB_NAME.fullmatch(name):
         what = "is a file" if path.exists() else "there is no such directory"
         raise UserError("model.hf", f"{name!r}: {what}", expected)
-    from huggingface_hub import snapshot_download
-
     repository, _, revision = name.partition("@")
     wanted = [*_DESCRIPTION, *_WEIGHTS] if with_weights else [*_DESCRIPTION]
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-    except (OSError, ValueError) as error:
+        return fetch_from_hub(repository, revision, wanted)
+    except hub_failures() as error:
         reason = " ".join(str(error).split())
         raise UserError(
             "model.hf",
@@ -82,7 +81,6 @@ def find_directory(name: str, *, with_weights: bool = False) -> Path:
             expected,
             f"where there is a network, `hf download {repository} --local-dir DIR`; then DIR",
         ) from None
-    return Path(found)
 
 
 def read_hf_config(recipe: Recipe) -> PretrainedConfig:

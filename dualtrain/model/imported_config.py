@@ -62,7 +62,7 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> PretrainedConfig:
     try:
         config = CONFIG_MAPPING[family].from_dict(_in_words_of_installed(family, values))
     except Exception as error:  # each version of transformers has exceptions of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(where, f"is not a configuration of {family}: {reason}") from None
     _check_sizes(config, where)
     raise_together(_obstacles(config, values, where))

@@ -202,6 +202,7 @@ def test_full_disk_at_any_stage(
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", full)
         patch.setattr("io.open", full)
+        patch.setattr(Path, "open", full)  # Python 3.10's goes by another name
         with pytest.raises(UserError, match="cannot be written: No space left.*make room"):
             build_dataset(section(corpus), tmp_path / "data")
     assert not (tmp_path / "data").exists()

@@ -166,7 +166,7 @@ def test_json_with_a_bad_first_line_is_still_json_lines(tmp_path: Path) -> None:
         ('[\n{"text": "a"},\n{"text": "b"\n', ["a"], 4),
         ('[{"text": "a"}\n{"text": "b"}]', ["a"], 2),
         ('[{"text": "a"}]\n\n,', ["a"], 3),
-        ('{\n"text": "a",\n}', [], 3),
+        ('{\n"text": "a"\n"id": 1}', [], 3),
         ("\n \n", [], 3),
     ],
 )

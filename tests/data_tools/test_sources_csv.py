@@ -42,9 +42,8 @@ def test_quotes_line_ends_and_a_byte_order_mark(
 def test_rows_that_do_not_fit_cost_themselves(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(b"id,text\n1,one\n2,with, comma\n3\n4,na\xefve\n5,a\0b\n6,six\n")
-    items = brief(file)
-    assert items[:4] == ["one", "[ragged row]", "[ragged row]", "[not UTF-8]"]
-    assert items[-1] == "six" or "cannot be divided" in str(delivered(file)[-1])  # Python 3.10
+    wrong = ["[ragged row]", "[ragged row]", "[not UTF-8]", "[not text]"]
+    assert brief(file) == ["one", *wrong, "six"]
     problem = delivered(file)[1]
     assert isinstance(problem, BadInput)
     assert str(problem.error).startswith(f"{file}:3: the row has 3 fields — expected 2")

@@ -90,13 +90,6 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def documents() -> list[str]:
-    """Real English, small: a slice of the embedded corpus."""
-    from data_tools.python_docs import python_docs
-
-    return [text[:1500] for _, text in python_docs()][::12]
-
-
 def convert(folder: Path, texts: list[str], tokenizer: Path) -> Path:
     """Make a dataset of texts with the tokenizer of a model's directory."""
     from data_tools.convert import build_dataset

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.imported import convert, documents, loader, publish
+from helpers.documents import documents
+from helpers.imported import convert, loader, publish
 from safetensors.torch import load_file, save_file
 
 from data_tools.tokenizers.tokenizer import Tokenizer
@@ -279,7 +280,7 @@ INDEX = "model.safetensors.index.json"
         ("config.json", lambda _: POINTER, "config.json: is a pointer of Git LFS"),
         ("config.json", lambda _: b"\xff\xfe{", "config.json: is not text in UTF-8"),
         ("config.json", lambda _: b"[1]", "config.json: holds a list"),
-        ("config.json", lambda _: b'{"model_type": "gpt2", "n_embd": "x"}', "hidden_size: 'x'"),
+        ("config.json", lambda _: b'{"model_type": "gpt2", "n_embd": "x"}', "json: .*'x'"),
         ("config.json", lambda _: b'{"model_type": "gpt2", "n_head": 5}', "with 5 heads"),
         ("tokenizer.json", lambda _: POINTER, "tokenizer.json: is a pointer of Git LFS"),
         ("tokenizer.json", lambda _: b"\xff", "tokenizer.json: is not text in UTF-8"),
@@ -360,10 +361,14 @@ def test_names_on_the_hub(tmp_path, monkeypatch, published):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"(?s)'me/small' is no directory.*hf download me/small"):
-        find_directory("me/small")
     commit = "0123456789abcdef0123456789abcdef01234567"
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+        for name in ("me/small", f"me/small@{commit}"):
+            message = rf"'{name}' is no directory.*hf download me/small"
+            with pytest.raises(UserError, match=message):
+                find_directory(name)
     folder = tmp_path / "models--me--small"
     shutil.copytree(published[0], folder / "snapshots" / commit)
     (folder / "refs").mkdir()

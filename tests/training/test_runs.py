@@ -104,7 +104,6 @@ def test_every_ablation_and_the_released_code_train(tiny_dataset, tmp_path):
     assert all(records(recipe, "eval")[-1]["diffusion_nll"] > 0 for recipe in recipes)
 
 
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="trains on Python 3.11's documentation")
 def test_golden_losses(tiny, tmp_path):
     """A change that is meant to change nothing changes none of these."""
     recipe = tiny(name="golden")

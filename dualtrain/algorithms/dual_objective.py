@@ -52,7 +52,7 @@ class DualObjective(Algorithm):
             STREAM_NUMBERS[batch.stream],
             batch.sequence_ids,
             batch.document_ids.shape[1],
-            spans=corruption.name == "span",
+            spans=corruption.name != "uniform",
         )
         if corruption.rate is not None:
             noise = with_scheduled_rate(noise, corruption.rate, state.step, state.steps)

@@ -14,7 +14,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.cost import ModelCost, model_cost
 from dualtrain.derived.reasons import Length, LengthField, find_warnings, give_reasons
-from dualtrain.engine.config import read_ds_config
+from dualtrain.engine.config import merge_settings, read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
 from dualtrain.network.arithmetic import ModelSizes, model_sizes
@@ -53,6 +53,7 @@ class Derived:
         world_size: Ranks that the memory is for.
         imported: Family of an imported model, and what becomes of it; None for our own.
         cost: Of the model; None while the vocabulary is not known.
+        deepspeed: The configuration for ``deepspeed.initialize``.
         milestones: The pieces of the learning rate's schedule.
         reasons: For each of these names, how it came about.
         warnings: What is probably not meant, with advice.
@@ -71,6 +72,7 @@ class Derived:
     world_size: int
     imported: tuple[str, str] | None
     cost: ModelCost | None
+    deepspeed: dict[str, object]
     milestones: tuple[Milestone, ...]
     reasons: dict[str, str]
     warnings: tuple[str, ...]
@@ -127,6 +129,13 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         world_size=world_size or 1,
         imported=imported,
         cost=cost,
+        deepspeed=merge_settings(
+            recipe.engine.deepspeed,
+            precision=recipe.engine.precision,
+            micro_batch=recipe.micro_batch,
+            accumulation=mixture.slots_per_step // (world_size or 1),
+            world_size=world_size or 1,
+        ),
         milestones=learning_rate_milestones(recipe, length.steps),
         reasons=give_reasons(recipe, length, mixture, passes, available),
         warnings=(*find_warnings(recipe, length), *notes),

@@ -1,7 +1,7 @@
-"""A recipe and a ds_config become the configuration that DeepSpeed is given.
+"""A ds_config and what a recipe says become the configuration that DeepSpeed is given.
 
-``assemble`` calls :func:`deepspeed_config`; ``derive`` reads the ZeRO stage with
-:func:`read_ds_config`. Who decides which key is in ``ds_rules``.
+``derive`` calls :func:`merge_settings` and :func:`read_ds_config`. Who decides which key is in
+``ds_rules``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Literal
 
 from dualtrain.common.errors import UserError, nearest, raise_together
 from dualtrain.engine.ds_rules import RULES, Rule, Value
-from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.shipped import find_ds_config
 from dualtrain.recipe.yaml_source import Located, Plain, parse, shown
 
@@ -44,32 +43,22 @@ class DsConfig:
     offloads_parameters: bool
 
 
-def deepspeed_config(
-    recipe: Recipe, *, world_size: int, slots_per_step_per_rank: int
+def merge_settings(
+    ds_config: str, *, precision: Precision, micro_batch: int, accumulation: int, world_size: int
 ) -> dict[str, object]:
-    """Merge a recipe and its ds_config into what ``deepspeed.initialize`` takes.
+    """Merge a ds_config with the few settings of a recipe that DeepSpeed has to know.
 
     Args:
-        slots_per_step_per_rank: Micro-steps of a rank in a step: S / world_size, or 2 S /
-            world_size where each batch is run with both objectives.
+        accumulation: Micro-steps of a rank in a step: S / world_size, or 2 S / world_size where
+            each batch is run with both objectives.
+
+    Returns:
+        What ``deepspeed.initialize`` takes.
 
     Raises:
         UserError: There is no such ds_config; it has unknown keys, values of the wrong kind, or
             values that contradict the recipe. All are named, with file and line.
     """
-    return merge_settings(
-        recipe.engine.deepspeed,
-        precision=recipe.engine.precision,
-        micro_batch=recipe.micro_batch,
-        accumulation=slots_per_step_per_rank,
-        world_size=world_size,
-    )
-
-
-def merge_settings(
-    ds_config: str, *, precision: Precision, micro_batch: int, accumulation: int, world_size: int
-) -> dict[str, object]:
-    """Merge a ds_config with the few settings of a recipe that DeepSpeed has to know."""
     given = read_ds_config(ds_config)
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro_batch,

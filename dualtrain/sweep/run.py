@@ -17,6 +17,7 @@ from dualtrain.common.errors import (
 )
 from dualtrain.common.files import write_text
 from dualtrain.data.corpus import read_corpus
+from dualtrain.derived.derive import derive
 from dualtrain.launch.world import launched_ranks
 from dualtrain.recipe.schema import Recipe
 from dualtrain.sweep.definition import cell, load_sweep
@@ -28,7 +29,7 @@ from dualtrain.sweep.results import named, setting, table_text
 from dualtrain.sweep.runner import Runner
 from dualtrain.sweep.view import SweepView
 from dualtrain.training.dataset import build_missing_dataset, check_dataset, missing_dataset
-from dualtrain.training.start import derive_run, examine
+from dualtrain.training.start import examine
 
 if TYPE_CHECKING:
     from dualtrain.sweep.command import SweepOptions
@@ -58,7 +59,7 @@ def run_sweep(options: SweepOptions) -> int:
     datasets = {recipe.data.path: recipe for recipe in recipes}.values()
     missing = [problem for recipe in datasets if (problem := missing_dataset(recipe))]
     if options.dry_run:
-        print_plan(sweep, points, parallel=options.parallel, retry_failed=options.retry_failed)
+        print_plan(sweep, points, options)
         for problem in missing:
             print(f"warning: {problem}; this machine will refuse the sweep")
         return EXIT_DONE
@@ -67,7 +68,7 @@ def run_sweep(options: SweepOptions) -> int:
     for recipe in datasets:
         build_missing_dataset(recipe)
     for recipe in recipes:
-        derive_run(recipe, read_corpus(recipe), options.ranks)
+        derive(recipe, corpus=read_corpus(recipe), world_size=options.ranks)
     prepare(sweep)
     with SweepView(sweep.keys, plain=options.plain) as view:
         runner = Runner(
@@ -95,7 +96,7 @@ def _examine(recipes: Sequence[Recipe], ranks: int | None) -> None:
     for recipe in recipes:
         corpus = read_corpus(recipe)
         if corpus is not None or recipe.unique_tokens != "all":
-            derive_run(recipe, corpus, ranks)
+            derive(recipe, corpus=corpus, world_size=ranks)
 
 
 def _summary(runner: Runner) -> int:

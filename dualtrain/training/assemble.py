@@ -151,7 +151,7 @@ def build(recipe: Recipe, rank: Checked, met: Met, view: ViewChoice) -> Run:
     meter = _make_meter(recipe, rank.device, met.cost)
     dispatcher = Dispatcher(rank.algorithms, logger=meter)
     is_changed = _announce_model(dispatcher, state)
-    gradients = _attach_engine(state, origin.config)
+    gradients = _attach_engine(state, met.derived.deepspeed)
     if origin.resume.kind == "weights" and not is_changed:
         # DeepSpeed has made bf16 weights of them, and its masters of those.
         load_masters(state.engine, origin.path)
@@ -193,7 +193,7 @@ def _begin(recipe: Recipe, rank: Checked, met: Met) -> State:
     """The state at INIT: with the bare model, in its first values or a checkpoint's weights."""
     origin, info = met.origin, met.train.info
     is_fresh = origin.resume.kind == "fresh"
-    model = build_model(recipe, info, origin.config, pretrained=is_fresh)
+    model = build_model(recipe, info, met.derived.deepspeed, pretrained=is_fresh)
     if origin.resume.kind == "weights":
         checkpoint.load_weights(origin.path, model)
     return State(

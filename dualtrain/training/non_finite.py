@@ -58,7 +58,7 @@ def _facts(run: Run, ranks: list[list[SlotLoss]], cause: Cause) -> dict[str, obj
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cause": cause,
         "ranks": run.world.world_size,
-        "zero_stage": run.origin.zero_stage,
+        "zero_stage": run.derived.zero_stage,
         "precision": run.recipe.engine.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),

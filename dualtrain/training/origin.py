@@ -22,7 +22,6 @@ from dualtrain.checkpoint.resume import (
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.data.dataset import DatasetInfo
 from dualtrain.derived.derive import Derived
-from dualtrain.engine.config import deepspeed_config, zero_stage
 from dualtrain.launch.world import World
 from dualtrain.recipe.load import dump_recipe
 from dualtrain.recipe.schema import Recipe
@@ -36,7 +35,6 @@ class Origin:
     Attributes:
         text: The recipe as YAML; goes into every checkpoint.
         fingerprint: The dataset's; a resumed run must have the same.
-        config: For ``deepspeed.initialize``.
         resume: The checkpoint to start from, if any.
         facts: Its ``state.json``; empty unless the run continues one.
         rank_states: What was saved in it by this rank, or by all where their number was another.
@@ -46,7 +44,6 @@ class Origin:
     run_dir: Path
     text: str
     fingerprint: str
-    config: dict[str, Any]
     resume: Resume
     facts: dict[str, Any]
     rank_states: list[dict[str, Any]]
@@ -63,11 +60,6 @@ class Origin:
     ) -> Origin:
         """Choose and check it; every rank calls this."""
         run_dir, text = recipe.directory, dump_recipe(recipe)
-        config = deepspeed_config(
-            recipe,
-            world_size=world.world_size,
-            slots_per_step_per_rank=derived.slots_per_step // world.world_size,
-        )
         resume = agree_on_start(recipe.checkpoint.resume, run_dir, world)
         if world.rank == 0:
             checkpoint.remove_unfinished(run_dir)
@@ -82,18 +74,14 @@ class Origin:
                 resume = with_notes(resume, *check_branch(recipe, path, corpus))
                 if world.rank == 0:
                     inherit_metrics(path.parent, run_dir, facts["step"])
-            stage = zero_stage(config)
-            change = describe_change(path, world_size=world.world_size, zero_stage=stage)
+            change = describe_change(
+                path, world_size=world.world_size, zero_stage=derived.zero_stage
+            )
             resume = with_notes(resume, change or f"from {path}, ranks and stage as before")
             states = checkpoint.load_rank_states(path, world)
             same = facts["world_size"] == world.world_size
             mine = states[0] if same else share_rank_states(states, world.rank)
-        return cls(run_dir, text, info.fingerprint, config, resume, facts, states, mine)
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO's, 0 to 3."""
-        return zero_stage(self.config)
+        return cls(run_dir, text, info.fingerprint, resume, facts, states, mine)
 
     @property
     def first_step(self) -> int:

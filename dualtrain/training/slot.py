@@ -33,7 +33,7 @@ def forward(state: State, model: ModelHandle) -> DualOutput:
     # Chosen before the weights leave the CPU, so that the head runs only where there is a loss.
     selection = select_positions(example.weights)
     moved = example.to(model.device)
-    return model(
+    return state.engine(
         moved.input_ids,
         attention=attention,
         targets=moved.targets,

@@ -11,9 +11,8 @@ from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_text
 from dualtrain.common.terminal import forget_output
 from dualtrain.data.corpus import CorpusFacts, read_corpus
-from dualtrain.derived.derive import Derived, derive
+from dualtrain.derived.derive import derive
 from dualtrain.derived.memory import memory_shortage
-from dualtrain.engine.config import deepspeed_config
 from dualtrain.launch.hostfile import read_hostfile, record_outcome, run_hostfile
 from dualtrain.launch.ranks import (
     own_command,
@@ -50,7 +49,7 @@ def show(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None) -> N
     check_run_directory(recipe)
     check_dataset(recipe)
     corpus = read_corpus(recipe)
-    derived = derive_run(recipe, corpus, total)
+    derived = derive(recipe, corpus=corpus, world_size=total)
     _check_data(recipe, corpus)
     _check_origin(loaded, corpus)
     print_dry_run(loaded, derived)
@@ -87,7 +86,7 @@ def start(loaded: LoadedRecipe, *, ranks: int | None, hostfile: Path | None, pla
         raise missing
     corpus = read_corpus(recipe)
     if corpus is not None or recipe.unique_tokens != "all":
-        derived = derive_run(recipe, corpus, total)
+        derived = derive(recipe, corpus=corpus, world_size=total)
         if hostfile is None and (shortage := memory_shortage(derived, ranks=total or 1)):
             raise shortage
     # Whatever can be refused before has left nothing; rank 0 takes the lock for good.
@@ -133,14 +132,6 @@ def examine(recipe: Recipe, ranks: int | None) -> None:
         read_tasks(recipe.eval)
     if recipe.progress.tensorboard:
         check_tensorboard()
-
-
-def derive_run(recipe: Recipe, corpus: CorpusFacts | None, ranks: int | None) -> Derived:
-    """What follows from a recipe; refuses what does not go with the dataset, or with DeepSpeed."""
-    derived = derive(recipe, corpus=corpus, world_size=ranks)
-    per_rank = derived.slots_per_step // derived.world_size
-    deepspeed_config(recipe, world_size=derived.world_size, slots_per_step_per_rank=per_rank)
-    return derived
 
 
 def _check_data(recipe: Recipe, corpus: CorpusFacts | None) -> None:

@@ -292,7 +292,7 @@ def write_checkpoint(run: Run) -> Path:
             TOKENIZER_FILE: run.dataset.tokenizer_path.read_text(),
         },
         facts={
-            "zero_stage": run.origin.zero_stage,
+            "zero_stage": run.derived.zero_stage,
             "precision": run.recipe.engine.precision,
             "fingerprint": run.origin.fingerprint,
             "data_order": DATA_ORDER,

@@ -10,9 +10,10 @@ import json
 import pytest
 
 from dualtrain.common.errors import UserError, UserErrors
+from dualtrain.data.corpus import CorpusFacts
+from dualtrain.derived.derive import derive
 from dualtrain.engine.config import (
     bfloat16_mode,
-    deepspeed_config,
     merge_settings,
     read_ds_config,
     zero_stage,
@@ -165,7 +166,8 @@ def test_every_value_of_the_table_is_sent():
 
 def test_batches_are_those_of_the_recipe():
     recipe = load_recipe("quickstart", ["global_batch=48"]).recipe
-    settings = deepspeed_config(recipe, world_size=3, slots_per_step_per_rank=4)
+    corpus = CorpusFacts(tokens=10**6, documents=1000, vocab_size=2048)
+    settings = derive(recipe, corpus=corpus, world_size=3).deepspeed
     assert settings["train_micro_batch_size_per_gpu"] == 4
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["train_batch_size"] == 48

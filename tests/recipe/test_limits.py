@@ -11,7 +11,6 @@ from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.derive import derive
 from dualtrain.derived.dry_run import print_dry_run
 from dualtrain.derived.memory import memory_shortage
-from dualtrain.engine.config import deepspeed_config
 from dualtrain.recipe.describe import fields
 from dualtrain.recipe.load import load_recipe
 
@@ -42,7 +41,6 @@ def go_through(*overrides: str) -> None:
     """All that a dry run and the beginning of a run do with a recipe's numbers."""
     loaded = load_recipe("absurd.yaml", overrides)
     derived = derive(loaded.recipe, corpus=CORPUS)
-    deepspeed_config(loaded.recipe, world_size=1, slots_per_step_per_rank=derived.slots_per_step)
     print_dry_run(loaded, derived)
     if shortage := memory_shortage(derived, ranks=1):
         raise shortage

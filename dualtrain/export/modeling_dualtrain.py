@@ -1,8 +1,9 @@
 """A model trained by dualtrain, for transformers: autoregressive, prefix and masked diffusion.
 
 Self-contained: copied as it is into exported models, and loaded from there by
-``AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)``. Works with transformers
-4.53 and newer, 5 included.
+``AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)``, or as ``AutoModel``,
+``AutoModelForMaskedLM`` or ``AutoModelForSequenceClassification``, which read whole rows at once.
+Works with transformers 4.53 and newer, 5 included.
 
 One network predicts token i+1 at position i, whatever it is asked: causally, over a prompt that
 sees itself in both directions, or at masked tokens with everything around them.
@@ -28,7 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
 Kind = Literal["causal", "full", "prefix"]
@@ -57,6 +63,9 @@ class DualTrainConfig(PretrainedConfig):
         head: ``paper``: norm, linear, GELU, linear with bias; ``linear``: norm, linear.
         diffusion_target: What position i predicts under full attention: the ``next`` token, or the
             one ``in_place``.
+        masked_logits: What ``AutoModelForMaskedLM`` gives at position i: logits of the ``next``
+            token, or of the one ``in_place``; None: as ``diffusion_target``.
+        classifier_dropout: In the head for classification.
         mask_token_id: Stands for a masked token.
         bos_token_id: Begins each document.
         eos_token_id: Ends a text.
@@ -80,6 +89,8 @@ class DualTrainConfig(PretrainedConfig):
         rope_theta: float = 160_000.0,
         head: str = "paper",
         diffusion_target: str = "next",
+        masked_logits: str | None = None,
+        classifier_dropout: float = 0.1,
         mask_token_id: int = 4,
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
@@ -104,6 +115,8 @@ class DualTrainConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.head = head
         self.diffusion_target = diffusion_target
+        self.masked_logits = masked_logits
+        self.classifier_dropout = classifier_dropout
         self.mask_token_id = mask_token_id
         self.use_cache = use_cache
 
@@ -181,18 +194,8 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Body(nn.Module):
-    """Embedding and blocks, and the norm that the head applies."""
-
-    def __init__(self, config: DualTrainConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
-    """A language model that reads causally, over a bidirectional prompt, or with full attention."""
+class DualTrainPreTrainedModel(PreTrainedModel):
+    """What all classes of this file share."""
 
     config: DualTrainConfig
     config_class = DualTrainConfig
@@ -200,27 +203,136 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]
     _supports_sdpa = True
 
+    def _init_weights(self, module: nn.Module) -> None:
+        # Older versions of transformers leave what no file holds, such as a new classifier, as
+        # the memory was; newer ones do the same as this.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class DualTrainModel(DualTrainPreTrainedModel):
+    """Embedding and blocks, and the norm that the head applies."""
+
+    # Of a checkpoint for a language model.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^head_projection\."]
+
     def __init__(self, config: DualTrainConfig) -> None:
         super().__init__(config)
-        paper = config.head == "paper"
-        self.model = Body(config)
-        if paper:
-            self.head_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=paper)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     # Older versions of transformers find these by themselves in models of their own only.
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+        return self.embed_tokens
 
     def set_input_embeddings(self, value: Any) -> None:
-        self.model.embed_tokens = value
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        attention: Kind = "full",
+        prefix_lengths: Tensor | None = None,
+    ) -> BaseModelOutput:
+        """Compute the hidden states that a head reads, of rows that are seen whole.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 0 where a row is filled up; or (B, T, T), 0 where the second
+                position is not seen by the first.
+            position_ids: As for the causal model.
+            inputs_embeds: (B, T, W), in place of ``input_ids``.
+            output_hidden_states: Return the residual stream before and after each block; None: as
+                the configuration has it.
+            attention: ``causal``, ``full``, or ``prefix`` with ``prefix_lengths``.
+            prefix_lengths: As for the causal model.
+
+        Returns:
+            ``last_hidden_state``, (B, T, W), after the last norm.
+
+        Raises:
+            ValueError: Arguments that do not fit one another.
+        """
+        hidden = self.embed(input_ids, inputs_embeds)
+        stream = self.stream(hidden, attention, attention_mask, prefix_lengths, position_ids)
+        states = self.last_of(stream, output_hidden_states)
+        kept: Any = tuple(states) if len(states) > 1 else None
+        return BaseModelOutput(last_hidden_state=self.norm(states[-1]), hidden_states=kept)
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return what enters the first block, (B, T, W).
+
+        Raises:
+            ValueError: Both are given, or none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("one of input_ids and inputs_embeds is needed")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def stream(
+        self,
+        hidden: Tensor,
+        kind: Kind,
+        attention_mask: Tensor | None,
+        prefix_lengths: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+    ) -> Iterator[Tensor]:
+        """Yield the (B, T, W) residual stream before and after each block; see :meth:`forward`."""
+        cached = 0 if cache is None else cache.get_seq_length()
+        seen, causal = _visibility(kind, hidden, cached, attention_mask, prefix_lengths)
+        if position_ids is None:
+            position_ids = _count(hidden, cached, attention_mask)
+        rotary = _rotary_tables(self.config, position_ids)
+        yield hidden
+        for block in self.layers:
+            hidden = block(hidden, rotary, cache, seen, causal)
+            yield hidden
+
+    def last_of(self, stream: Iterator[Tensor], output_hidden_states: bool | None) -> deque[Tensor]:
+        """Run a stream; return all of it where that is asked for, else its end."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return deque(stream, maxlen=None if output_hidden_states else 1)
+
+
+class LanguageModel(DualTrainPreTrainedModel):
+    """The network with its head, whose logits at position i are those of token i+1."""
+
+    def __init__(self, config: DualTrainConfig) -> None:
+        super().__init__(config)
+        paper = config.head == "paper"
+        self.model = DualTrainModel(config)
+        if paper:
+            self.head_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=paper)
+        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm_head = new_embeddings
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits, (..., V) of (..., W)."""
+        hidden = self.model.norm(hidden)
+        if self.config.head == "paper":
+            hidden = F.gelu(self.head_projection(hidden), approximate="tanh")
+        return self.lm_head(hidden)
+
+
+class DualTrainForCausalLM(LanguageModel, GenerationMixin):
+    """A language model that reads causally, over a bidirectional prompt, or with full attention."""
 
     @can_return_tuple
     def forward(
@@ -251,7 +363,8 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Return keys and values; None: as the configuration has it. Under full
                 attention there are none.
             logits_to_keep: The last so many positions, or these, only; 0: all.
-            output_hidden_states: Return the residual stream before and after each block.
+            output_hidden_states: Return the residual stream before and after each block; None: as
+                the configuration has it.
             attention: ``causal``, ``full`` or ``prefix``; None: prefix with ``prefix_lengths``,
                 else causal.
             prefix_lengths: (B,) int64, tokens of each row, padding not counted, that all see each
@@ -264,21 +377,21 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
         """
         cache = past_key_values if cache is None else cache
         kind = attention or ("causal" if prefix_lengths is None else "prefix")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("one of input_ids and inputs_embeds is needed")
         if kwargs.get("output_attentions"):
             raise ValueError("attention weights are not returned")
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.model.embed(input_ids, inputs_embeds)
         if kind == "full":
             if use_cache or (cache is not None and cache.get_seq_length()):
                 raise ValueError("under full attention later tokens change earlier ones: no cache")
             cache = None
         elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
-        stream = self._stream(hidden, kind, attention_mask, prefix_lengths, position_ids, cache)
-        states = deque(stream, maxlen=None if output_hidden_states else 1)
+        stream = self.model.stream(
+            hidden, kind, attention_mask, prefix_lengths, position_ids, cache
+        )
+        states = self.model.last_of(stream, output_hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(states[-1][:, kept])
+        logits = self.head(states[-1][:, kept])
         loss = None
         if labels is not None:
             if kind == "full" and self.config.diffusion_target == "in_place":
@@ -287,7 +400,7 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         output: dict[str, Any] = {"loss": loss, "logits": logits, _CACHE_FIELD: cache}
-        if output_hidden_states:
+        if len(states) > 1:
             output["hidden_states"] = tuple(states)
         return CausalLMOutputWithPast(**output)
 
@@ -384,40 +497,14 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
             reach, kept = torch.tensor(now, device=ids.device).T[..., None]
             open_ = masked & (number <= reach)
             # A masked token is read where it is, or one position before it.
-            hidden = deque(self._stream(self.model.embed_tokens(ids), "full", real), maxlen=1)[0]
-            logits = self._head(hidden[open_.roll(-shift, 1)]).float()
+            stream = self.model.stream(self.model.embed_tokens(ids), "full", real)
+            hidden = deque(stream, maxlen=1)[0]
+            logits = self.head(hidden[open_.roll(-shift, 1)]).float()
             tokens, priority = _draw(self._allowed(logits), order, temperature, generator)
             chosen = _highest(open_, priority, kept)
             ids[chosen] = ids.masked_scatter(open_, tokens)[chosen]
             masked &= ~chosen
         return ids
-
-    def _stream(
-        self,
-        hidden: Tensor,
-        kind: Kind,
-        attention_mask: Tensor | None,
-        prefix_lengths: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache=None,
-    ) -> Iterator[Tensor]:
-        """Yield the (B, T, W) residual stream before and after each block; see :meth:`forward`."""
-        cached = 0 if cache is None else cache.get_seq_length()
-        seen, causal = _visibility(kind, hidden, cached, attention_mask, prefix_lengths)
-        if position_ids is None:
-            position_ids = _count(hidden, cached, attention_mask)
-        rotary = _rotary_tables(self.config, position_ids)
-        yield hidden
-        for block in self.model.layers:
-            hidden = block(hidden, rotary, cache, seen, causal)
-            yield hidden
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Return logits, (..., V) of (..., W)."""
-        hidden = self.model.norm(hidden)
-        if self.config.head == "paper":
-            hidden = F.gelu(self.head_projection(hidden), approximate="tanh")
-        return self.lm_head(hidden)
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """Put tokens that are no text at minus infinity: training never masks them."""
@@ -427,6 +514,120 @@ class DualTrainForCausalLM(PreTrainedModel, GenerationMixin):
         named = [settings.bos_token_id, settings.pad_token_id, self.config.mask_token_id]
         banned = {*(settings.suppress_tokens or ()), *ends, *named} - {None}
         return logits.index_fill(-1, torch.tensor(sorted(banned), device=logits.device), -torch.inf)
+
+
+class DualTrainForMaskedLM(LanguageModel):
+    """A language model that reads rows whole and predicts their masked tokens."""
+
+    def __init__(self, config: DualTrainConfig) -> None:
+        if config.masked_logits not in (None, "next", "in_place"):
+            raise ValueError(f"masked_logits: {config.masked_logits!r}, expected next or in_place")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Compute logits where ``config.masked_logits`` says, and the loss if there are labels.
+
+        A position that none predicts has logits of 0.
+
+        Args:
+            input_ids: (B, T) int64 with ``config.mask_token_id`` for masked tokens.
+            attention_mask: As for :class:`DualTrainModel`.
+            position_ids: As for the causal model.
+            inputs_embeds: (B, T, W), in place of ``input_ids``.
+            labels: (B, T) int64, masked tokens where they stand, and -100 elsewhere.
+            output_hidden_states: As for :class:`DualTrainModel`.
+            **kwargs: For the loss function.
+
+        Raises:
+            ValueError: Arguments that do not fit one another.
+        """
+        hidden = self.model.embed(input_ids, inputs_embeds)
+        stream = self.model.stream(hidden, "full", attention_mask, None, position_ids)
+        states = self.model.last_of(stream, output_hidden_states)
+        logits: Any = self.head(states[-1])
+        in_place = logits
+        trained = self.config.diffusion_target
+        wanted = self.config.masked_logits or trained
+        if trained == "next" and (wanted == "in_place" or labels is not None):
+            in_place = F.pad(logits[:, :-1], (0, 0, 1, 0))
+        loss: Any = None
+        if labels is not None:
+            if trained == "next":
+                labels = F.pad(labels[:, 1:], (1, 0), value=-100)
+            loss = self.loss_function(
+                logits=in_place, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        if wanted == "in_place":
+            logits = in_place
+        elif trained == "in_place":
+            logits = F.pad(logits[:, 1:], (0, 0, 0, 1))
+        kept: Any = tuple(states) if len(states) > 1 else None
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=kept)
+
+
+class DualTrainForSequenceClassification(DualTrainPreTrainedModel):
+    """Classes of rows that are read whole, from the hidden state of their first token, ``<s>``."""
+
+    def __init__(self, config: DualTrainConfig) -> None:
+        super().__init__(config)
+        self.model = DualTrainModel(config)
+        width = config.hidden_size
+        self.classifier = nn.Sequential(
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Dropout(config.classifier_dropout),
+            nn.Linear(width, config.num_labels),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Compute (B, ``config.num_labels``) logits, and the loss if there are labels.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: As for :class:`DualTrainModel`.
+            position_ids: As for the causal model.
+            inputs_embeds: (B, T, W), in place of ``input_ids``.
+            labels: (B,) int64 classes; of other types as ``config.problem_type`` has them.
+            output_hidden_states: As for :class:`DualTrainModel`.
+            **kwargs: For the loss function.
+
+        Raises:
+            ValueError: Arguments that do not fit one another.
+        """
+        hidden = self.model.embed(input_ids, inputs_embeds)
+        stream = self.model.stream(hidden, "full", attention_mask, None, position_ids)
+        states = self.model.last_of(stream, output_hidden_states)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        first = torch.zeros_like(rows)
+        if attention_mask is not None:
+            first = _real(attention_mask).int().argmax(-1).to(rows.device)
+        logits = self.classifier(self.model.norm(states[-1][rows, first]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        kept: Any = tuple(states) if len(states) > 1 else None
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=kept)
 
 
 def _visibility(
@@ -448,7 +649,10 @@ def _visibility(
         raise ValueError("prefix_lengths belong to prefix attention, and to no other kind")
     rows, length, device = hidden.shape[0], hidden.shape[1], hidden.device
     total = cached + length
-    if attention_mask is not None and attention_mask.shape != (rows, total):
+    if attention_mask is not None and not (
+        attention_mask.shape == (rows, total)
+        or (not cached and attention_mask.shape == (rows, total, total))
+    ):
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask of shape {shape}, expected {(rows, total)}")
     # Looking at it makes a GPU wait, which for one token is not worth it.
@@ -461,25 +665,33 @@ def _visibility(
     key = torch.arange(total, device=device)
     query = key[cached:, None]
     if attention_mask is None:
-        real = torch.ones(1, total, dtype=torch.bool, device=device)
-    else:
-        real = attention_mask.to(device) != 0
+        attention_mask = torch.ones(1, total, dtype=torch.bool, device=device)
+    allowed = attention_mask.to(device) != 0
+    if allowed.ndim == 2:
+        allowed = allowed[:, None]
     seen = (key <= query)[None]
     if kind == "full":
         seen = torch.ones_like(seen)
     elif prefix_lengths is not None:
-        number = real.cumsum(-1) - 1
+        number = _real(attention_mask.to(device)).cumsum(-1) - 1
         lengths = torch.as_tensor(prefix_lengths, device=device).view(-1, 1)
         seen = seen | (number < lengths)[:, None]
     # Padding sees itself: a query that sees nothing would give NaN.
-    return ((seen & real[:, None]) | (key == query))[:, None], False
+    return ((seen & allowed) | (key == query))[:, None], False
+
+
+def _real(attention_mask: Tensor) -> Tensor:
+    """Return which tokens are no padding, (B, S) bool; in a mask of pairs they see themselves."""
+    if attention_mask.ndim == 3:
+        attention_mask = attention_mask.diagonal(dim1=-2, dim2=-1)
+    return attention_mask != 0
 
 
 def _count(hidden: Tensor, cached: int, attention_mask: Tensor | None) -> Tensor:
     """Return (B or 1, T) positions of the new tokens, counted without padding."""
     if attention_mask is None:
         return torch.arange(cached, cached + hidden.shape[1], device=hidden.device)[None]
-    counted = (attention_mask != 0).long().cumsum(-1) - 1
+    counted = _real(attention_mask).long().cumsum(-1) - 1
     return counted.clamp(min=0)[:, cached:]
 
 

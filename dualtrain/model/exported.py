@@ -28,6 +28,13 @@ _HEAD = "head"
 DTYPE = "torch_dtype"
 """What an export's ``config.json`` calls the type of its weights."""
 
+_CLASSES = {
+    "AutoConfig": "DualTrainConfig",
+    "AutoModel": "DualTrainModel",
+    "AutoModelForCausalLM": "DualTrainForCausalLM",
+    "AutoModelForMaskedLM": "DualTrainForMaskedLM",
+    "AutoModelForSequenceClassification": "DualTrainForSequenceClassification",
+}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -47,10 +54,7 @@ def exported_config(config: DualConfig, *, target: Target, append_eos: bool) -> 
     """
     values = asdict(config) | {_TARGET: target, _APPEND_EOS: append_eos}
     values |= {"tie_word_embeddings": False, "use_cache": True}
-    auto_map = {
-        "AutoConfig": f"{CODE}.DualTrainConfig",
-        "AutoModelForCausalLM": f"{CODE}.DualTrainForCausalLM",
-    }
+    auto_map = {auto: f"{CODE}.{name}" for auto, name in _CLASSES.items()}
     if config.head == "paper":
         return {
             "architectures": ["DualTrainForCausalLM"],

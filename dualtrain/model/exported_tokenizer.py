@@ -20,6 +20,7 @@ from dualtrain.common.file_kinds import read_text
 from dualtrain.data.dataset import TOKENIZER_FILE
 
 _ADDS_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+_TEMPLATE = ("bos_token", "eos_token")
 _WORD = "\u2581"
 """What stands for a space in the vocabularies of SentencePiece."""
 
@@ -51,8 +52,8 @@ def write_tokenizer(
     # Of added tokens, tokenizers 0.23 returns what they are normalised to, such as "▁<s>".
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
     names = {key: added.get(token) or tokenizer.id_to_token(token) for key, token in ids.items()}
-    begin, mask = names["bos_token"], names.get("mask_token")
-    content["post_processor"] = _begin_with(begin, ids["bos_token"], content["post_processor"])
+    mask = names.get("mask_token")
+    content["post_processor"] = _begin_with(names, ids, content["post_processor"])
     content["truncation"] = content["padding"] = None
     content["added_tokens"] = _literal(content["added_tokens"], names, ids, mask)
     put_space_only_first(content)
@@ -152,19 +153,25 @@ def _prepends(metaspace: Mapping[str, Any]) -> bool:
     return scheme == "always" or (scheme is None and metaspace.get("add_prefix_space", True))
 
 
-def _begin_with(name: str, number: int, old: dict[str, Any] | None) -> dict[str, Any]:
-    """A post-processor that puts a token first, and else does what the old one did.
+def _begin_with(
+    names: Mapping[str, str], ids: Mapping[str, int], old: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A post-processor that puts ``<s>`` first and ``</s>`` between the texts of a pair.
 
-    Tokens that the old one added go: training did not ask for them.
+    Else it does what the old one did. Tokens that the old one added go: training did not ask for
+    them.
     """
     kept = [] if old is None else old.get("processors", [old])
-    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, between = ({"SpecialToken": {"id": names[key], "type_id": 0}} for key in _TEMPLATE)
     one, two = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
     template = {
         "type": "TemplateProcessing",
         "single": [first, one],
-        "pair": [first, one, two],
-        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+        "pair": [first, one, between, two],
+        "special_tokens": {
+            names[key]: {"id": names[key], "ids": [ids[key]], "tokens": [names[key]]}
+            for key in _TEMPLATE
+        },
     }
     kept = [processor for processor in kept if processor["type"] not in _ADDS_TOKENS]
     return {"type": "Sequence", "processors": [*kept, template]}

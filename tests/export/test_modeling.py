@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.models import padded
 from transformers import DynamicCache
 
 from dualtrain.checkpoint.trained import open_trained
@@ -26,17 +27,6 @@ def models(cases):
 @pytest.fixture
 def model(models, case):
     return models[case.trained.model.config.head]
-
-
-def padded(rows, *, side="left"):
-    """Rows of different lengths as a batch and its attention mask."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), 3)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        where = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[number, where], mask[number, where] = row, 1
-    return ids, mask
 
 
 def test_logits_are_equal_in_every_mode_and_length(case, model):

@@ -16,7 +16,10 @@ import sys
 for name in ("dualtrain", "data_tools", "torchvision"):
     sys.modules[name] = None
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM,
+    AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer,
+)
 
 given, result, paper, linear, again = sys.argv[1:]
 ids = torch.load(given)
@@ -43,7 +46,33 @@ found["llama"] = {
     **{length: llama(ids[:, :length]).logits.detach() for length in (1, 2, 13, 24)},
 }
 llama.save_pretrained(f"{again}/llama")
+def others(path):
+    # As the BabyLM pipeline opens and calls them.
+    made = AutoModel.from_pretrained(path, trust_remote_code=True, revision=None)
+    width = AutoConfig.from_pretrained(path, trust_remote_code=True, revision=None).hidden_size
+    with torch.no_grad():
+        states = made(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        masked = AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=True, revision=None)
+        full = masked.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
+    classifier.save_pretrained(f"{again}/classifier")
+    saved = AutoModelForSequenceClassification.from_pretrained(f"{again}/classifier",
+                                                               trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(path, padding_side="right", revision=None,
+                                              trust_remote_code=True)
+    pair = processor(["One text", "Another, longer text"], padding=True, truncation=True,
+                     max_length=8, return_tensors="pt")
+    return {
+        "classes": [type(m).__name__ for m in (made, masked, classifier, saved)],
+        "states": states, "width": width, "full": full,
+        "kept": torch.equal(classifier.eval()(ids).logits, saved.eval()(ids).logits),
+        "right": pair.attention_mask[:, 0].tolist(),
+        "offsets": processor(text="One text", return_offsets_mapping=True)["offset_mapping"][0],
+        "named": [processor.pad_token_id, processor.mask_token_id, processor.cls_token_id],
+    }
+
 for name, path in {"paper": paper, "linear": linear}.items():
+    found[f"{name} others"] = others(path)
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     modes(name, model)
     model.save_pretrained(f"{again}/{name}")
@@ -102,6 +131,16 @@ def test_all_modes_in_trusted_code(case, found, again):
         own = case.logits(IDS, kind, 9 if kind == "prefix" else None)
         assert (got[kind] - own).abs().max() < 1e-5
     assert got["text"].shape == got["prefix text"].shape == (2, 15)
+
+
+def test_the_classes_that_evaluations_load(case, found):
+    got = found[f"{case.trained.model.config.head} others"]
+    classifier = "DualTrainForSequenceClassification"
+    assert got["classes"] == ["DualTrainModel", "DualTrainForMaskedLM", classifier, classifier]
+    assert got["width"] == got["states"].shape[-1] == case.trained.model.config.hidden_size
+    assert (got["full"] - case.logits(IDS, "full")).abs().max() < 1e-5
+    assert got["kept"] and got["right"] == [1, 1] and got["offsets"] == (0, 0)
+    assert got["named"] == [3, 4, None]
 
 
 def test_dualtrain_opens_what_transformers_saved_again(cases, found):

@@ -71,3 +71,14 @@ def save_model(model: DualLM, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(model.config.to_json_string())
     save_file(model.state_dict(), directory / "model.safetensors")
+
+
+def padded(rows, *, side="left"):
+    """Rows of different lengths as a batch and its attention mask."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), 3)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        where = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[number, where], mask[number, where] = row, 1
+    return ids, mask

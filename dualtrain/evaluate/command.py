@@ -22,6 +22,12 @@ class EvalOptions:
     path: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run, a checkpoint, or an exported model.")
     ]
+    all_models: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every model in the directory RUN; same results are not made twice."
+        ),
+    ] = False
     tasks: Annotated[
         str | None,
         typer.Option(help="Names with commas, `all`, or `none`; default: those with data."),
@@ -63,8 +69,13 @@ class EvalOptions:
     seed: Annotated[int, typer.Option(help="Decides masks and intervals.")] = 0
 
 
-def evaluate(options: EvalOptions) -> None:
+def evaluate(options: EvalOptions) -> int:
     """Find held-out losses and scores on zero-shot tasks of a trained model."""
+    if options.all_models:
+        from dualtrain.evaluate.many import evaluate_all
+
+        return evaluate_all(options)
     from dualtrain.evaluate.evaluate import evaluate_model
 
     evaluate_model(options)
+    return 0

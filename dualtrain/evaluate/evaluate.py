@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -40,10 +41,15 @@ DEFAULT_TOKENS = 4096
 """Tokens of a forward pass on held-out text, of such a model."""
 
 
-def evaluate_model(options: EvalOptions) -> Evaluation:
+def evaluate_model(
+    options: EvalOptions, *, is_done: Callable[[Evaluation], bool] = lambda evaluation: False
+) -> Evaluation:
     """Evaluate a model, show the results and write them.
 
     Everything that can be refused is, before the model is read.
+
+    Args:
+        is_done: Whether there are the results already that an evaluation would have.
 
     Raises:
         UserError: There is no such model, task or mode; data that cannot be used; nothing to do.
@@ -51,6 +57,8 @@ def evaluate_model(options: EvalOptions) -> Evaluation:
     with WorkBar() as bar:
         bar.begin("reading data")
         evaluation, dataset = _prepare(options)
+        if is_done(evaluation):
+            return evaluation
         directory = _begin_results(options, evaluation.source)
         try:
             bar.begin("reading the model")
@@ -91,6 +99,7 @@ def _prepare(options: EvalOptions) -> tuple[Evaluation, TokenDataset | None]:
     settings = {
         "modes": choose_modes(options.modes, source, notes),
         "limit": options.limit,
+        "sequences": options.sequences,
         "seed": options.seed,
         "elbo_samples": options.elbo_samples,
     }

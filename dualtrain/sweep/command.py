@@ -62,7 +62,9 @@ class SweepOptions:
 class FitOptions:
     """The command line of ``dualtrain fit``."""
 
-    directory: Annotated[Path, typer.Argument(metavar="SWEEP_DIR", help="A sweep's directory.")]
+    directory: Annotated[
+        Path, typer.Argument(metavar="SWEEP_DIR", help="A sweep, or models evaluated with --all.")
+    ]
     metric: Annotated[
         str, typer.Option(help="What to fit: ar_nll, diffusion_nll, best.ar_nll, ar.blimp, ...")
     ] = "ar_nll"
@@ -152,9 +154,9 @@ def compare(options: CompareOptions) -> None:
 
     Of a sweep: points that differ in more than the seed, with intervals over seeds.
     """
-    from dualtrain.sweep.directory import SWEEP
+    from dualtrain.sweep.directory import is_sweep
 
-    if len(options.runs) == 1 and (options.runs[0] / SWEEP).is_file():
+    if len(options.runs) == 1 and is_sweep(options.runs[0]):
         from dualtrain.sweep.groups import compare_groups
 
         compare_groups(options)

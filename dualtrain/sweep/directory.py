@@ -135,6 +135,11 @@ def prepare(sweep: Sweep) -> None:
         raise UserError(str(sweep.directory), what, hint="choose another with --dir") from None
 
 
+def is_sweep(directory: Path) -> bool:
+    """Whether a directory holds points: a sweep's, or models named by alpha and repetitions."""
+    return (directory / SWEEP).is_file() or any(directory.glob("alpha_*_n-reps=*/config.json"))
+
+
 def read_listing(directory: Path) -> Listing:
     """Read ``sweep.json``.
 

@@ -105,7 +105,7 @@ def fit_sweep(options: FitOptions) -> Fit:
 
 def _check_alike(runs: list[RunResult], keys: list[str]) -> None:
     """Points of a surface differ in what its axes say, and in the seed."""
-    budgets = Counter(run.steps[-1]["tokens"] for run in runs)
+    budgets = Counter(run.steps[-1]["tokens"] for run in runs if run.steps)
     if len(budgets) > 1:
         each = ", ".join(f"{n:,} ({counted(count, 'point')})" for n, count in budgets.items())
         raise UserError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from dualtrain.progress.metrics import FILE_NAME, Record, read_metrics
 from dualtrain.recipe.load import load_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import load, shown
-from dualtrain.sweep.directory import POINT, SWEEP, read_listing, read_outcome
-from dualtrain.sweep.results import RunResult, is_finite, is_number, named
+from dualtrain.sweep.directory import POINT, SWEEP, is_sweep, read_listing, read_outcome
+from dualtrain.sweep.results import ModelResult, RunResult, is_finite, is_number, named
 
 _NEEDED = {
     "train": ("step", "steps", "tokens", "epoch", "elapsed_s"),
@@ -36,16 +38,18 @@ class SweepResults:
     Attributes:
         runs: The points that were begun, in order.
         absent: Names of those that were not, or that are gone.
+        left_out: Notes on models that are no points.
     """
 
     keys: list[str]
     runs: list[RunResult]
     absent: list[str]
+    left_out: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What a reader should know about points that are missing."""
         if not self.absent:
-            return []
+            return list(self.left_out)
         return [f"left out, because they have not begun, or are gone: {named(self.absent)}"]
 
 
@@ -81,11 +85,12 @@ def read_sweep(directory: Path) -> SweepResults:
         UserError: It is no sweep's directory, has no points yet, or something in it is damaged.
     """
     if not (directory / SWEEP).is_file():
+        if is_sweep(directory):
+            return _read_models(directory)
         missing = "is no directory" if directory.exists() else "does not exist"
         what = f"has no {SWEEP}" if directory.is_dir() else missing
-        raise UserError(
-            str(directory), what, "the directory of a sweep", "`dualtrain sweep` makes one"
-        )
+        expected = "the directory of a sweep, or of models such as alpha_0.500_n-reps=8"
+        raise UserError(str(directory), what, expected, "`dualtrain sweep` makes one")
     listing = read_listing(directory)
     begun = [label for label in listing.points if _is_begun(directory / label)]
     if not begun:
@@ -95,6 +100,61 @@ def read_sweep(directory: Path) -> SweepResults:
         )  # fmt: skip
     absent = [label for label in listing.points if label not in begun]
     return SweepResults(listing.keys, [read_run(directory / label) for label in begun], absent)
+
+
+def _read_models(directory: Path) -> SweepResults:
+    """Read models that are named by alpha and repetitions, with their newest evaluations."""
+    from dualtrain.export.released import read_branch  # which takes torch
+
+    models = {file.parent.name: file.parent for file in sorted(directory.glob("*/config.json"))}
+    runs: list[RunResult] = []
+    conditions: dict[Path, dict[str, object]] = {}
+    for name, path in models.items():
+        branch = read_branch(name)
+        if branch is None:
+            continue
+        # All else of its recipe is unknown here; nobody asks for another key than these.
+        alpha, repetitions = _exact_alpha(branch[0]), branch[1]
+        recipe = Recipe.model_construct(alpha=alpha, repetitions=repetitions, seed=0)
+        files = _result_files(path)[-1:]
+        scores = dict(_file_scores(files[0])) if files else {}
+        runs.append(ModelResult(path, recipe, [], scores))
+        if files:
+            conditions[files[0]] = _conditions(files[0])
+    if not conditions:
+        hint = f"`dualtrain eval {directory} --all` evaluates them"
+        raise UserError(str(directory), "none of its models has results", "results of eval", hint)
+    (first, usual), *others = conditions.items()
+    for file, found in others:
+        if found != usual:
+            key = next(key for key in {**usual, **found} if usual.get(key) != found.get(key))
+            raise UserError(
+                str(file), f"is of another {key} than {first}", "models that were evaluated alike",
+                f"`dualtrain eval {directory} --all` with the same options evaluates the others",
+            )  # fmt: skip
+    unnamed = [name for name in models if read_branch(name) is None]
+    left_out = []
+    if unnamed:
+        left_out.append(f"left out, because not named as alpha_0.500_n-reps=8: {named(unnamed)}")
+    if bare := [run.label for run in runs if not run.scores]:
+        left_out.append(f"left out, because they have no scores: {named(bare)}")
+    known = [run for run in runs if run.scores]
+    return SweepResults(["repetitions", "alpha"], known, [], left_out)
+
+
+def _exact_alpha(shown: float) -> Fraction:
+    """The share that a name rounds to three digits: of the paper's 256 devices, if there is one."""
+    exact = Fraction(round(shown * 256), 256)
+    return exact if f"{float(exact):.3f}" == f"{shown:.3f}" else Fraction(str(shown))
+
+
+def _conditions(file: Path) -> dict[str, object]:
+    """What has to be the same in results that are compared."""
+    with _damage_named(file):
+        found = json.loads(file.read_bytes())
+        settings = {key: found["settings"].get(key) for key in ("limit", "seed", "elbo_samples")}
+        data = {f"data of {name}": task["data"]["sha256"] for name, task in found["tasks"].items()}
+    return {key: json.dumps(value) for key, value in (settings | data).items()}
 
 
 def _is_begun(directory: Path) -> bool:
@@ -147,16 +207,30 @@ def _scores(directory: Path, records: Sequence[Record]) -> Iterator[tuple[str, f
             for task, found in record["tasks"].items():
                 yield f"{record['mode']}.{task}", found["score"]
             yield f"{record['mode']}.average", record["average"]
-    files = sorted(directory.glob(f"eval/*/{RESULTS}"), key=lambda f: f.stat().st_mtime)
-    for file in files:
-        try:
-            found = json.loads(file.read_bytes())
-            for name, task in found["tasks"].items():
-                for mode, result in task["modes"].items():
-                    yield f"{mode}.{name}", float(result["score"]["value"])
-            for mode, average in found["average"].items():
-                yield f"{mode}.average", float(average["value"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            what = f"cannot be read as results of an evaluation: {type(error).__name__} {error}"
-            hint = "remove the directory, and evaluate again"
-            raise UserError(str(file), what, f"{RESULTS} of `dualtrain eval`", hint) from None
+    for file in _result_files(directory):
+        yield from _file_scores(file)
+
+
+def _result_files(directory: Path) -> list[Path]:
+    """Results of evaluations of a run or a model, the newest last."""
+    return sorted(directory.glob(f"eval/*/{RESULTS}"), key=lambda f: f.stat().st_mtime)
+
+
+def _file_scores(file: Path) -> Iterator[tuple[str, float]]:
+    with _damage_named(file):
+        found = json.loads(file.read_bytes())
+        for name, task in found["tasks"].items():
+            for mode, result in task["modes"].items():
+                yield f"{mode}.{name}", float(result["score"]["value"])
+        for mode, average in found["average"].items():
+            yield f"{mode}.average", float(average["value"])
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        what = f"cannot be read as results of an evaluation: {type(error).__name__} {error}"
+        hint = "remove the directory, and evaluate again"
+        raise UserError(str(file), what, f"{RESULTS} of `dualtrain eval`", hint) from None

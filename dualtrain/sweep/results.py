@@ -107,6 +107,15 @@ class RunResult:
         return {key: float(value) for key, value in numbers.items() if is_finite(value)}  # type: ignore[arg-type]
 
 
+class ModelResult(RunResult):
+    """A model of which only scores are known, and alpha and repetitions of its recipe."""
+
+    @cached_property
+    def is_finished(self) -> bool:
+        """Whether it has been evaluated."""
+        return bool(self.scores)
+
+
 def choose_metric(name: str, runs: Iterable[RunResult]) -> str:
     """Check that runs have a metric.
 

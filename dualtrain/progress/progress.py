@@ -1,10 +1,10 @@
 """What the user sees of a run, and the record of it.
 
 :class:`Progress` is all that ``train`` talks to. It hands each record, unchanged, first to
-``metrics.jsonl``, then to the view of the terminal and to TensorBoard if asked for. Rank 0 has one
+``metrics.jsonl``, then to the trackers and the view of the terminal. Rank 0 has one
 that works; every other rank has a silent one with the same methods::
 
-    progress = Progress.open(run_dir, rank=rank, tensorboard=recipe.progress.tensorboard)
+    progress = Progress.open(run_dir, rank=rank, trackers=recipe.progress.trackers)
     progress.start(facts)                        # after a resume has chosen the first step
     meter.start()
     for step in ...:
@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TextIO
 
-from dualtrain.common.files import DISK_FULL
 from dualtrain.progress.frame import TRAINING
 from dualtrain.progress.live import LiveView
 from dualtrain.progress.metrics import (
@@ -38,10 +37,10 @@ from dualtrain.progress.metrics import (
 )
 from dualtrain.progress.plain import PlainView
 from dualtrain.progress.report import RunFacts, RunView, Summary
-from dualtrain.progress.tensorboard import TensorBoardView
+from dualtrain.progress.trackers.registry import check_trackers, make_tracker
+from dualtrain.progress.trackers.writer import RUN_ID, TrackerView
 
 ViewChoice = Literal["auto", "live", "plain", "none"]
-TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -51,14 +50,14 @@ class Progress(AbstractContextManager["Progress"]):
         metrics: The metrics file; ``None`` keeps no record.
         screen: The view of the terminal. If the terminal goes away (a closed connection, a pipe
             whose reader ended) the run goes on without it, and an event record says so.
-        trackers: Further views, whose failures are errors of the run.
+        trackers: Further views; one that fails is said once, and left out from then on.
     """
 
     def __init__(
         self,
         metrics: MetricsFile | None = None,
         screen: RunView | None = None,
-        trackers: Sequence[RunView] = (),
+        trackers: Sequence[TrackerView] = (),
     ) -> None:
         self._metrics = metrics
         self._screen = screen
@@ -73,24 +72,27 @@ class Progress(AbstractContextManager["Progress"]):
         *,
         rank: int = 0,
         view: ViewChoice = "auto",
-        tensorboard: bool = False,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, object] | None = None,
         stream: TextIO | None = None,
     ) -> Progress:
         """Open what the run's progress goes to; on ranks other than 0 nothing.
 
         Args:
             view: ``auto`` is live on a terminal that can redraw, else plain lines.
-            tensorboard: Also write TensorBoard events to ``tensorboard/`` in the run directory.
+            trackers: Names of what also gets the records.
+            config: The resolved recipe, for the trackers.
             stream: Where the view goes; standard output when not given.
 
         Raises:
-            UserError: The metrics file is not writable, or TensorBoard is not installed.
+            UserError: The metrics file is not writable, or a tracker is not installed.
         """
         if rank != 0:
             return cls()
-        trackers = [TensorBoardView(Path(run_dir) / TENSORBOARD_DIRECTORY)] if tensorboard else []
+        check_trackers(trackers)
+        views = [TrackerView(name, make_tracker(name), config or {}) for name in trackers]
         metrics = MetricsFile(Path(run_dir) / FILE_NAME)
-        return cls(metrics, _screen(view, stream), trackers)
+        return cls(metrics, _screen(view, stream), views)
 
     def start(self, facts: RunFacts) -> None:
         """Begin at ``facts.first_step``: drop the records after it, show the ones before."""
@@ -101,6 +103,8 @@ class Progress(AbstractContextManager["Progress"]):
             self._metrics.truncate_after(facts.first_step or -1)
             if facts.first_step:
                 history = read_metrics(self._metrics.path)
+        if self._trackers and not facts.first_step:
+            (Path(facts.run_dir) / RUN_ID).unlink(missing_ok=True)
         for view in self._trackers:
             view.start(facts, history)
         with self._terminal() as screen:
@@ -123,13 +127,13 @@ class Progress(AbstractContextManager["Progress"]):
 
     def _track(self, record: Record) -> None:
         for view in self._trackers:
-            try:
-                view.record(record)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                self._trackers = tuple(other for other in self._trackers if other is not view)
-                self.message("warning: the disk is full: the curves of TensorBoard end here")
+            view.record(record)
+        self._report_failures()
+
+    def _report_failures(self) -> None:
+        for view in self._trackers:
+            if failure := view.failure():
+                self.message(f"warning: {view.name} gets no more records: {failure}")
 
     def event(self, event: str, message: str, *, step: int) -> None:
         """Keep and show an event: ``checkpoint`` (the message is its path), …."""
@@ -169,6 +173,7 @@ class Progress(AbstractContextManager["Progress"]):
         """
         for view in self._trackers:
             view.finish(summary)
+        self._report_failures()
         with self._terminal() as screen:
             screen.finish(summary)
         if self._metrics is not None:
@@ -181,6 +186,8 @@ class Progress(AbstractContextManager["Progress"]):
         self._screen = None
         for view in self._trackers:
             view.close()
+            if failure := view.failure():
+                print(f"warning: {view.name} lacks the last records: {failure}", file=sys.stderr)
         self._trackers = ()
         if self._metrics is not None:
             self._metrics.write()

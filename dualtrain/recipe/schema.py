@@ -549,9 +549,23 @@ class ProgressSection(Section):
     interval_steps: Steps = Field(
         default=10, ge=1, description="Steps between records in metrics.jsonl."
     )
-    tensorboard: bool = Field(
-        default=False, description="Also write TensorBoard events to `tensorboard/`."
+    trackers: list[str] = Field(
+        default=[],
+        description="What else gets the records, such as `wandb`; dualtrain/progress/README.md "
+        "lists them.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_old_tensorboard(cls, values: object) -> object:
+        """Read ``tensorboard: true`` of earlier versions as the tracker that it means."""
+        if not isinstance(values, dict) or not isinstance(values.get("tensorboard"), bool):
+            return values
+        rest = {key: value for key, value in values.items() if key != "tensorboard"}
+        trackers = rest.get("trackers", [])
+        if values["tensorboard"] and isinstance(trackers, list) and "tensorboard" not in trackers:
+            rest["trackers"] = [*trackers, "tensorboard"]
+        return rest
 
 
 class SampleSection(Section):

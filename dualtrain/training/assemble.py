@@ -163,7 +163,11 @@ def build(recipe: Recipe, rank: Checked, met: Met, view: ViewChoice) -> Run:
         state.step = origin.first_step
     handle = _make_handle(state, rank)
     progress = Progress.open(
-        origin.run_dir, rank=world.rank, view=view, tensorboard=recipe.progress.tensorboard
+        origin.run_dir,
+        rank=world.rank,
+        view=view,
+        trackers=recipe.progress.trackers,
+        config=recipe.model_dump(mode="json"),
     )
     slots_per_rank = met.mixture.slots_per_step // world.world_size
     return Run(

@@ -23,7 +23,7 @@ from dualtrain.launch.world import (
     default_ranks,
     single_world,
 )
-from dualtrain.progress.tensorboard import check_tensorboard
+from dualtrain.progress.trackers.registry import check_trackers
 from dualtrain.recipe.checks import check_world_size
 from dualtrain.recipe.load import LoadedRecipe
 from dualtrain.recipe.schema import Recipe
@@ -130,8 +130,7 @@ def examine(recipe: Recipe, ranks: int | None) -> None:
         from dualtrain.training.evaluation import read_tasks
 
         read_tasks(recipe.eval)
-    if recipe.progress.tensorboard:
-        check_tensorboard()
+    check_trackers(recipe.progress.trackers)
 
 
 def _check_data(recipe: Recipe, corpus: CorpusFacts | None) -> None:

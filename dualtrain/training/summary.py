@@ -65,7 +65,7 @@ def summarise(run: Run, *, stopped: bool) -> Summary:
     }
     if run.last_saved is not None:
         written["checkpoint"] = str(run.last_saved)
-    if run.recipe.progress.tensorboard:
+    if "tensorboard" in run.recipe.progress.trackers:
         written["tensorboard"] = str(run.run_dir / "tensorboard")
     return Summary(
         step=run.state.step,

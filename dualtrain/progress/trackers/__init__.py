@@ -1,0 +1,1 @@
+"""Where else a run's records go: TensorBoard, Weights & Biases, Trackio, MLflow."""

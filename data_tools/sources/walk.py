@@ -26,9 +26,8 @@ class Entry:
     """A file, a directory whose files belong together, or what is left out.
 
     Attributes:
-        files: Files of text.
         shards: Of MDS, as ``index.json`` describes them.
-        ignored: What is no text.
+        ignored: Names of what is no text, for messages.
         note: What is to be said if it is read.
     """
 

@@ -14,7 +14,7 @@ def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether products in bf16 are computed and not emulated; True where nothing tells.
 
     Args:
-        cpu_info: In the layout of Linux.
+        cpu_info: A file in the layout of Linux's, with a line of flags for each core.
     """
     try:
         lines = cpu_info.read_text("utf-8", "replace").splitlines()

@@ -41,7 +41,7 @@ def _update(optimizer: Any, number: int, first: int, begin: int, count: int) -> 
     """Orthogonalise ``count`` matrices of a group, the one numbered ``first`` and those behind it.
 
     Args:
-        number: Of the group.
+        number: The optimizer's number of the group.
         begin: Where the first begins in the rank's partition.
     """
     from deepspeed.runtime.zero.muon.original_muon import muon_update

@@ -32,7 +32,7 @@ class StopSignals:
 
     Attributes:
         count: 1 after a request to stop; 2 or more when it must end at once.
-        last: Number of the newest one.
+        last: The number of the newest signal; 0 before the first.
     """
 
     def __init__(self, on_signal: Callable[[int], None] = lambda number: None) -> None:

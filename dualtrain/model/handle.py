@@ -29,7 +29,7 @@ class ModelHandle:
         model: A ``DualLM``, an ``ImportedLM``, or a DeepSpeed engine around one.
         context: The longest row it reads, in tokens.
         target: What its diffusion objective predicts at i: token i+1, or i.
-        dtype: Compute type of the attention.
+        dtype: What attention is computed in, which its kernels depend on.
         autocast: Whether its fp32 weights are used in ``dtype``; an engine sees to that itself.
         backend: Attention backend for plans that leave a choice.
         world_size: Processes that call it together, each pass of all the same; under ZeRO-3 they

@@ -151,7 +151,7 @@ def check_values(found: Tensor, name: str, where: str) -> None:
     """Refuse values that training could only fail on, step after step.
 
     Args:
-        where: The file, for messages.
+        where: What messages call the file.
 
     Raises:
         UserError: They are of a quantised type, or not all finite.

@@ -115,10 +115,9 @@ def convert(
 
     Args:
         tensors: By the released names; all may have a prefix, such as ``module.``.
-        settings: The released JSON.
         special_tokens: Ids by role, of its tokenizer.
         where: What to call the tensors in an error.
-        settings_file: What to call the settings.
+        settings_file: What to call the settings in an error.
 
     Returns:
         The model's configuration, and its weights, none of which share memory.

@@ -35,7 +35,6 @@ class Run:
 
     Attributes:
         derived: Steps, tokens and slots that follow from the recipe.
-        held_out: The sequences of an evaluation.
         state: What algorithms see, the engine among it.
         handle: The engine as evaluation and sampling call it.
         batches: Slots and sequences of this rank, made ahead.
@@ -43,7 +42,7 @@ class Run:
         progress: Records and view; silent on ranks other than 0.
         lock: Rank 0's claim to the run directory.
         last_scores: The newest scores on tasks, of each mode.
-        last_saved: The newest checkpoint.
+        last_saved: The newest checkpoint, also one that this run began from.
     """
 
     recipe: Recipe

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from dualtrain.checkpoint.trained import TrainedModel
 from dualtrain.common.errors import UserError, nearest
 from dualtrain.common.randomness import generator
 from dualtrain.generate.autoregressive import continue_prompts
+from dualtrain.generate.diffusion import fill_masks
 from dualtrain.generate.prompts import encode_prompt
 from dualtrain.generate.settings import Settings
 
@@ -49,6 +51,10 @@ class Order:
     settings: Settings
     key: tuple[int, int]
 
+    def generator(self) -> np.random.Generator:
+        """Return its random numbers from their beginning."""
+        return generator(self.settings.seed, "lm_eval", *self.key)
+
 
 def write_texts(
     trained: TrainedModel,
@@ -61,10 +67,12 @@ def write_texts(
 ) -> list[str]:
     """Continue prompts until a string or token that ends the text.
 
+    In mode ``diffusion`` a text is as long as it may be, and cut at the string afterwards.
+
     Args:
         requests: Prompts, each with a task's ``generation_kwargs``.
         settings: Mode and seed, and how many tokens where ``generation_kwargs`` do not say.
-        tokens_per_batch: Tokens in the cache at once; None is :data:`CACHED_TOKENS`.
+        tokens_per_batch: Tokens in the cache, or of a pass, at once; None is :data:`CACHED_TOKENS`.
         on_text: Told the number of each request and its text as soon as it is there.
         on_note: Told what the user should know.
 
@@ -78,24 +86,44 @@ def write_texts(
     texts = [""] * len(orders)
     for batch in _batches(orders, tokens_per_batch or CACHED_TOKENS):
         chosen = [orders[number] for number in batch]
-
-        def is_enough(row: int, ids: Sequence[int], chosen: list[Order] = chosen) -> bool:
-            until = chosen[row].until
-            text = trained.decode(list(ids)) if until else ""
-            return any(stop in text for stop in until)
-
-        written = continue_prompts(
-            trained,
-            [order.prompt for order in chosen],
-            chosen[0].settings,
-            generators=[generator(settings.seed, "lm_eval", *order.key) for order in chosen],
-            is_enough=is_enough,
-        )
-        for number, order, continuation in zip(batch, chosen, written, strict=True):
-            text = trained.decode(list(continuation.ids))
+        written = (_fill if settings.is_diffusion else _continue)(trained, chosen)
+        for number, order, ids in zip(batch, chosen, written, strict=True):
+            text = trained.decode(ids)
             texts[number] = postprocess_generated_text(text, list(order.until), None)
             on_text(number, texts[number])
     return texts
+
+
+def _continue(trained: TrainedModel, orders: Sequence[Order]) -> list[list[int]]:
+    def is_enough(row: int, ids: Sequence[int]) -> bool:
+        until = orders[row].until
+        text = trained.decode(list(ids)) if until else ""
+        return any(stop in text for stop in until)
+
+    settings = orders[0].settings
+    written = continue_prompts(
+        trained,
+        [order.prompt for order in orders],
+        settings,
+        generators=[order.generator() for order in orders],
+        is_enough=is_enough,
+    )
+    return [list(continuation.ids) for continuation in written]
+
+
+def _fill(trained: TrainedModel, orders: Sequence[Order]) -> list[list[int]]:
+    mask, settings = trained.vocabulary.mask, orders[0].settings
+    if mask is None:
+        what = "'diffusion' needs a mask token, and this model has none"
+        raise UserError("--model_args mode", what, "ar or prefix")
+    blocks = -(-settings.tokens // (settings.block or settings.tokens))
+    if settings.steps is not None and settings.steps < blocks:
+        what = f"{settings.steps} for {settings.tokens} tokens in blocks of {settings.block}"
+        raise UserError("--model_args steps", what, f"{blocks} or more, one a block")
+    rows = [[*order.prompt, *[mask] * settings.tokens] for order in orders]
+    generators = [order.generator() for order in orders]
+    filled = fill_masks(trained, rows, settings, generators=generators)
+    return [ids[-settings.tokens :] for ids in filled]
 
 
 def _take_orders(
@@ -135,13 +163,14 @@ def _read_settings(
     """Translate a task's ``generation_kwargs``, with the harness's own defaults."""
     values: dict[str, Any] = {**normalize_gen_kwargs(given, defaults.tokens)}
     for key, value in values.items():
-        if key in SETTINGS or (key in NEUTRAL and value == NEUTRAL[key]):
+        known = SETTINGS[:-1] if defaults.is_diffusion else SETTINGS
+        if key in known or (key in NEUTRAL and value == NEUTRAL[key]):
             continue
         raise UserError(
             f"generation_kwargs.{key}",
             f"{value!r} is not available",
-            f"one of {', '.join(SETTINGS)}",
-            nearest(key, SETTINGS),
+            f"one of {', '.join(known)}",
+            nearest(key, known),
         )
     settings = replace(
         defaults,

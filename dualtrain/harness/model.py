@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -56,13 +56,16 @@ logger = logging.getLogger("lm_eval.models.dualtrain")
 
 DEFAULT_DEVICE = "cuda:0"
 
+WRITES_ONLY = "diffusion"
+"""The mode that fills masks behind a prompt, and scores nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
     """``--model_args`` of the model type ``dualtrain``; harness/README.md says what they do."""
 
     path: str | None = None
-    mode: Mode = "ar"
+    mode: Mode | Literal["diffusion"] = "ar"
     step: int | None = None
     device: str | None = None
     precision: str | None = None
@@ -70,6 +73,8 @@ class ModelArguments:
     elbo_samples: int = 32
     seed: int = 0
     max_gen_toks: int = 256
+    steps: int | None = None
+    block: int | None = None
 
     def check(self) -> None:
         """Refuse what no model has.
@@ -79,7 +84,7 @@ class ModelArguments:
         """
         if self.path is None:
             raise _wrong("path", "not given", "a run, a checkpoint, or an exported model")
-        for key, words in (("mode", MODES), ("precision", get_args(Precision))):
+        for key, words in (("mode", (*MODES, WRITES_ONLY)), ("precision", get_args(Precision))):
             value = getattr(self, key)
             if value not in words and (key, value) != ("precision", None):
                 raise _wrong(key, f"{value!r}", f"one of {', '.join(words)}", value, words)
@@ -91,14 +96,19 @@ class ModelArguments:
                 raise _wrong(key, f"{value!r}", f"a whole number, at least {least}")
         if self.elbo_samples > MOST_ELBO_SAMPLES:
             raise _wrong("elbo_samples", f"{self.elbo_samples}", f"at most {MOST_ELBO_SAMPLES}")
+        for key in ("steps", "block"):
+            if getattr(self, key) is not None and self.mode != WRITES_ONLY:
+                raise _wrong(key, f"has no say in mode {self.mode}", f"mode={WRITES_ONLY}")
 
 
-_LEAST = {"step": 0, "tokens_per_batch": 1, "elbo_samples": 1, "seed": 0, "max_gen_toks": 1}
+_LEAST = {"step": 0, "seed": 0} | dict.fromkeys(
+    ("tokens_per_batch", "elbo_samples", "max_gen_toks", "steps", "block"), 1
+)
 
 
 @register_model("dualtrain")
 class DualtrainLM(TemplateLM):
-    """A run, a checkpoint or an exported model, scored in one of the five modes.
+    """A run, a checkpoint or an exported model, scored in one of the five modes, or writing.
 
     Args:
         batch_size: The harness always gives one; rows are batched by tokens instead.
@@ -125,7 +135,7 @@ class DualtrainLM(TemplateLM):
         options.check()
         if batch_size not in (None, 1, "1") or max_batch_size is not None:
             logger.warning("dualtrain batches by tokens: use tokens_per_batch, not batch_size")
-        self.mode: Mode = options.mode
+        self.mode: Mode | Literal["diffusion"] = options.mode
         self._rank, self._world_size = join_ranks()
         self.trained = open_trained(
             str(path),
@@ -202,7 +212,7 @@ class DualtrainLM(TemplateLM):
             token was the likeliest: in the modes that mask, where that is not known, always False.
         """
         if self.mode in MASKING_MODES:
-            _warn_of_unknown_greediness(requests, self.mode)
+            _warn_of_unknown_greediness(requests, self._scoring_mode)
         pairs: list[Any] = [instance.args for instance in requests]
         encoded = [(pair, *self._encode_pair(*pair)) for pair in pairs]
         answers = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
@@ -249,13 +259,15 @@ class DualtrainLM(TemplateLM):
         cut = get_rolling_token_windows(
             self.tok_encode(text),
             prefix_token=self.prefix_token_id,
-            max_seq_len=self.scorer.longest(self.mode) - 1,
+            max_seq_len=self.scorer.longest(self._scoring_mode) - 1,
             context_len=1,
         )
         return [Request(tuple(a), tuple(b)) for a, b in map(make_disjoint_window, cut)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write texts from left to right; in ``prefix``, the prompt sees itself both ways.
+        """Write texts from left to right, or in ``diffusion`` by filling masks behind the prompt.
+
+        In ``prefix``, the prompt sees itself both ways.
 
         Raises:
             UserError: Another mode, or a setting of the task that our sampler has not.
@@ -264,7 +276,7 @@ class DualtrainLM(TemplateLM):
         from dualtrain.harness.generation import write_texts
 
         if self.mode in MASKING_MODES:
-            raise _wrong("mode", f"{self.mode!r} writes no texts from left to right", "ar, prefix")
+            raise _wrong("mode", f"{self.mode!r} writes no texts", "ar, prefix or diffusion")
         asked: list[Any] = [instance.args for instance in requests]
         is_hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(asked), desc=f"Writing, {self.mode}", disable=is_hidden) as bar:
@@ -276,20 +288,32 @@ class DualtrainLM(TemplateLM):
             return write_texts(
                 self.trained,
                 asked,
-                Settings(mode=self.mode, tokens=self.options.max_gen_toks, seed=self.options.seed),
+                Settings(
+                    mode=self.mode,
+                    tokens=self.options.max_gen_toks,
+                    seed=self.options.seed,
+                    steps=self.options.steps,
+                    block=self.options.block,
+                ),
                 tokens_per_batch=self.options.tokens_per_batch,
                 on_text=on_text,
                 on_note=logger.warning,
             )
 
+    @property
+    def _scoring_mode(self) -> Mode:
+        if self.mode == "diffusion":
+            raise _wrong("mode", f"{self.mode!r} writes, and scores nothing", ", ".join(MODES))
+        return self.mode
+
     def _score(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Score]:
-        is_hidden = disable_tqdm or self.rank != 0
-        with tqdm(total=len(requests), desc=f"Scoring, {self.mode}", disable=is_hidden) as bar:
+        mode, is_hidden = self._scoring_mode, disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), desc=f"Scoring, {mode}", disable=is_hidden) as bar:
 
             def on_progress(done: int) -> None:
                 bar.update(done - bar.n)
 
-            scores = self.scorer.score(requests, self.mode, on_progress=on_progress)
+            scores = self.scorer.score(requests, mode, on_progress=on_progress)
             on_progress(len(requests))
         return scores
 

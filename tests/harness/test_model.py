@@ -271,6 +271,37 @@ def test_texts_are_those_of_the_samplers_up_to_where_they_end(lm, mode):
     assert written == [expected[0][:3], expected[1].split(until)[0], expected[0]]
 
 
+def test_diffusion_fills_what_follows_as_the_sampler_does(lm):
+    model = lm(mode="diffusion", steps=5, block=4)
+    settings = Settings(mode="diffusion", tokens=12, temperature=0, steps=5, block=4)
+    prompts = prepare(["A list", "It may raise"], settings, model.trained)
+    expected = [
+        model.trained.decode(text.new_ids)
+        for text in generate_texts(prompts, settings, model.trained)
+    ]
+    until = expected[0][3:5]
+    greedy = {"until": [until], "max_gen_toks": 12, "do_sample": False}
+    asked = ("A list", greedy), ("It may raise", greedy), ("A list", {"max_gen_toks": 12})
+    written = write(model, *asked)
+    assert written == [expected[0][:3], expected[1].split(until)[0], expected[0]]
+    assert expected[0] != write(lm(), asked[2])[0]
+    drawn = ("A list", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8})
+    texts = write(model, drawn, drawn)
+    assert texts == write(model, drawn, drawn) and texts[0] != texts[1]
+
+
+def test_what_diffusion_cannot_do(lm):
+    model = lm(mode="diffusion", steps=2, block=4)
+    with pytest.raises(UserError, match="mode: 'diffusion' writes, and scores nothing"):
+        model.loglikelihood(ask(("A", " list")), disable_tqdm=True)
+    with pytest.raises(UserError, match="mode: 'diffusion' writes, and scores nothing"):
+        model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("A list",), 0)])
+    with pytest.raises(UserError, match="steps: 2 for 12 tokens in blocks of 4 — expected 3 or"):
+        write(model, ("A", {"max_gen_toks": 12}))
+    with pytest.raises(UserError, match="generation_kwargs.repetition_penalty: 1.5 is not avail"):
+        write(model, ("A", {"repetition_penalty": 1.5}))
+
+
 def test_drawn_texts_repeat_and_differ(lm):
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": 50, "max_gen_toks": 8}
     texts = write(lm(), ("A list", drawn), ("A list", drawn), ("It", drawn))
@@ -298,6 +329,8 @@ def test_texts_that_do_not_fit_and_settings_that_do_not_exist(lm, caplog):
         ({"elbo_samples": 10**12}, "elbo_samples: 1000000000000 — expected at most 10000"),
         ({"seed": "one"}, "seed: 'one' — expected a whole number, at least 0"),
         ({"step": 1.5}, "step: 1.5 — expected a whole number, at least 0"),
+        ({"steps": 4}, "steps: has no say in mode ar — expected mode=diffusion"),
+        ({"mode": "diffusion", "block": 0}, "block: 0 — expected a whole number, at least 1"),
         ({"precision": "fp16"}, "precision: 'fp16' — expected one of fp32, bf16"),
         ({"path": None}, "path: not given"),
         ({"path": "nowhere"}, "nowhere: does not exist"),

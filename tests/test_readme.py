@@ -152,6 +152,18 @@ def test_links_lead_somewhere():
                 assert anchor in slugs, f"{file.relative_to(ROOT)}: {target}"
 
 
+def test_what_others_report_is_held_by_tests_that_exist():
+    tests = ROOT / "tests"
+    part = (tests / "README.md").read_text().partition("## What others report")[2]
+    rows = [line for line in part.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    link = r"\[([\w.-]+/[\w.-]+)#(\d+)\]\(https://github.com/\1/(?:issues|pull)/\2\)"
+    assert len(rows) >= 10
+    for row in rows:
+        found = re.fullmatch(rf"\| .+ \| {link} \| `(?P<file>.+\.py)::(?P<test>\w+)` \|", row)
+        assert found, row
+        assert f"\ndef {found['test']}(" in (tests / found["file"]).read_text(), row
+
+
 def test_ci_runs_the_readmes_test_command():
     commands = [text.strip() for text in blocks_of(README, "bash")]
     assert any(command in (ROOT / ".ci" / "run").read_text() for command in commands)

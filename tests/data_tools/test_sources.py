@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,17 @@ def test_hundred_megabytes_in_one_line(tmp_path: Path) -> None:
     text = "0123456789" * 10_000_000
     file.write_text("\n".join(json.dumps({"text": item}) for item in ("small", text, "last")))
     assert [len(found) for found in texts(file)] == [5, 100_000_000, 4]
+
+
+def test_reading_takes_no_more_memory_for_a_larger_file(tmp_path: Path) -> None:
+    peaks = []
+    for count in (4_000, 16_000):
+        (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 1000}) + "\n") * count)
+        tracemalloc.start()
+        assert sum(1 for _ in open_sources(str(tmp_path)).documents()) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 8_000_000, peaks  # the files have 4 and 16 MB
 
 
 def test_blocks_are_of_even_size_and_show_how_far_they_are(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ class Watcher:
         self.recipe: Visits = {}
         self.made: Visits = {}
         self.batch: Visits = {}
-        self.has_begun = self.is_making = self.is_in_slot = False
+        self.has_begun = self.is_in_slot = False
+        self.maker: int | None = None
         self.rooms: dict[str, str] = {}
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
@@ -113,7 +114,7 @@ class Watcher:
             return
         name, is_call = frame.f_code.co_name, event == "call"
         if name == "_make":  # in the thread that makes batches ahead
-            self.is_making = is_call
+            self.maker = threading.get_ident() if is_call else None
         elif name == "slot_loss":
             self.is_in_slot = is_call
         elif name == "train_step":
@@ -123,7 +124,7 @@ class Watcher:
         if not is_call:
             return
         if threading.current_thread() is not threading.main_thread():
-            if self.is_making:
+            if self.maker == threading.get_ident():
                 self.note(self.made, frame)
         elif self.is_in_slot:
             self.note(self.batch, frame)

@@ -51,7 +51,8 @@ def select_positions(weights: Tensor) -> Tensor | None:
     capacity = max(1, -(-needed // step)) * step
     if capacity >= unused.numel():
         return None
-    return torch.argsort(unused, stable=True)[:capacity]
+    others = unused.nonzero()[: capacity - needed, 0]
+    return torch.cat([(~unused).nonzero()[:, 0], others])
 
 
 class OutputLayer(nn.Linear):

@@ -18,6 +18,7 @@ from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.method.objectives import (
     MaskingNoise,
     autoregressive,
+    choose_positions,
     diffusion,
     hidden_targets,
     masking_noise,
@@ -212,6 +213,21 @@ def test_exact_weights_add_up_to_the_number_of_what_can_be_scored(batch, target)
         }
         scored = [i in last or texts.targets[b, i] != UNKNOWN for i in range(len(documents))]
         assert sum(weights) == pytest.approx(sum(scored))
+
+
+@given(batch=batches, seed=st.integers(0, 99))
+def test_positions_are_those_of_the_smallest_numbers(batch, seed):
+    special = batch[0].inputs < 7
+    noise = masking_noise(seed, "corruption", 0, range(len(special)), special.shape[1])
+    total = torch.full((len(special),), special.shape[1])
+    chosen = choose_positions(special, noise, total)
+    for row, is_special, order, rate, rounding in zip(
+        chosen, special, noise.order.tolist(), noise.rate, noise.rounding, strict=True
+    ):
+        count = max(1, int(len(order) * rate + rounding))
+        ordinary = [i for i in range(len(order)) if not is_special[i]]
+        expected = sorted(sorted(ordinary, key=lambda i: order[i])[:count])
+        assert row.nonzero()[:, 0].tolist() == expected
 
 
 def test_a_worked_example():

@@ -287,6 +287,8 @@ def test_selection_has_every_weighted_position_once_and_few_lengths(rows, length
         return
     assert len(selection) % step == 0 and 0 <= len(selection) - max(needed, 1) < step
     assert len(set(selection.tolist())) == len(selection)
+    in_order = torch.argsort(weights.flatten() == 0, stable=True)
+    assert torch.equal(selection, in_order[: len(selection)])
     chosen = weights.flatten()[selection]
     assert (chosen[:needed] != 0).all() and selection[:needed].diff().gt(0).all()
 

@@ -269,12 +269,22 @@ def load_weights(path: Path, model: nn.Module) -> None:
         )
 
 
-def retain(run_dir: Path, keep: int | None) -> list[Path]:
-    """Remove whole checkpoints beyond the newest ``keep``; None keeps all."""
+def retain(run_dir: Path, keep: int | None, *, besides: int | None = None) -> list[Path]:
+    """Remove whole checkpoints beyond the newest ``keep`` and that of step ``besides``.
+
+    Args:
+        keep: None keeps all.
+
+    Returns:
+        Those that could not be removed.
+    """
     if keep is None:
         return []
     left = []
+    kept = None if besides is None else checkpoint_path(run_dir, besides)
     for path in find_checkpoints(run_dir)[: -max(keep, 2)]:
+        if path == kept:
+            continue
         try:
             remove(path)
         except OSError:

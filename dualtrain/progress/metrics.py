@@ -100,7 +100,7 @@ class EvalRecord(_EvalRecord, total=False):
 
 
 class EventRecord(TypedDict):
-    """Something that happened: checkpoint, non_finite_loss, step_left_out, terminal_lost."""
+    """Something that happened: checkpoint, early_stop, non_finite_loss, step_left_out, …"""
 
     kind: Literal["event"]
     step: int

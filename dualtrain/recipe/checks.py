@@ -221,6 +221,13 @@ def check_sample(recipe: Recipe) -> Iterator[Conflict]:
 
 def check_eval(recipe: Recipe) -> Iterator[Conflict]:
     section = recipe.eval
+    if section.best is not None and not section.interval_steps:
+        keys = ("eval.best", "eval.interval_steps")
+        yield Conflict(keys, f"{section.best}, but only the end is evaluated", "an interval_steps")
+    if section.patience is not None and section.best is None:
+        keys = ("eval.patience", "eval.best")
+        what = f"{section.patience}, but no loss is followed"
+        yield Conflict(keys, what, "eval.best: ar, diffusion or prefix")
     for key, names in (("eval.tasks", section.tasks), ("eval.modes", section.modes)):
         twice = [name for i, name in enumerate(names) if name in names[:i]]
         if twice:

@@ -505,6 +505,15 @@ class EvalSection(Section):
         ge=1,
         description="Held-out sequences scored, at most; text and masks never change.",
     )
+    best: Literal["ar", "diffusion", "prefix"] | None = Field(
+        default=None,
+        description="Held-out loss whose lowest value has a checkpoint, which is kept; null: none.",
+    )
+    patience: Annotated[int, Field(ge=1), _STEPS] | None = Field(
+        default=None,
+        description="Evaluations without a lower one after which the run stops early; null: it "
+        "never does.",
+    )
     tasks: list[str] = Field(
         default=[], description="Zero-shot tasks scored during the run, by name, such as `blimp`."
     )
@@ -534,7 +543,8 @@ class CheckpointSection(Section):
         default=0, ge=0, description="Steps between checkpoints; 0: only at the end."
     )
     keep: Annotated[int, Field(ge=2), _STEPS] | None = Field(
-        default=None, description="Newest checkpoints kept; null keeps all of them."
+        default=None,
+        description="Newest checkpoints kept, beside that of eval.best; null keeps all of them.",
     )
     resume: Annotated[str, AfterValidator(_read_start)] = Field(
         default="auto",

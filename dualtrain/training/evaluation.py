@@ -150,6 +150,10 @@ def evaluate(run: Run, *, with_tasks: bool) -> None:
     run.last_eval = losses.record(run.state.step, run.elapsed_s())
     run.progress.record(run.last_eval)
     run.state.metrics = losses.metrics()
+    if run.best.objective is not None:
+        # Whether to stop is decided from rank 0's number, should the last bit of another's differ.
+        loss = run.vote.gather(run.state.metrics[f"{run.best.objective}_nll"])[0]
+        run.best.add(loss, run.state.step)
     if with_tasks:
         _score_tasks(run)
     run.dispatch(Event.EVAL_END)

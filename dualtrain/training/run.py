@@ -20,6 +20,7 @@ from dualtrain.progress.meter import Meter
 from dualtrain.progress.metrics import EvalRecord, TasksRecord
 from dualtrain.progress.progress import Progress
 from dualtrain.recipe.schema import Recipe
+from dualtrain.training.best import BestLoss
 from dualtrain.training.losses import LossWatch
 from dualtrain.training.origin import Origin
 
@@ -41,6 +42,7 @@ class Run:
         gradients: The raw gradient of the step: its norm, and clipping.
         progress: Records and view; silent on ranks other than 0.
         lock: Rank 0's claim to the run directory.
+        best: The lowest held-out loss, if the recipe asks for it.
         last_scores: The newest scores on tasks, of each mode.
         last_saved: The newest checkpoint, also one that this run began from.
     """
@@ -64,12 +66,14 @@ class Run:
     losses: LossWatch
     vote: StepVote
     lock: IO[bytes] | None
+    best: BestLoss = field(init=False)
     last_eval: EvalRecord | None = field(init=False)
     last_scores: list[TasksRecord] = field(init=False)
     last_saved: Path | None = field(init=False)
 
     def __post_init__(self) -> None:
         facts, resume = self.origin.facts, self.origin.resume
+        self.best = BestLoss.of(self.recipe.eval.best, self.recipe.eval.patience, facts)
         self.last_eval = facts.get("last_eval")
         self.last_scores = facts.get("last_scores", [])
         self.last_saved = resume.path if resume.kind == "full" else None

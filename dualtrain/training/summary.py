@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dualtrain.checkpoint.store import RECIPE
+from dualtrain.checkpoint.store import RECIPE, checkpoint_path
 from dualtrain.common import randomness
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import parse_tokenizer
@@ -65,6 +65,10 @@ def summarise(run: Run, *, stopped: bool) -> Summary:
     }
     if run.last_saved is not None:
         written["checkpoint"] = str(run.last_saved)
+    if run.best.step is not None:
+        path = checkpoint_path(run.run_dir, run.best.step)
+        if path.exists():  # a branch may have it from the run that it left
+            written[f"lowest {run.best.objective}"] = str(path)
     if "tensorboard" in run.recipe.progress.trackers:
         written["tensorboard"] = str(run.run_dir / "tensorboard")
     return Summary(
@@ -76,8 +80,15 @@ def summarise(run: Run, *, stopped: bool) -> Summary:
         samples=[] if stopped else make_samples(run),
         written=written,
         next_commands=_next_commands(run, stopped=stopped),
-        outcome="stopped by a signal, saved" if stopped else "done",
+        outcome=_outcome(run, stopped=stopped),
     )
+
+
+def _outcome(run: Run, *, stopped: bool) -> str:
+    if stopped:
+        return "stopped by a signal, saved"
+    is_early = run.state.step < run.state.steps
+    return f"stopped early ({run.best.sentence()})" if is_early else "done"
 
 
 def sample_rows(run: Run) -> tuple[list[int], list[int]]:
@@ -135,6 +146,8 @@ def _next_commands(run: Run, *, stopped: bool) -> list[tuple[str, str]]:
         here = world.world_size > 1 and world.local_world_size == world.world_size
         ranks = f" --ranks {world.world_size}" if here else ""
         return [(f"dualtrain run {recipe}{again}{ranks}", "continue where it stopped")]
+    if run.state.step < run.state.steps:
+        return [(f"dualtrain run {recipe} eval.patience=null", "go on from where it stopped early")]
     return [
         (
             f"dualtrain run {recipe} alpha=1 name={run.recipe.name}-ar run_dir=null",

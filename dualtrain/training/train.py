@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, view: ViewChoice = "auto") -> int:
 
 
 def fit(run: Run) -> int:
-    """Train from the run's first step to its last, or to a signal; returns the exit code."""
+    """Train from the run's first step to its last, a signal, or an early stop; returns the code."""
     state = run.state
     run.progress.start(run_facts(run))
     report_groups(run)
@@ -82,7 +82,7 @@ def fit(run: Run) -> int:
     run.meter.start()
     stop = False
     try:
-        while state.step < state.steps and not stop:
+        while state.step < state.steps and not stop and not run.best.is_enough:
             verdict = train_step(run)
             stop = verdict.stop
             finish_step(run, stop=stop)
@@ -90,7 +90,7 @@ def fit(run: Run) -> int:
         run.progress.event("non_finite_loss", str(error), step=state.step)
         return EXIT_NON_FINITE_LOSS
     run.dispatch(Event.FIT_END)
-    stopped = state.step < state.steps
+    stopped = state.step < state.steps and not run.best.is_enough
     run.progress.finish(summarise(run, stopped=stopped))
     return EXIT_SAVED_AFTER_SIGNAL if stopped else EXIT_DONE
 
@@ -199,8 +199,12 @@ def finish_step(run: Run, *, stop: bool) -> None:
     )
     if with_tasks or is_last or is_due(step, recipe.eval.interval_steps):
         evaluate(run, with_tasks=with_tasks)
-    if is_last or stop or is_due(step, recipe.checkpoint.interval_steps):
-        save(run, is_final=is_last or stop)
+    if run.best.is_enough and not is_last:
+        run.progress.event("early_stop", f"stopping early: {run.best.sentence()}", step=step)
+    is_final = is_last or stop or run.best.is_enough
+    is_best = run.best.step == step
+    if is_final or is_best or is_due(step, recipe.checkpoint.interval_steps):
+        save(run, is_final=is_final)
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -297,6 +301,7 @@ def write_checkpoint(run: Run) -> Path:
             "fingerprint": run.origin.fingerprint,
             "data_order": DATA_ORDER,
             "elapsed_s": run.elapsed_s(),
+            "best": run.best.facts(),
             "last_eval": run.last_eval,
             "last_scores": run.last_scores,
             "skipped_steps": run.losses.skipped,
@@ -307,6 +312,7 @@ def write_checkpoint(run: Run) -> Path:
         },
     )
     if run.world.rank == 0:
-        for left in checkpoint.retain(run.run_dir, run.recipe.checkpoint.keep):
+        keep = run.recipe.checkpoint.keep
+        for left in checkpoint.retain(run.run_dir, keep, besides=run.best.step):
             run.progress.message(f"warning: {left} could not be removed")
     return path

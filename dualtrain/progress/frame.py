@@ -59,6 +59,8 @@ class RunState:
             if record["event"] == "checkpoint":
                 self.checkpoint = record
             return
+        if record["kind"] == "sample":
+            return
         if record["kind"] == "eval":
             self._add_eval(record)
             return

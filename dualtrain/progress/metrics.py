@@ -108,6 +108,15 @@ class EventRecord(TypedDict):
     message: str
 
 
+class SampleRecord(TypedDict):
+    """A text that the model has written at an evaluation."""
+
+    kind: Literal["sample"]
+    step: int
+    title: str  # what made it: AR sample, infilled
+    text: str  # what the model wrote is in brackets
+
+
 class TaskScore(TypedDict):
     """How well the model does on a task."""
 
@@ -144,8 +153,8 @@ def prefix_difference(record: EvalRecord) -> float | None:
     return None if prefix is None or same is None else prefix - same
 
 
-Record = TrainRecord | EvalRecord | TasksRecord | EventRecord
-KINDS = ("train", "eval", "tasks", "event")
+Record = TrainRecord | EvalRecord | TasksRecord | SampleRecord | EventRecord
+KINDS = ("train", "eval", "tasks", "sample", "event")
 
 
 def finite(record: Record) -> Record:

@@ -13,6 +13,7 @@ from dualtrain.common.formatting import (
     loss,
     number,
     percent,
+    printable,
     score,
     size,
 )
@@ -52,6 +53,9 @@ class PlainView(RunView):
             self._write(eval_line(record))
         elif record["kind"] == "tasks":
             self._write(tasks_line(record))
+        elif record["kind"] == "sample":
+            text = printable(record["text"]).replace("\n", " ")
+            self._write(f"{record['title']} at step {record['step']}: {text}")
         else:
             self._write(event_line(record))
 

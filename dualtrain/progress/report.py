@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from dualtrain.common import formatting
-from dualtrain.progress.metrics import EvalRecord, Record, TasksRecord, losses_of, prefix_difference
+from dualtrain.progress.metrics import (
+    EvalRecord,
+    Record,
+    SampleRecord,
+    TasksRecord,
+    losses_of,
+    prefix_difference,
+)
 
 AR_STYLE = "cyan"
 DIFFUSION_STYLE = "magenta"
@@ -69,6 +76,15 @@ class Sample:
 
     title: str
     pieces: tuple[tuple[str, bool], ...]
+
+    @property
+    def marked(self) -> str:
+        """The text, what the model generated in brackets."""
+        return "".join(f"[{text}]" if generated else text for text, generated in self.pieces)
+
+    def record(self, step: int) -> SampleRecord:
+        """Make the record of ``metrics.jsonl``."""
+        return SampleRecord(kind="sample", step=step, title=self.title, text=self.marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +215,7 @@ def _scores(records: Sequence[TasksRecord]) -> Iterator[Text]:
 def _sample(sample: Sample, width: int) -> Iterator[Text]:
     yield Text("")
     yield Text.assemble((sample.title, "bold"), (" (generated text in brackets)", "dim"))
-    marked = "".join(f"[{text}]" if generated else text for text, generated in sample.pieces)
     width = max(20, min(width, 100) - 2)
-    for paragraph in formatting.printable(marked).split("\n"):
+    for paragraph in formatting.printable(sample.marked).split("\n"):
         for line in textwrap.wrap(paragraph, width, break_on_hyphens=False) or [""]:
             yield Text(f"  {line}")

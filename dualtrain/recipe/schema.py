@@ -581,6 +581,10 @@ class ProgressSection(Section):
 class SampleSection(Section):
     """Text generated when the run ends."""
 
+    at_evaluations: bool = Field(
+        default=False, description="Also at every evaluation, as records in metrics.jsonl."
+    )
+
     prompt: str = Field(default="", description="Prompt of the AR sample; empty starts a document.")
     infill: str = Field(
         default="",

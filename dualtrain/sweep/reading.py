@@ -26,6 +26,7 @@ _NEEDED = {
     "train": ("step", "steps", "tokens", "epoch", "elapsed_s"),
     "eval": ("step",),
     "tasks": ("step",),
+    "sample": ("step",),
     "event": (),
 }
 """Finite numbers that a record of each kind has; all others may be null."""

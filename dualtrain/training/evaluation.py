@@ -19,6 +19,7 @@ from dualtrain.evaluate.scoring import Mode, Request, Score, Scorer, encode_pair
 from dualtrain.evaluate.statistics import average
 from dualtrain.evaluate.tasks import Task, load_tasks, score_task
 from dualtrain.progress.metrics import TaskScore, TasksRecord
+from dualtrain.training.summary import make_samples
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -144,7 +145,7 @@ class _NoModel:
 
 
 def evaluate(run: Run, *, with_tasks: bool) -> None:
-    """Held-out losses, and scores on the run's tasks if asked for, on all ranks."""
+    """Held-out losses, and scores on the run's tasks and samples if asked for, on all ranks."""
     with run.progress.busy("evaluating"), run.meter.paused():
         losses = held_out_losses(run.handle, run.held_out, micro_batch=run.recipe.micro_batch)
     run.last_eval = losses.record(run.state.step, run.elapsed_s())
@@ -156,6 +157,11 @@ def evaluate(run: Run, *, with_tasks: bool) -> None:
         run.best.add(loss, run.state.step)
     if with_tasks:
         _score_tasks(run)
+    if run.recipe.sample.at_evaluations:
+        with run.meter.paused():
+            samples = make_samples(run)
+        for sample in samples:
+            run.progress.record(sample.record(run.state.step))
     run.dispatch(Event.EVAL_END)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from dualtrain.common.errors import UserError
 from dualtrain.progress.metrics import EvalRecord, MetricsFile, read_metrics
+from dualtrain.progress.plain import PlainView
 from dualtrain.progress.progress import Progress
 from dualtrain.progress.report import RunFacts, Sample, Summary
 from dualtrain.progress.trackers import registry, writer
@@ -105,6 +107,26 @@ def test_unknown_and_missing_trackers_are_refused_together(monkeypatch):
 class Remembering(Broken):
     def start(self, run: TrackedRun) -> None:
         self.id = run.id
+
+
+class Reader(Broken):
+    def start(self, run: TrackedRun) -> None:
+        self.texts: list[tuple[str, str, int]] = []
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        self.texts.append((name, text, step))
+
+
+@pytest.mark.parametrize("end", [20, 30])
+def test_samples_are_texts_and_the_last_comes_once(tmp_path: Path, end: int, capsys):
+    reader = Reader()
+    with Progress(None, PlainView(sys.stdout), [TrackerView("a", reader, {})]) as progress:
+        progress.start(facts(tmp_path))
+        progress.record(SAMPLE.record(20))
+        progress.finish(Summary(step=end, tokens=1, elapsed_s=1, samples=[SAMPLE]))
+    expected = [("samples/AR_sample", "once[ upon]", step) for step in sorted({20, end})]
+    assert reader.texts == expected
+    assert "AR sample at step 20: once[ upon]\n" in capsys.readouterr().out
 
 
 def test_all_trackers_of_a_run_have_its_id_also_when_it_is_resumed(tmp_path: Path):

@@ -53,6 +53,8 @@ OFTEN = (
     "limit: 9, task_interval_steps: 2}"
 )
 
+SAMPLES = "sample.at_evaluations=true"
+
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory) -> Path:
@@ -85,8 +87,8 @@ def pair(tiny_dataset, tasks_dir, tmp_path_factory) -> dict[str, LoadedRecipe]:
     stop = "algorithms=[{use: helpers.algorithms:Signal, args: {step: 1}}]"
     changes = {
         "without": ["eval={sequences: 10, interval_steps: 2}"],
-        "with": [often, keeper],
-        "zero3": [often, "engine.deepspeed=zero3"],
+        "with": [often, keeper, SAMPLES],
+        "zero3": [often, "engine.deepspeed=zero3", SAMPLES],
         "stopped": [often, stop],
     }
     runs = {name: load("steps=4", *change, name=name) for name, change in changes.items()}
@@ -108,7 +110,7 @@ def alone(tiny_dataset, tasks_dir, tmp_path_factory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
     load = tiny_loader(tiny_dataset, folder)
     often = OFTEN.replace("TASKS", str(tasks_dir))
-    recipe = load("steps=4", often, "checkpoint.interval_steps=2", name="alone")
+    recipe = load("steps=4", often, SAMPLES, "checkpoint.interval_steps=2", name="alone")
     assert train_on(1, folder, recipe) == [0]
     before = [scores(recipe), results(recipe)]
     rewind(recipe, 2)
@@ -161,6 +163,15 @@ def test_any_number_of_ranks_and_any_stage_score_the_same(pair, alone):
 
 def test_a_resumed_run_scores_again_what_is_to_come_and_nothing_twice(alone):
     assert [scores(alone.recipe), results(alone.recipe)] == alone.before
+
+
+def test_samples_are_records_of_every_evaluation_where_asked_for(pair, alone):
+    found = records(pair["with"], "sample")
+    expected = [(step, title) for step in (2, 4) for title in ("AR sample", "infilled")]
+    assert [(record["step"], record["title"]) for record in found] == expected
+    assert all(record["text"].count("[") == 1 for record in found[1::2])
+    assert found == records(pair["zero3"], "sample") == records(alone.recipe, "sample")
+    assert records(pair["without"], "sample") == []
 
 
 def test_algorithms_see_the_scores(pair):

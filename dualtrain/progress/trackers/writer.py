@@ -39,6 +39,7 @@ class TrackerView(RunView):
         self.name = name
         self._tracker = tracker
         self._config = config
+        self._sampled: int | None = None
         self._failure: str | None = None
         self._is_told = self._is_over = False
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_LONGEST_QUEUE)
@@ -64,14 +65,20 @@ class TrackerView(RunView):
         self._put(partial(self._tracker.start, run))
 
     def record(self, record: Record) -> None:
-        if values := curves_of(record):
+        if record["kind"] == "sample":
+            self._sampled = record["step"]
+            self._text(record["title"], record["text"], record["step"])
+        elif values := curves_of(record):
             self._put(partial(self._tracker.log, values, record["step"]))
 
     def finish(self, summary: Summary) -> None:
-        for sample in summary.samples:
-            text = "".join(f"[{part}]" if is_new else part for part, is_new in sample.pieces)
-            name = f"samples/{sample.title.replace(' ', '_')}"
-            self._put(partial(self._tracker.log_text, name, text, summary.step))
+        if self._sampled != summary.step:
+            for sample in summary.samples:
+                self._text(sample.title, sample.marked, summary.step)
+
+    def _text(self, title: str, text: str, step: int) -> None:
+        name = f"samples/{title.replace(' ', '_')}"
+        self._put(partial(self._tracker.log_text, name, text, step))
 
     def close(self) -> None:
         if not self._thread.ident or self._is_over:
@@ -115,7 +122,7 @@ def run_id(directory: Path) -> str:
 
 def curves_of(record: Record) -> dict[str, float]:
     """The numbers of a record, by the names of their curves."""
-    if record["kind"] == "event":
+    if record["kind"] == "event" or record["kind"] == "sample":
         return {}
     if record["kind"] == "tasks":
         scores = {name: task["score"] for name, task in record["tasks"].items()}

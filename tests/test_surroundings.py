@@ -19,7 +19,7 @@ from helpers.runs import command, said
 
 from dualtrain.common import locks
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import file_problem, user_path
+from dualtrain.common.files import file_problem, user_path, write_json
 from dualtrain.launch.ranks import own_command
 from dualtrain.launch.world import (
     current_world,
@@ -221,6 +221,13 @@ def test_a_disk_that_is_full_at_the_start_is_said(tmp_path):
             prepare_run_directory(recipe)
         assert list((tmp_path / "run").iterdir()) == []
         lock_run_directory(recipe).close()  # who has it is told to others where there is room
+
+
+def test_a_whole_file_that_finds_no_room(tmp_path):
+    message = "x.json: cannot be written: File too large .make room"
+    with no_room(), pytest.raises(UserError, match=message):
+        write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def own_recipe(folder: Path, text: str) -> Path:

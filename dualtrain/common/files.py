@@ -141,7 +141,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with replacing(path) as new:
             new.write_bytes(content)
     except OSError as error:
-        raise UserError(str(path), f"cannot be written: {error.strerror}") from None
+        raise unwritable(error, path, where=in_utf8(path)) from None
 
 
 def file_hash(path: str | Path, algorithm: str = "sha256") -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualtrain.common.errors import UserError
-from dualtrain.common.files import sync
+from dualtrain.common.files import in_utf8, sync, unwritable
 
 if TYPE_CHECKING:
     from dualtrain.evaluate.task_result import TaskResult
@@ -136,5 +136,4 @@ def _partial(path: Path) -> Path:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    hint = "choose another place with --out"
-    return UserError(str(path), f"cannot be written: {error.strerror or error}", hint=hint)
+    return unwritable(error, path, where=in_utf8(path), hint="choose another place with --out")

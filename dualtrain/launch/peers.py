@@ -29,7 +29,7 @@ those that only follow are ended before they do.
 """
 STORE_TIMEOUT_S = 3.0
 
-# What gloo, the store and NCCL say of a rank that is gone, in torch 2.6 to 2.13. All of it in words
+# What gloo, the store and NCCL say of a rank that is gone, in torch 2.6 to 2.15. All of it in words
 # that name the other side: a failure of one's own must keep its traceback.
 LOST_PEER_SIGNS = (
     "connection closed by peer",

@@ -120,7 +120,9 @@ def call(*arguments: str) -> Ended:
     """Run a command in this process as ``dualtrain`` does, and see that it ends well."""
     if "data" not in {group.name for group in cli.app.registered_groups}:
         cli.mount_data_tools()
-    result = CliRunner().invoke(cli.app, list(arguments))
+    # As the system hands them over: no argument holds half of a character, but its three bytes.
+    given = [os.fsdecode(argument.encode("utf-8", "surrogatepass")) for argument in arguments]
+    result = CliRunner().invoke(cli.app, given)
     error = result.exception
     if error is None or isinstance(error, SystemExit):
         message = result.stderr if result.exit_code else ""

@@ -19,16 +19,10 @@ import torch
 from torch import Tensor
 
 from dualtrain.data.dataset import TokenDataset, check_held_out
-from dualtrain.data.plan import (
-    DATA_ORDER,
-    Rotation,
-    Span,
-    StreamPlan,
-    Subset,
-    Units,
-    pieces_between,
-)
+from dualtrain.data.part_order import ORDER_FORMAT, pieces_between
+from dualtrain.data.plan import DATA_ORDER, Rotation, StreamPlan
 from dualtrain.data.plan_files import PlanFiles
+from dualtrain.data.units import Span, Subset, Units
 from dualtrain.method.mixing import Mixture, Stream
 
 # Below this many documents an epoch's plan is built faster than a file is opened.
@@ -102,14 +96,12 @@ class TrainingData:
         files = PlanFiles(None)
         if plan_dir is not None and subset.documents > DOCUMENTS_IN_MEMORY:
             facts = DATA_ORDER, dataset.info, seed, subset.tokens, sequence_length, append_eos
-            key = repr((*facts, mixture.rotates, mixture.key))
+            key = repr((ORDER_FORMAT, *facts, mixture.rotates, mixture.key))
             name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
             files = PlanFiles.open(plan_dir, name)
         rotation = None
         if mixture.rotates:
-            rotation = Rotation(
-                units, mixture=mixture, sequence_length=sequence_length, seed=seed, files=files
-            )
+            rotation = Rotation(units, mixture=mixture, sequence_length=sequence_length, seed=seed)
         names: tuple[Stream, ...] = ("ar", "diffusion", "all")
         self._plans: dict[Stream, StreamPlan] = {
             name: StreamPlan(

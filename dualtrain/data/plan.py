@@ -16,20 +16,24 @@ Positions here are packed ones; documents are numbers in the dataset.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache, partial
-from typing import TypeVar
 
 import numpy as np
 
-from dualtrain.common.errors import UserError
 from dualtrain.common.randomness import KeyedPermutation, generator
+from dualtrain.data.part_order import (
+    BLOCK,
+    Arc,
+    PartOrder,
+    build_order,
+    find_unit,
+    number_type,
+    shuffle,
+)
 from dualtrain.data.plan_files import PlanFiles
+from dualtrain.data.units import CHUNK, Span, Units
 from dualtrain.method.mixing import STREAM_NUMBERS, Mixture, Stream
-
-Made = TypeVar("Made")
 
 DATA_ORDER = 2
 """Version of the order: one more whenever a recipe comes to give other sequences than before.
@@ -37,115 +41,8 @@ DATA_ORDER = 2
 Runs, sweeps and plan files of another version are not gone on with.
 """
 
-_CHUNK = 1 << 20
-_KEPT_PARTS = 4
 _LOOK_AHEAD = 64  # parts in which the next that is not empty is looked for
 _LAST_EPOCH = 1 << 40
-_LARGEST_SHARE = 64
-_FEWEST_SEQUENCES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A run of positions [start, stop) of one document; 0 is its ``<s>``."""
-
-    document: int
-    start: int
-    stop: int
-
-
-class Subset:
-    """The unique subset: the prefix of the documents that holds a given number of positions.
-
-    Its last document is cut, so that the number is met exactly and smaller subsets are prefixes of
-    larger ones.
-
-    Args:
-        lengths: (documents,) int64, tokens of each document of the dataset.
-        unique_tokens: Positions of the subset; None takes the whole dataset.
-        append_eos: Whether documents end with ``</s>``.
-    """
-
-    def __init__(self, lengths: np.ndarray, *, unique_tokens: int | None, append_eos: bool) -> None:
-        self._lengths = lengths
-        self._added = int(append_eos)
-        self.documents, self.tokens, self._last = self._cut(unique_tokens)
-
-    def packed_lengths(self, documents: np.ndarray | None = None) -> np.ndarray:
-        """Positions of the given documents, or of all in the subset, as int64."""
-        if documents is None:
-            documents = np.arange(self.documents)
-        packed = self._lengths[documents] + self._added
-        packed[documents == self.documents - 1] = self._last
-        return packed
-
-    def _cut(self, unique_tokens: int | None) -> tuple[int, int, int]:
-        total = 0
-        for first in range(0, len(self._lengths), _CHUNK):
-            ends = total + np.cumsum(self._lengths[first : first + _CHUNK] + self._added)
-            if unique_tokens is not None and ends[-1] >= unique_tokens:
-                cut = int(np.searchsorted(ends, unique_tokens))
-                before = int(ends[cut - 1]) if cut else total
-                return first + cut + 1, unique_tokens, unique_tokens - before
-            total = int(ends[-1])
-        if unique_tokens is not None:
-            counted = ", its tokens with </s>" if self._added else ""
-            raise UserError(
-                "unique_tokens",
-                f"{unique_tokens:,} tokens are more than the dataset has",
-                f"at most {total:,}{counted}",
-                "use unique_tokens: all, or more repetitions",
-            )
-        return len(self._lengths), total, int(self._lengths[-1]) + self._added
-
-
-class Units:
-    """What is shuffled: the documents of a subset, but long ones in pieces of equal length.
-
-    So the text of one huge document is mixed as that of many is. A piece has no more than 1/64 of
-    the subset, but always room for 16 sequences: shorter ones would take context away.
-
-    Unit u is document u, or its first piece; the further pieces come after all documents.
-
-    Args:
-        sequence_length: T.
-    """
-
-    def __init__(self, subset: Subset, *, sequence_length: int) -> None:
-        self._subset = subset
-        self._longest = max(
-            -(-subset.tokens // _LARGEST_SHARE), _FEWEST_SEQUENCES * sequence_length
-        )
-        packed = subset.packed_lengths()
-        further = []
-        for document in np.flatnonzero(packed > self._longest).tolist():
-            whole = int(packed[document])
-            size = int(self._first_piece(whole))
-            further += [(document, n, min(size, whole - n)) for n in range(size, whole, size)]
-        self._further = np.array(further, dtype=np.int64).reshape(-1, 3)
-        self.tokens = subset.tokens
-        self.count = subset.documents + len(further)
-
-    def lengths(self, units: np.ndarray) -> np.ndarray:
-        """(n,) int64: positions of each of the units."""
-        if not len(self._further):
-            return self._subset.packed_lengths(units)
-        number = units - self._subset.documents
-        is_further = number >= 0
-        lengths = self._first_piece(self._subset.packed_lengths(np.where(is_further, 0, units)))
-        lengths[is_further] = self._further[number[is_further], 2]
-        return lengths
-
-    def locate(self, unit: int) -> tuple[int, int]:
-        """The document of a unit, and the position at which it begins in it."""
-        number = unit - self._subset.documents
-        if number < 0:
-            return unit, 0
-        return int(self._further[number, 0]), int(self._further[number, 1])
-
-    def _first_piece(self, whole: np.ndarray | int) -> np.ndarray:
-        pieces = -(-np.asarray(whole) // self._longest)
-        return -(-np.asarray(whole) // pieces)
 
 
 class Rotation:
@@ -176,18 +73,19 @@ class Rotation:
         mixture: Mixture,
         sequence_length: int,
         seed: int,
-        files: PlanFiles,
     ) -> None:
         self._units = units
         self._mixture = mixture
         self._sequence_length = sequence_length
         self._seed = seed
-        self._starts = np.asarray(files.load("circle", 0, self._place))
+        self._circle_ends: np.ndarray | None = None
         self._walked = lru_cache(maxsize=1 << 12)(self._count_walked)
 
-    def start(self, unit: int) -> int:
-        """Where a unit begins on the circle."""
-        return int(self._starts[unit])
+    def circle(self) -> np.ndarray:
+        """The units in their order round the circle; made anew each time, and never kept."""
+        order = np.empty(self._units.count, dtype=number_type(self._units.count))
+        shuffle(order, generator(self._seed, "circle"))
+        return order
 
     def epoch_start(self, stream: Stream, epoch: int) -> int:
         """Position of a stream at which an epoch begins."""
@@ -203,20 +101,18 @@ class Rotation:
             return (begin, end - over), (0, over)
         return (over, begin), (end - over, self._units.tokens)
 
-    def pick(self, order: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The units of an arc and their lengths within it, in an order of all units.
-
-        The one that the arc's beginning cuts comes first, the one that its end cuts last, so that
-        both are whole in the stream of the walker.
-        """
-        stops = self._starts + self._units.lengths(np.arange(self._units.count))
-        is_touched = (self._starts < end) & (stops > begin)
-        order = order[is_touched[order]]
-        starts, stops = self._starts[order], stops[order]
-        begins, ends = np.maximum(starts, begin), np.minimum(stops, end)
-        place = (ends < stops).astype(np.int8) - (begins > starts)
-        by_place = np.argsort(place, kind="stable")
-        return order[by_place], (ends - begins)[by_place]
+    def arc(self, begin: int, end: int) -> Arc:
+        """What of the units is on the arc [begin, end), which is not empty."""
+        circle = self.circle()
+        if self._circle_ends is None:  # of each block, so little that it is kept
+            self._circle_ends = self._units.block_ends(circle, BLOCK)
+        first, start, _ = find_unit(circle, self._circle_ends, self._units, begin)
+        last, _, stop = find_unit(circle, self._circle_ends, self._units, end - 1)
+        self._units.forget_lengths()
+        is_touched = np.zeros(self._units.count, dtype=bool)
+        for chunk in range(first, last + 1, CHUNK):
+            is_touched[circle[chunk : min(chunk + CHUNK, last + 1)]] = True
+        return Arc(is_touched, int(circle[first]), begin - start, int(circle[last]), stop - end)
 
     def _walks(self, stream: Stream) -> bool:
         return (stream == "ar") == self._mixture.ar_walks
@@ -225,13 +121,6 @@ class Rotation:
         tokens = epoch * self._units.tokens
         ar = self._mixture.ar_tokens(tokens, self._sequence_length)
         return ar if self._mixture.ar_walks else tokens - ar
-
-    def _place(self) -> np.ndarray:
-        order = generator(self._seed, "circle").permutation(self._units.count)
-        starts = np.empty(self._units.count, dtype=np.int64)
-        lengths = self._units.lengths(order)
-        starts[order] = np.cumsum(lengths) - lengths
-        return starts
 
 
 class StreamPlan:
@@ -262,8 +151,9 @@ class StreamPlan:
         self._seed = seed
         self._files = files
         self._latest = 0
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._permutations: OrderedDict[int, KeyedPermutation] = OrderedDict()
+        # Of the last part only: older ones would hold the room of files that were removed.
+        self._order_of: tuple[int, PartOrder] | None = None
+        self._permutation_of: tuple[int, KeyedPermutation] | None = None
 
     def epoch_start(self, epoch: int) -> int:
         """Stream position at which an epoch begins."""
@@ -337,71 +227,40 @@ class StreamPlan:
 
     def _pieces_within(self, part: int, start: int, stop: int) -> Iterator[Span]:
         """The pieces of stream positions [start, stop), which lie in one part."""
-        order, ends = self._order(part)
         begin = self._start(part)
-        for piece in pieces_between(order, ends, start - begin, stop - begin):
-            unit = piece.document
-            document, offset = self._units.locate(unit)
-            if self._rotation is not None and unit == order[0]:
-                # What the arc has of its first unit need not be its beginning.
-                offset += max(0, self._arcs(part // 2)[part % 2][0] - self._rotation.start(unit))
+        for piece in self._order(part).pieces(start - begin, stop - begin):
+            document, offset = self._units.locate(piece.document)
             yield Span(document, offset + piece.start, offset + piece.stop)
 
     def _permutation(self, part: int, size: int) -> KeyedPermutation:
-        key = STREAM_NUMBERS[self.stream], part
-        make = partial(KeyedPermutation, size, self._seed, "sequence order", *key)
-        return _recent(self._permutations, part, make)
+        if self._permutation_of is None or self._permutation_of[0] != part:
+            key = STREAM_NUMBERS[self.stream], part
+            made = KeyedPermutation(size, self._seed, "sequence order", *key)
+            self._permutation_of = part, made
+        return self._permutation_of[1]
 
-    def _order(self, part: int) -> np.ndarray:
-        return _recent(self._orders, part, partial(self._load_order, part))
+    def _order(self, part: int) -> PartOrder:
+        if self._order_of is None or self._order_of[0] != part:
+            self._order_of = None  # unmapped before the next is built
+            self._order_of = part, self._load_order(part)
+        return self._order_of[1]
 
-    def _load_order(self, part: int) -> np.ndarray:
-        order = self._files.load(self.stream, part, partial(self._build, part))
+    def _load_order(self, part: int) -> PartOrder:
+        words = self._files.load(self.stream, part, partial(self._build, part))
         for following in range(part + 1, part + 1 + _LOOK_AHEAD):
             if self._start(following) < self._start(following + 1):
-                self._files.build_ahead(self.stream, following, partial(self._build, following))
+                build = partial(self._build, following)
+                self._files.build_ahead(self.stream, following, build, oldest=part)
                 break
-        self._files.remove_below(self.stream, part - 2)
-        return order
+        return PartOrder(words, self._units)
 
     def _build(self, part: int) -> np.ndarray:
-        """(2, units in the part) int64: their numbers, and where each ends in the part."""
+        """The order of a part, as :class:`PartOrder` reads it."""
         # All units are shuffled before some are picked, so that runs with different alpha see what
         # they share in the same order.
         epoch = part // 2
         rng = generator(self._seed, "document order", STREAM_NUMBERS[self.stream], epoch)
-        order = rng.permutation(self._units.count)
-        if self._rotation is None:
-            lengths = self._units.lengths(order)
-        else:
-            order, lengths = self._rotation.pick(order, *self._arcs(epoch)[part % 2])
-        return np.stack([order, np.cumsum(lengths)])
-
-
-def _recent(kept: OrderedDict[int, Made], part: int, make: Callable[[], Made]) -> Made:
-    """What belongs to a part, made anew unless it is one of the last few."""
-    if part not in kept:
-        kept[part] = make()
-        if len(kept) > _KEPT_PARTS:
-            kept.popitem(last=False)
-    return kept[part]
-
-
-def pieces_between(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Span]:
-    """The pieces of tokens [start, stop) of documents that follow one another.
-
-    Args:
-        order: (n,) document numbers.
-        ends: (n,) int64, position after each document's last token.
-        stop: Position after the last one, at most ``ends[-1]``.
-    """
-    first = int(np.searchsorted(ends, start, side="right"))
-    last = int(np.searchsorted(ends, stop, side="left"))
-    begin = int(ends[first - 1]) if first else 0
-    pieces = []
-    for document, end in zip(
-        order[first : last + 1].tolist(), ends[first : last + 1].tolist(), strict=True
-    ):
-        pieces.append(Span(document, max(start, begin) - begin, min(stop, end) - begin))
-        begin = end
-    return pieces
+        arc = None
+        if self._rotation is not None:
+            arc = self._rotation.arc(*self._arcs(epoch)[part % 2])
+        return build_order(self._units, rng, arc)

@@ -1,7 +1,8 @@
-"""Plan arrays in files that the ranks of a node share, so that 30 M documents cost little memory.
+"""Plan arrays in files that the ranks of a node share, so that 10^9 documents cost little memory.
 
 An array is built by one process under a lock, written beside its place, renamed, and then mapped by
-all of them. Files only save time: whatever is missing is built again, with the same content.
+all of them. One is built at a time, so that two never need memory at once. Files only save time:
+whatever is missing is built again, with the same content.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dualtrain.common.locks import claim, locked, remove_unclaimed
 Build = Callable[[], np.ndarray]
 
 _IN_USE = "in-use.lock"
+_AHEAD_AFTER_S = 5.0  # what other streams need now is built first
 
 
 class PlanFiles:
@@ -34,14 +36,13 @@ class PlanFiles:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self._claim: IO[bytes] | None = None
-        self._ahead: dict[tuple[str, int], threading.Thread] = {}
+        self._ahead: dict[tuple[str, int], tuple[threading.Thread, threading.Event]] = {}
 
     @classmethod
     def open(cls, plan_dir: Path, key: str) -> PlanFiles:
         """The directory `key` in `plan_dir`, which other runs may share.
 
-        What ended runs left in `plan_dir` is removed: for 30 M documents an epoch is half a
-        gigabyte.
+        What ended runs left in `plan_dir` is removed: an epoch takes four bytes a document.
         """
         files = cls(plan_dir / key)
         try:
@@ -57,48 +58,54 @@ class PlanFiles:
         """The array of that name, built now unless some process built it before."""
         if self.directory is None:
             return build()
-        thread = self._ahead.pop((kind, number), None)
-        if thread is not None:
+        if (kind, number) in self._ahead:
+            thread, is_needed = self._ahead.pop((kind, number))
+            is_needed.set()
             thread.join()
         try:
             return self._map_or_build(self.directory, kind, number, build)
         except OSError as error:
             raise _unwritable(self.directory, error) from None
 
-    def build_ahead(self, kind: str, number: int, build: Build) -> None:
-        """Start building an array that will be needed, in the background."""
+    def build_ahead(self, kind: str, number: int, build: Build, *, oldest: int) -> None:
+        """Build an array that will be needed, in the background and soon.
+
+        Before that the arrays of its kind below `oldest` are removed, so that there is room for it:
+        no rank needs them again (one behind builds them anew).
+        """
         directory = self.directory
         if directory is None or (kind, number) in self._ahead:
             return
+        is_needed = threading.Event()
 
         def work() -> None:
+            is_needed.wait(_AHEAD_AFTER_S)
             # Only an optimisation: load() meets the same error again and reports it.
             with contextlib.suppress(OSError):
+                _remove_below(directory, kind, oldest)
                 self._map_or_build(directory, kind, number, build)
 
         thread = threading.Thread(target=work, name=f"plan-{kind}-{number}", daemon=True)
-        self._ahead[kind, number] = thread
+        self._ahead[kind, number] = thread, is_needed
         thread.start()
-
-    def remove_below(self, kind: str, number: int) -> None:
-        """Remove the arrays of a kind that no rank needs again (one behind builds them anew)."""
-        if self.directory is None:
-            return
-        for file in self.directory.glob(f"{kind}-*.npy"):
-            if int(file.stem.rpartition("-")[2]) < number:
-                file.unlink(missing_ok=True)
 
     def _map_or_build(self, directory: Path, kind: str, number: int, build: Build) -> np.ndarray:
         file = directory / f"{kind}-{number:08d}.npy"
         if not file.exists():
             directory.mkdir(parents=True, exist_ok=True)
-            with locked(directory / f"{kind}.lock"):
+            with locked(directory / "building.lock"):
                 if not file.exists():
                     # What a killed builder left has the same name, and is overwritten.
-                    partial = directory / f"{kind}.partial"
+                    partial = directory / "building.partial"
                     with replacing(file, beside=partial), partial.open("wb") as stream:
                         np.save(stream, build(), allow_pickle=False)
         return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _remove_below(directory: Path, kind: str, number: int) -> None:
+    for file in directory.glob(f"{kind}-*.npy"):
+        if int(file.stem.rpartition("-")[2]) < number:
+            file.unlink(missing_ok=True)
 
 
 def _unwritable(directory: Path, error: OSError) -> UserError:

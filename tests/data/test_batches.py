@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dualtrain.common.errors import UserError
-from dualtrain.data import batches
+from dualtrain.data import batches, plan_files
 from dualtrain.data.batches import TrainingData, ValidationData
 from dualtrain.data.dataset import TokenDataset
 from dualtrain.method.mixing import Mixture
@@ -201,9 +202,8 @@ def test_the_objectives_share_every_epoch_as_a_walk_round_a_circle_does(
     unique = data.unique_tokens
     rotation = data._plans["ar"]._rotation
     assert rotation is not None
-    units = sorted(range(rotation._units.count), key=rotation.start)
     circle = []
-    for unit in units:
+    for unit in rotation.circle().tolist():
         document, begin = rotation._units.locate(unit)
         size = int(rotation._units.lengths(np.array([unit]))[0])
         circle += [(document, begin + n) for n in range(size)]
@@ -508,6 +508,7 @@ def test_validation_split_shorter_than_a_sequence() -> None:
 
 def test_large_corpora_keep_plans_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files change nothing but where the arrays are, and old epochs are removed."""
+    monkeypatch.setattr(plan_files, "_AHEAD_AFTER_S", 0.0)
     lengths = [1 + i % 7 for i in range(200)]
     expected = training_data(lengths, Fraction(3, 4))
     monkeypatch.setattr(batches, "DOCUMENTS_IN_MEMORY", 10)
@@ -518,14 +519,16 @@ def test_large_corpora_keep_plans_in_files(tmp_path: Path, monkeypatch: pytest.M
                 data.batch(stream, first).inputs, expected.batch(stream, first).inputs
             )
     (directory,) = tmp_path.iterdir()
-    assert len(list(directory.glob("circle-*.npy"))) == 1
-    assert len(list(directory.glob("ar-*.npy"))) <= 5
+    assert len(list(directory.glob("ar-*.npy"))) <= 3, "this part, the next, perhaps the last"
     again = training_data(lengths, Fraction(3, 4), plan_dir=tmp_path)
     for first in (999, 3):
         assert torch.equal(again.batch("ar", first).inputs, expected.batch("ar", first).inputs)
     other = training_data(lengths, Fraction(1, 2), plan_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2, "other settings, other files"
     del data, again
+    for thread in threading.enumerate():
+        if thread.name.startswith("plan-"):  # what is built ahead is still in use
+            thread.join()
     training_data(lengths, Fraction(1, 4), plan_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2, "what nobody uses any more is removed"
     assert not directory.exists() and other.batch("ar", 0)

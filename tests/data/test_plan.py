@@ -1,4 +1,4 @@
-"""Tests of: dualtrain.data.plan, plan_files: subsets, pieces of long documents, plan files."""
+"""Tests of: dualtrain.data.units, plan, part_order, plan_files: subsets, long documents, files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from dualtrain.common.errors import UserError
 from dualtrain.common.locks import locked
-from dualtrain.data.plan import Rotation, StreamPlan, Subset, Units, pieces_between
+from dualtrain.data.part_order import pieces_between
+from dualtrain.data.plan import Rotation, StreamPlan
 from dualtrain.data.plan_files import Build, PlanFiles
+from dualtrain.data.units import Subset, Units
 from dualtrain.method.mixing import Mixture, Stream
 
 
@@ -53,7 +55,7 @@ def test_subset_is_exact_for_any_chunk(lengths: list[int], append_eos: bool, chu
     added = 1 if append_eos else 0
     everything = int((values + added).sum())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualtrain.data.plan._CHUNK", chunk)
+        patch.setattr("dualtrain.data.units.CHUNK", chunk)
         for unique in range(1, everything + 1):
             subset = Subset(values, unique_tokens=unique, append_eos=append_eos)
             packed = subset.packed_lengths()
@@ -117,7 +119,7 @@ def test_what_is_built_ahead_is_what_is_read_next(
     files, rotation, waited = PlanFiles(tmp_path), None, []
     if alpha is not None:
         mixture = Mixture(alpha=alpha, steps=400, slots=2, micro_batch=2, rotation=True)
-        rotation = Rotation(units, mixture=mixture, sequence_length=16, seed=0, files=files)
+        rotation = Rotation(units, mixture=mixture, sequence_length=16, seed=0)
     load = PlanFiles.load
 
     def watched(self: PlanFiles, kind: str, number: int, build: Build) -> np.ndarray:
@@ -140,7 +142,7 @@ def test_what_is_built_ahead_is_what_is_read_next(
 
 def test_next_array_is_built_ahead(tmp_path: Path) -> None:
     files = PlanFiles(tmp_path)
-    files.build_ahead("ar", 1, lambda: np.arange(3))
+    files.build_ahead("ar", 1, lambda: np.arange(3), oldest=0)
     found = files.load("ar", 1, lambda: pytest.fail("was built ahead"))
     assert found.tolist() == [0, 1, 2]
 
@@ -150,7 +152,7 @@ def test_error_of_a_build_ahead_appears_when_it_is_needed(tmp_path: Path) -> Non
         raise OSError(28, "No space left on device")
 
     files = PlanFiles(tmp_path)
-    files.build_ahead("ar", 1, fail)
+    files.build_ahead("ar", 1, fail, oldest=0)
     with pytest.raises(UserError, match="No space left") as caught:
         files.load("ar", 1, fail)
     assert caught.value.where == str(tmp_path)
@@ -158,19 +160,20 @@ def test_error_of_a_build_ahead_appears_when_it_is_needed(tmp_path: Path) -> Non
 
 
 def test_rest_of_a_killed_builder_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / "ar.partial").write_bytes(b"half")
-    (tmp_path / "ar.lock").touch()
+    (tmp_path / "building.partial").write_bytes(b"half")
+    (tmp_path / "building.lock").touch()
     assert PlanFiles(tmp_path).load("ar", 0, lambda: np.arange(4)).tolist() == [0, 1, 2, 3]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ar-00000000.npy", "ar.lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ar-00000000.npy", "building.lock"]
 
 
 def test_old_arrays_are_removed_and_come_back_when_asked(tmp_path: Path) -> None:
     files = PlanFiles(tmp_path)
     kept = [files.load("ar", n, lambda n=n: np.full(3, n)) for n in range(5)]
     files.load("diffusion", 0, lambda: np.zeros(3))
-    files.remove_below("ar", 4)
+    files.build_ahead("ar", 5, lambda: np.full(3, 5), oldest=4)
+    assert files.load("ar", 5, lambda: pytest.fail("was built ahead"))[0] == 5
     names = sorted(p.name for p in tmp_path.glob("*.npy"))
-    assert names == ["ar-00000004.npy", "diffusion-00000000.npy"]
+    assert names == ["ar-00000004.npy", "ar-00000005.npy", "diffusion-00000000.npy"]
     assert [array[0] for array in kept] == [0, 1, 2, 3, 4], "mapped arrays live on"
     assert files.load("ar", 2, lambda: np.full(3, 7)).tolist() == [7, 7, 7]
 

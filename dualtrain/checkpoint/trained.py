@@ -26,7 +26,7 @@ from dualtrain.common.files import user_path
 from dualtrain.common.vocabulary import Vocabulary
 from dualtrain.data.dataset import DATASET_FILE, TOKENIZER_FILE, DatasetInfo
 from dualtrain.model.build import CONFIG, empty_model, read_exported
-from dualtrain.model.exported import exported_append_eos, exported_target
+from dualtrain.model.exported import exported_append_eos, exported_document_mask, exported_target
 from dualtrain.model.handle import ModelHandle, Target
 from dualtrain.network.backends import resolve_backend
 from dualtrain.network.config import DualConfig
@@ -77,6 +77,13 @@ class ModelSource:
         if self.recipe is not None:
             return self.recipe.data.append_eos
         return exported_append_eos(self._config)
+
+    @property
+    def document_mask(self) -> bool:
+        """Whether attention ended at the borders of documents in its training."""
+        if self.recipe is not None:
+            return self.recipe.data.document_mask
+        return exported_document_mask(self._config)
 
     @property
     def target(self) -> Target:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,13 @@ class Batch:
     stream: Stream
     documents: tuple[tuple[int, ...], ...]
     """Per row, the numbers in the dataset of its documents, in order."""
+    document_mask: bool = True
+    """Whether attention ends at the borders of documents."""
+
+    @property
+    def context_ids(self) -> Tensor:
+        """(B, T) int32: positions of a row with the same number may see each other."""
+        return self.document_ids if self.document_mask else torch.zeros_like(self.document_ids)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for copies to a GPU that do not wait."""
@@ -54,6 +61,7 @@ class Batch:
             self.sequence_ids.pin_memory(),
             self.stream,
             self.documents,
+            self.document_mask,
         )
 
 
@@ -68,6 +76,7 @@ class TrainingData:
         seed: Of the run: decides all orders.
         unique_tokens: Size of the unique subset in positions; None takes everything.
         append_eos: End each document with ``</s>``.
+        document_mask: Whether attention ends at the borders of documents.
         plan_dir: Local directory for plan files, shared by the ranks of a node and by any runs;
             used only for large corpora. None keeps plans in memory.
 
@@ -84,9 +93,11 @@ class TrainingData:
         seed: int,
         unique_tokens: int | None,
         append_eos: bool,
+        document_mask: bool = True,
         plan_dir: Path | None = None,
     ) -> None:
         self.dataset = dataset
+        self.document_mask = document_mask
         self.sequence_length = sequence_length
         self.micro_batch = mixture.micro_batch
         subset = Subset(dataset.lengths, unique_tokens=unique_tokens, append_eos=append_eos)
@@ -120,7 +131,8 @@ class TrainingData:
         plan = self._plans[stream]
         numbers = range(first_sequence, first_sequence + self.micro_batch)
         rows = [plan.sequence(number) for number in numbers]
-        return _pack(self.dataset, rows, stream, numbers, self.sequence_length)
+        batch = _pack(self.dataset, rows, stream, numbers, self.sequence_length)
+        return replace(batch, document_mask=self.document_mask)
 
 
 class ValidationData:
@@ -130,6 +142,7 @@ class ValidationData:
         dataset: The ``val`` split.
         sequence_length: T.
         append_eos: End each document with ``</s>``.
+        document_mask: Whether attention ends at the borders of documents.
         sequences: At most that many; None takes all.
     """
 
@@ -139,9 +152,11 @@ class ValidationData:
         *,
         sequence_length: int,
         append_eos: bool,
+        document_mask: bool = True,
         sequences: int | None = None,
     ) -> None:
         self.dataset = dataset
+        self.document_mask = document_mask
         self.sequence_length = sequence_length
         lengths = Subset(dataset.lengths, unique_tokens=None, append_eos=append_eos)
         self._ends = np.cumsum(lengths.packed_lengths())
@@ -165,7 +180,8 @@ class ValidationData:
             pieces_between(self._order, self._ends, n * length, (n + 1) * length)
             for n in self._windows[numbers.start : numbers.stop]
         ]
-        return _pack(self.dataset, rows, "all", numbers, length)
+        batch = _pack(self.dataset, rows, "all", numbers, length)
+        return replace(batch, document_mask=self.document_mask)
 
 
 def _pack(

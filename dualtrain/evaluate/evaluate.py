@@ -256,6 +256,7 @@ def _held_out(
         dataset,
         sequence_length=model.context,
         append_eos=model.source.append_eos,
+        document_mask=model.source.document_mask,
         sequences=sequences,
     )
     # No more than there are: what is missing in a batch is filled up.

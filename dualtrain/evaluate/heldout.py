@@ -184,14 +184,14 @@ def mean_and_error(sums: Floats, counts: Floats) -> tuple[float, float]:
     return float(mean), float(np.sqrt(spread) / counts.sum())
 
 
-def in_prompt(document_ids: Tensor) -> Tensor:
-    """Tell which inputs are of the first half of their document, which prefix mode reads at once.
+def in_prompt(context_ids: Tensor) -> Tensor:
+    """Tell which inputs are of the first half of their context, which prefix mode reads at once.
 
     What a row holds of a document counts as the whole of it; of n inputs the first ceil(n / 2).
     """
-    length = document_ids.shape[1]
+    length = context_ids.shape[1]
     index = torch.arange(length)
-    is_last = hidden_targets(document_ids)
+    is_last = hidden_targets(context_ids)
     is_first = torch.cat([torch.ones_like(is_last[:, :1]), is_last[:, :-1]], dim=1)
     begin = torch.where(is_first, index, 0).cummax(1).values
     end = torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
@@ -212,8 +212,8 @@ def _examples(
         batch, model.vocabulary, noise, _CORRUPTION, target=model.target, exact=True
     )
     # The first token of a second half is predicted by the last one of the prompt.
-    prompt = F.pad(in_prompt(batch.document_ids)[:, 1:], (0, 1))
-    second = ar.weights * (~prompt | hidden_targets(batch.document_ids))
+    prompt = F.pad(in_prompt(batch.context_ids)[:, 1:], (0, 1))
+    second = ar.weights * (~prompt | hidden_targets(batch.context_ids))
     return ar, diffused, replace(ar, weights=second, attention="prefix")
 
 
@@ -232,14 +232,14 @@ def _fill(example: Example, rows: int) -> Example:
 
 def _token_losses(model: ModelHandle, example: Example) -> Tensor:
     """Return each position's cross-entropy, 0 where the weight is: (B, T) float64 on the CPU."""
-    documents = example.document_ids
+    contexts = example.document_ids
     plan = plan_attention(
         example.attention,
-        documents,
+        contexts,
         backend=model.backend,
         device=model.device,
         dtype=model.dtype,
-        in_prefix=in_prompt(documents) if example.attention == "prefix" else None,
+        in_prefix=in_prompt(contexts) if example.attention == "prefix" else None,
     )
     selection = select_positions(example.weights)
     moved = example.to(model.device)

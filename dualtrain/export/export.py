@@ -124,6 +124,7 @@ def export_checkpoint(
     facts: dict[str, Any] = {
         "target": recipe.objective.target,
         "append_eos": recipe.data.append_eos,
+        "document_mask": recipe.data.document_mask,
     }
     if isinstance(config, DualConfig):
         values = exported_config(config, **facts)

@@ -66,8 +66,8 @@ class Example:
         targets: (B, T) int64; the true token also where the weight is 0.
         weights: (B, T) float32; loss = Σ w·CE / (B·T).
         attention: Which positions see which, always within a document.
-        document_ids: (B, T) int32, the document of each position within its row. Stays on the CPU,
-            where the attention is planned.
+        document_ids: (B, T) int32, the document of each position within its row, or 0 for all if
+            attention is not to end at their borders. Stays on the CPU, where it is planned.
     """
 
     input_ids: Tensor
@@ -189,12 +189,15 @@ class CleanBatch(Protocol):
     targets: Tensor
     document_ids: Tensor
 
+    @property
+    def context_ids(self) -> Tensor: ...
+
 
 def autoregressive(batch: CleanBatch, vocabulary: Vocabulary, *, ar_weight: float = 1.0) -> Example:
     """Make the example of the autoregressive objective: clean inputs, every target scored."""
     scored = scored_targets(batch.inputs, batch.document_ids, vocabulary.special_ids)
     return Example(
-        batch.inputs, batch.targets, ar_weight * scored.float(), "causal", batch.document_ids
+        batch.inputs, batch.targets, ar_weight * scored.float(), "causal", batch.context_ids
     )
 
 
@@ -249,7 +252,7 @@ def diffusion(
             if not exact:
                 weights[:, -1:] = weight
     goal = batch.targets if target == "next" else inputs
-    return Example(corrupted, goal, weights.float(), "full", batch.document_ids)
+    return Example(corrupted, goal, weights.float(), "full", batch.context_ids)
 
 
 def _is_special(inputs: Tensor, special_ids: Sequence[int]) -> Tensor:

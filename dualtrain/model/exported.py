@@ -23,6 +23,7 @@ CODE = "modeling_dualtrain"
 
 _TARGET = "diffusion_target"
 _APPEND_EOS = "append_eos"
+_DOCUMENT_MASK = "document_mask"
 _HEAD = "head"
 # The old name: transformers before 4.56 knows no other, and newer ones know both.
 DTYPE = "torch_dtype"
@@ -45,14 +46,17 @@ _SIZES = (
 )
 
 
-def exported_config(config: DualConfig, *, target: Target, append_eos: bool) -> dict[str, Any]:
+def exported_config(
+    config: DualConfig, *, target: Target, append_eos: bool, document_mask: bool = True
+) -> dict[str, Any]:
     """Describe a model for transformers 4 and 5 alike.
 
     Args:
         target: What its diffusion objective predicts at i: token i+1, or i.
         append_eos: Whether the texts of its training ended with ``</s>``.
+        document_mask: Whether attention ended at the borders of documents.
     """
-    values = asdict(config) | {_TARGET: target, _APPEND_EOS: append_eos}
+    values = asdict(config) | _training(target, append_eos, document_mask)
     values |= {"tie_word_embeddings": False, "use_cache": True}
     auto_map = {auto: f"{CODE}.{name}" for auto, name in _CLASSES.items()}
     if config.head == "paper":
@@ -77,14 +81,14 @@ def exported_config(config: DualConfig, *, target: Target, append_eos: bool) -> 
 
 
 def exported_import(
-    values: Mapping[str, Any], *, target: Target, append_eos: bool
+    values: Mapping[str, Any], *, target: Target, append_eos: bool, document_mask: bool = True
 ) -> dict[str, Any]:
     """Describe a model that was imported from Hugging Face and trained.
 
     Args:
         values: Its ``config.json`` in a checkpoint.
     """
-    exported = {**values, _TARGET: target, _APPEND_EOS: append_eos}
+    exported = {**values, **_training(target, append_eos, document_mask)}
     exported.pop("dtype", None)
     rope = dict(values.get("rope_parameters") or {})
     is_neox = values["model_type"] == "gpt_neox"
@@ -95,6 +99,12 @@ def exported_import(
     if rope.get("rope_type", "default") != "default":
         exported["rope_scaling"] = rope
     return exported
+
+
+def _training(target: Target, append_eos: bool, document_mask: bool) -> dict[str, Any]:
+    """What a configuration says of the training; of documents only what is not usual."""
+    unusual = {} if document_mask else {_DOCUMENT_MASK: False}
+    return {_TARGET: target, _APPEND_EOS: append_eos, **unusual}
 
 
 def check_sizes(sizes: Mapping[str, object], where: str) -> None:
@@ -142,3 +152,8 @@ def exported_target(values: Mapping[str, Any]) -> Target:
 def exported_append_eos(values: Mapping[str, Any]) -> bool:
     """Whether the texts of an exported model's training ended with ``</s>``; False if not known."""
     return values.get(_APPEND_EOS) is True
+
+
+def exported_document_mask(values: Mapping[str, Any]) -> bool:
+    """Whether attention ended at the borders of documents in an exported model's training."""
+    return values.get(_DOCUMENT_MASK) is not False

@@ -286,6 +286,11 @@ class DataSection(Section):
         description="End each document with `</s>`, so that a text that is written from left to "
         "right can end; the released code does not.",
     )
+    document_mask: bool = Field(
+        default=True,
+        description="Attention ends at the borders of documents; false: a position also sees the "
+        "other documents of its sequence, in training and in held-out evaluation.",
+    )
     prefetch_steps: int = Field(
         default=4, ge=1, le=64, description="Steps of data prepared ahead in the background."
     )

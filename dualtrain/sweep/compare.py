@@ -173,6 +173,7 @@ def _score(source: ModelSource, first: ModelSource, options: CompareOptions) -> 
         dataset,
         sequence_length=recipe.sequence_length,
         append_eos=recipe.data.append_eos,
+        document_mask=recipe.data.document_mask,
         sequences=sequences,
     )
     return document_losses(

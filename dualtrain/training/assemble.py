@@ -138,6 +138,7 @@ def meet(recipe: Recipe, rank: Checked) -> Met:
         TokenDataset.open(recipe.data.path, "val", source=shards),
         sequence_length=recipe.sequence_length,
         append_eos=recipe.data.append_eos,
+        document_mask=recipe.data.document_mask,
         sequences=recipe.eval.sequences,
     )
     mixture = build_mixture(recipe, derived.steps)
@@ -263,6 +264,7 @@ def training_data(
         seed=recipe.seed,
         unique_tokens=derived.unique_tokens,
         append_eos=recipe.data.append_eos,
+        document_mask=recipe.data.document_mask,
         plan_dir=Path(tempfile.gettempdir()) / f"dualtrain-{os.getuid()}" / "plans",
     )
 

@@ -60,7 +60,9 @@ def corrupt(row, noise, corruption, **options):
     inputs = torch.tensor([row.inputs]).expand(count, -1)
     targets = torch.cat([inputs[:, 1:], torch.full((count, 1), 12)], dim=1)
     documents = torch.tensor([row.documents], dtype=torch.int32).expand(count, -1)
-    batch = SimpleNamespace(inputs=inputs, targets=targets, document_ids=documents)
+    batch = SimpleNamespace(
+        inputs=inputs, targets=targets, document_ids=documents, context_ids=documents
+    )
     ids = Vocabulary(size=13, special_ids=SPECIAL, bos_id=1, eos_id=2, mask=MASK)
     return diffusion(batch, ids, noise, corruption, **options)
 

@@ -46,6 +46,10 @@ class Texts:
     targets: torch.Tensor
     document_ids: torch.Tensor
 
+    @property
+    def context_ids(self) -> torch.Tensor:
+        return self.document_ids
+
 
 def corrupt(texts, noise, corruption=UNIFORM, **options):
     return diffusion(texts, IDS, noise, corruption, **options)

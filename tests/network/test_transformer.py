@@ -4,6 +4,9 @@ The whole model: what it computes, what it must not see, how it is saved and run
 """
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -256,6 +259,41 @@ def test_compiling_in_place_keeps_names_and_results(tiny_model):
     assert all(block._compiled_call_impl is not None for block in model.model.layers)
     assert list(model.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+COMPILE_AND_COUNT = """
+import torch
+from dualtrain.network.config import DualConfig
+from dualtrain.network.transformer import DualLM
+sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = DualLM(DualConfig(vocab_size=96, intermediate_size=44, **sizes))
+model.compile_blocks()
+ids = torch.randint(96, (2, 16))
+model(ids, targets=ids).loss.backward()
+counts = torch._dynamo.utils.counters["inductor"]
+print(counts["fxgraph_cache_miss"], counts["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
+    """As the runs of a sweep: in torch's own cache, a directory of the user, nothing being set."""
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("TORCHDYNAMO", "TORCHINDUCTOR"))
+    }
+    env |= {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", COMPILE_AND_COUNT],
+            env=env,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout.split()
+        for _ in range(2)
+    )
+    assert int(first[0]) > 0 and first[1] == "0"
+    assert second == ["0", first[0]]
 
 
 def test_a_packed_mlp_is_the_same_mlp(tiny_model):

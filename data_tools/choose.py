@@ -137,7 +137,8 @@ def _held_out(
             f"none of its {len(hashes):,} documents is among the {fraction:.4g} with the lowest "
             "hashes, which are held out",
             "at least one document for val",
-            f"give more text, or a val_fraction of {_reaching(int(hashes.min()))}",
+            f"give more text, or hold out a share of {_reaching(int(hashes.min()))} "
+            "(--val-fraction, in a recipe val_fraction)",
         )
     unused = candidates & ~held_out & bool(fraction)
     if (held_out | unused).all():

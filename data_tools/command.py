@@ -5,10 +5,11 @@ What is said of a setting that recipes have, too, comes from the recipe's own de
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
@@ -31,8 +32,21 @@ _UNSET = "perhaps a variable of the shell is not set"
 def _of_recipe(name: str, *flags: str, **about: Any) -> Any:
     """An option that sets a field of the recipe; None says that it was not given."""
     field = BuildSection.model_fields[name]
-    shown = str(field.default) if field.default and not field.is_required() else True
-    return typer.Option(*flags, **{"help": field.description, "show_default": shown} | about)
+    help = _help(name)
+    if field.default and not field.is_required():
+        help += f" Default: {field.default}."
+    if get_origin(field.annotation) is Literal:
+        about = {"metavar": "|".join(get_args(field.annotation))} | about
+    return typer.Option(*flags, **{"help": help} | about)
+
+
+def _help(name: str) -> str:
+    """What a recipe's reference says of a field, for those who give it as an option."""
+    text = (BuildSection.model_fields[name].description or "").replace("null:", "if left out:")
+    for other in BuildSection.model_fields:
+        if "_" in other:
+            text = re.sub(rf"\b{other}\b", _flag(other), text)
+    return text
 
 
 def _path(name: str) -> Callable[[str], Path]:
@@ -102,8 +116,7 @@ def _check_text(name: str, text: object) -> None:
 def _explained(problem: Any) -> UserError:
     name = str(problem["loc"][0])
     what, expected = f"{problem['input']!r} is not allowed", problem["msg"]
-    about = BuildSection.model_fields[name].description or ""
-    return UserError(_flag(name), what, expected.removeprefix("Input should be "), about)
+    return UserError(_flag(name), what, expected.removeprefix("Input should be "), _help(name))
 
 
 def _flag(name: str) -> str:
@@ -115,7 +128,7 @@ class OrderOptions:
     """The order of the documents on disk."""
 
     shuffle_seed: Annotated[
-        int | None, typer.Option(help="Seed of the document order on disk.", show_default="0")
+        int | None, typer.Option(help="Seed of the document order on disk. Default: 0.")
     ] = None
     keep_order: Annotated[
         bool, typer.Option(help="Keep the documents in the order in which they are given.")

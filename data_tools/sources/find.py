@@ -214,7 +214,9 @@ class _Search:
         if format_of(path)[0] is None and self.format is None:
             raise UserError(
                 in_utf8(path),
-                f"cannot read '{''.join(path.suffixes[-2:])}' files",
+                f"cannot read '{''.join(path.suffixes[-2:])}' files"
+                if path.suffix
+                else "has no suffix that says what it is",
                 known_suffixes(),
                 "or say what it is with --format",
             )

@@ -144,8 +144,8 @@ class WholeJson(Unparsed):
 
 
 def _not_json(where: str, error: Exception, expected: str) -> BadInput:
-    place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+    place = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+    reason = error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else error
     return BadInput.at("not JSON", where, f"is not JSON: {reason}{place}", expected)
 
 

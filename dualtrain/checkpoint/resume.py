@@ -29,6 +29,7 @@ from dualtrain.checkpoint.store import (
     step_of,
 )
 from dualtrain.common.errors import UserError
+from dualtrain.common.formatting import counted
 from dualtrain.data.plan import DATA_ORDER
 from dualtrain.launch.world import World
 from dualtrain.recipe.differences import may_differ, recipe_differences
@@ -273,7 +274,7 @@ def describe_change(path: Path, *, world_size: int, zero_stage: int) -> str | No
     if (state["world_size"], state["zero_stage"]) == (world_size, zero_stage):
         return None
     return (
-        f"{path.name} was saved by {state['world_size']} ranks at ZeRO stage "
+        f"{path.name} was saved by {counted(state['world_size'], 'rank')} at ZeRO stage "
         f"{state['zero_stage']}, now {world_size} at stage {zero_stage}: the data is the same, "
         "losses are up to the order of additions"
     )

@@ -204,7 +204,9 @@ def _absent(path: Path) -> UserError:
             "remove it and make it again",
         )
     return UserError(
-        str(path), f"is not a dataset: it has no {DATASET_FILE}", hint="correct data.path"
+        str(path),
+        f"is not a dataset: it has no {DATASET_FILE}",
+        "a directory made by `dualtrain data convert`",
     )
 
 

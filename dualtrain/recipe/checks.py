@@ -112,7 +112,7 @@ def check_length(recipe: Recipe) -> Iterator[Conflict]:
                 f"{recipe.steps} steps of {per_step:,} tokens are not {recipe.repetitions:g} "
                 f"repetitions of {recipe.unique_tokens:,} unique tokens",
                 f"{float(total / per_step):.6g} steps, or two of the three only",
-                "remove the one that is to follow from the others",
+                "set the one that is to follow from the others to null",
             )
 
 

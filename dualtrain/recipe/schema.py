@@ -218,7 +218,7 @@ class BuildSection(Section):
     tokenizer: PathText | None = Field(
         default=None,
         description="A tokenizer.json, a directory that holds one, a tiktoken rank file or the "
-        "name of a tiktoken encoding; null trains one on the source.",
+        "name of a tiktoken encoding; null: one is trained on the source.",
     )
     tokenizer_pattern: str | None = Field(
         default=None,

@@ -26,7 +26,7 @@ import numpy as np
 
 from data_tools.accept import check_made_alike, effective_arguments, recorded
 from data_tools.choose import choose_documents, no_documents
-from data_tools.encode import Encoder, WorkerDiedError, Workers
+from data_tools.encode import DOCUMENT_ROW, Encoder, WorkerDiedError, Workers
 from data_tools.reporting import Report, StageProgress
 from data_tools.shards import SHARD_BYTES, SplitDocuments, import_ahead, write_dataset
 from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
@@ -176,7 +176,9 @@ class _Conversion:
         self.dataset.mkdir()
         spool.copy_left_out(self.dataset / LEFT_OUT_FILE)
         splits: dict[Split, SplitDocuments] = {
-            split: SplitDocuments(order, lengths, table["bytes"], partial(spool.read, lengths))
+            split: SplitDocuments(
+                order, lengths, table["bytes"], partial(spool.read, lengths), table["words"]
+            )
             for split, order in choice.order.items()
         }
         left_out = Counter(spool.state.left_out) + choice.left_out
@@ -227,6 +229,7 @@ class _Conversion:
             "tokenizer": self._given.sha256 if self._given else None,
             "special_tokens": self._given.special_tokens if self._given else None,
             "files": self._files,
+            "rows": DOCUMENT_ROW.descr,
         }
         return json.dumps(key, indent=1)
 

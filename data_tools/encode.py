@@ -42,8 +42,9 @@ class WorkerDiedError(UserError):
     """Not a fault of the input: the same command can go on."""
 
 
-DOCUMENT_ROW = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])
-"""What is known of an encoded document: tokens, :func:`text_hash`, UTF-8 bytes of its text."""
+DOCUMENT_ROW = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8"), ("words", "<i8")])
+"""What is known of an encoded document: tokens, :func:`text_hash`, and of its text UTF-8 bytes and
+words, which white space divides."""
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Encoder:
 
     def encode(self, block: Block) -> EncodedBlock:
         """Encode a block; what is wrong with the input is in its result, never raised."""
-        rows: list[tuple[int, int, int]] = []
+        rows: list[tuple[int, int, int, int]] = []
         parts: list[bytes] = []
         problems: list[BadInput] = []
         filtered: Counter[str] = Counter()
@@ -104,7 +105,8 @@ class Encoder:
                 problems.append(tokens)
             else:
                 text = document.text.encode()
-                rows.append((len(tokens), text_hash(text), len(text)))
+                words = len(document.text.split())
+                rows.append((len(tokens), text_hash(text), len(text), words))
                 parts.append(tokens.tobytes())
         table = np.array(rows, dtype=DOCUMENT_ROW)
         return EncodedBlock(b"".join(parts), table, filtered, problems, block.position)

@@ -53,12 +53,14 @@ class SplitDocuments:
         lengths: (all documents,) tokens of each.
         text_bytes: (all documents,) bytes of the text of each.
         read: The tokens of documents, by their numbers.
+        text_words: (all documents,) words of the text of each; None: not known.
     """
 
     order: np.ndarray
     lengths: np.ndarray
     text_bytes: np.ndarray
     read: Callable[[np.ndarray], Iterable[np.ndarray]]
+    text_words: np.ndarray | None = None
 
     @property
     def facts(self) -> SplitInfo:
@@ -66,6 +68,7 @@ class SplitDocuments:
             documents=len(self.order),
             tokens=int(self.lengths[self.order].sum()),
             bytes=int(self.text_bytes[self.order].sum()),
+            words=None if self.text_words is None else int(self.text_words[self.order].sum()),
         )
 
 

@@ -106,7 +106,7 @@ class Spool:
         self._journal_at = time.monotonic() + JOURNAL_S
 
     def table(self) -> np.ndarray:
-        """(documents,) with fields length, hash and bytes."""
+        """(documents,) of :data:`DOCUMENT_ROW`."""
         self._files[_DOCUMENTS].flush()
         return np.fromfile(self._directory / _DOCUMENTS, dtype=DOCUMENT_ROW)
 

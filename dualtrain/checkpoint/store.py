@@ -26,7 +26,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -269,8 +269,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         )
 
 
-def retain(run_dir: Path, keep: int | None, *, besides: int | None = None) -> list[Path]:
-    """Remove whole checkpoints beyond the newest ``keep`` and that of step ``besides``.
+def retain(run_dir: Path, keep: int | None, *, besides: Collection[int | None] = ()) -> list[Path]:
+    """Remove whole checkpoints beyond the newest ``keep`` and those of the steps ``besides``.
 
     Args:
         keep: None keeps all.
@@ -281,9 +281,8 @@ def retain(run_dir: Path, keep: int | None, *, besides: int | None = None) -> li
     if keep is None:
         return []
     left = []
-    kept = None if besides is None else checkpoint_path(run_dir, besides)
     for path in find_checkpoints(run_dir)[: -max(keep, 2)]:
-        if path == kept:
+        if step_of(path) in besides:
             continue
         try:
             remove(path)

@@ -20,11 +20,13 @@ class CorpusFacts:
 
     Attributes:
         tokens: Tokens of all documents, without ``<s>`` and ``</s>``.
+        words: Of all documents; None if nobody counted.
     """
 
     tokens: int
     documents: int
     vocab_size: int
+    words: int | None = None
 
     def packed_tokens(self, *, append_eos: bool) -> int:
         """Targets of one epoch over the whole split: its tokens, and ``</s>`` if asked for."""
@@ -42,7 +44,12 @@ def read_corpus(recipe: Recipe) -> CorpusFacts | None:
     if info is None:
         return None
     train = info.splits["train"]
-    return CorpusFacts(tokens=train.tokens, documents=train.documents, vocab_size=info.vocab_size)
+    return CorpusFacts(
+        tokens=train.tokens,
+        documents=train.documents,
+        vocab_size=info.vocab_size,
+        words=train.words,
+    )
 
 
 def _read_info(recipe: Recipe) -> DatasetInfo | None:

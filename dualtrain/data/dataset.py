@@ -24,7 +24,14 @@ from tokenize import TokenError
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dualtrain.common.errors import UserError, raise_together
 from dualtrain.common.file_kinds import find_foreign, refuse_foreign
@@ -70,6 +77,13 @@ class SplitInfo(_Facts):
     """Tokens of all documents, without ``<s>`` and ``</s>``."""
     bytes: int
     """UTF-8 bytes of the text of all documents."""
+    words: int | None = None
+    """What white space divides in the text of all documents; None if nobody counted."""
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, int]:
+        """Leave out words that nobody counted, so that files of earlier versions stay the same."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class SourceFile(_Facts):
@@ -143,8 +157,12 @@ class DatasetInfo(_Facts):
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of all these facts: datasets that differ in any have different ones."""
-        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=8).hexdigest()
+        """A short hash of all these facts: datasets that differ in any have different ones.
+
+        But for words, which follow from the text, and which earlier versions did not count.
+        """
+        facts = self.model_dump_json(exclude={"splits": {"__all__": {"words"}}})
+        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
     @property
     def vocabulary(self) -> Vocabulary:

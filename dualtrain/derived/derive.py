@@ -14,6 +14,7 @@ from dualtrain.common.errors import UserError
 from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.cost import ModelCost, model_cost
 from dualtrain.derived.reasons import Length, LengthField, find_warnings, give_reasons
+from dualtrain.derived.words import word_milestones
 from dualtrain.engine.config import merge_settings, read_ds_config
 from dualtrain.method.mixing import Mixture, alpha_at
 from dualtrain.method.schedules import learning_rate_factor, nearest_whole
@@ -55,6 +56,7 @@ class Derived:
         cost: Of the model; None while the vocabulary is not known.
         deepspeed: The configuration for ``deepspeed.initialize``.
         milestones: The pieces of the learning rate's schedule.
+        words: By step, the words seen at which a checkpoint is asked for.
         reasons: For each of these names, how it came about.
         warnings: What is probably not meant, with advice.
     """
@@ -74,6 +76,7 @@ class Derived:
     cost: ModelCost | None
     deepspeed: dict[str, object]
     milestones: tuple[Milestone, ...]
+    words: dict[int, tuple[int, ...]]
     reasons: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -90,7 +93,7 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
         UserError: The corpus has fewer unique tokens than asked for, or more vocabulary than the
             model; ``all`` is asked for without a corpus; the ranks cannot share a step; the
             ds_config is wrong; an imported model is not there, not supported, or of another
-            tokenizer.
+            tokenizer; words of a checkpoint are beyond the run or not counted.
     """
     if world_size is not None:
         check_world_size(recipe, world_size)
@@ -137,6 +140,7 @@ def derive(recipe: Recipe, *, corpus: CorpusFacts | None, world_size: int | None
             world_size=world_size or 1,
         ),
         milestones=learning_rate_milestones(recipe, length.steps),
+        words=word_milestones(recipe, length.steps, corpus),
         reasons=give_reasons(recipe, length, mixture, passes, available),
         warnings=(*find_warnings(recipe, length), *notes),
     )

@@ -163,7 +163,9 @@ def choose_tasks(options: EvalOptions, notes: list[str]) -> list[Task]:
         return []
     if options.tasks is not None:
         names = None if options.tasks == "all" else _names(options.tasks, "--tasks")
-        return load_tasks(names, options.tasks_dir, on_note=notes.append)
+        tasks = load_tasks(names, options.tasks_dir, on_note=notes.append)
+        # Of all tasks, those whose data can be had.
+        return [task for task in tasks if names or task.spec.hub or task.data_file()]
     known = load_tasks(None, options.tasks_dir, on_note=notes.append)
     found = [task for task in known if task.data_file() is not None]
     if not found:

@@ -16,7 +16,16 @@ class ExportOptions:
     """The command line of ``dualtrain export``."""
 
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or one of its checkpoints.")]
-    to: Annotated[Path, typer.Option(help="A new or empty directory.")]
+    to: Annotated[Path, typer.Option(help="A new or empty directory; with --all, one for each.")]
+    all_checkpoints: Annotated[
+        bool, typer.Option("--all", help="Every checkpoint; those that are there are passed over.")
+    ] = False
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Also upload to this repository on the hub; with --all, branches."
+        ),
+    ] = None
     step: Step = None
     dtype: Annotated[
         str, typer.Option(metavar="fp32|bf16", help="Precision of the exported weights.")
@@ -64,9 +73,12 @@ def import_(options: ImportOptions) -> None:
 
 def export(options: ExportOptions) -> None:
     """Write a model as a directory for transformers: weights, tokenizer and model card."""
-    from dualtrain.export.export import export_checkpoint
+    from dualtrain.export.revisions import exports, push
 
-    exported = export_checkpoint(
+    for branch, directory, exported in exports(
         options, on_note=lambda note: typer.echo(f"note: {note}", err=True)
-    )
-    typer.echo("\n".join(exported.lines()))
+    ):
+        if exported is not None:
+            typer.echo("\n".join(exported.lines()))
+        if options.push is not None:
+            typer.echo(f"pushed to {push(directory, options.push, branch=branch)}")

@@ -541,11 +541,27 @@ class EvalSection(Section):
     )
 
 
+class MilestoneSection(Section):
+    """Checkpoints beside those at intervals."""
+
+    words: (
+        Literal["strict-small", "strict"]
+        | Annotated[list[Annotated[int, Field(ge=1), _COUNT]], Field(min_length=1)]
+    ) = Field(
+        description="Words of text seen, repeated ones counted again, which white space divides: a "
+        "list of numbers, or a track of the BabyLM challenge (1M to 10M, 20M to 100M; strict also "
+        "200M to 1000M)."
+    )
+
+
 class CheckpointSection(Section):
     """Saving and resuming."""
 
     interval_steps: Steps = Field(
         default=0, ge=0, description="Steps between checkpoints; 0: only at the end."
+    )
+    at: MilestoneSection | None = Field(
+        default=None, description="Checkpoints at words seen, all of which are kept."
     )
     keep: Annotated[int, Field(ge=2), _STEPS] | None = Field(
         default=None,

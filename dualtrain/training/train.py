@@ -202,8 +202,8 @@ def finish_step(run: Run, *, stop: bool) -> None:
     if run.best.is_enough and not is_last:
         run.progress.event("early_stop", f"stopping early: {run.best.sentence()}", step=step)
     is_final = is_last or stop or run.best.is_enough
-    is_best = run.best.step == step
-    if is_final or is_best or is_due(step, recipe.checkpoint.interval_steps):
+    is_asked_for = run.best.step == step or step in run.derived.words
+    if is_final or is_asked_for or is_due(step, recipe.checkpoint.interval_steps):
         save(run, is_final=is_final)
 
 
@@ -305,6 +305,7 @@ def write_checkpoint(run: Run) -> Path:
             "last_eval": run.last_eval,
             "last_scores": run.last_scores,
             "skipped_steps": run.losses.skipped,
+            "words": run.derived.words.get(run.state.step, ()),
         },
         rank_state={
             "algorithms": run.dispatcher.state_dict(),
@@ -312,7 +313,7 @@ def write_checkpoint(run: Run) -> Path:
         },
     )
     if run.world.rank == 0:
-        keep = run.recipe.checkpoint.keep
-        for left in checkpoint.retain(run.run_dir, keep, besides=run.best.step):
+        keep, besides = run.recipe.checkpoint.keep, {run.best.step, *run.derived.words}
+        for left in checkpoint.retain(run.run_dir, keep, besides=besides):
             run.progress.message(f"warning: {left} could not be removed")
     return path

@@ -168,6 +168,9 @@ def test_retention_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     assert retain(tmp_path, 3) == [] and find_checkpoints(tmp_path) == paths[1:]
     assert retain(tmp_path, 1) == []
     assert find_checkpoints(tmp_path) == paths[2:]
+    paths += [make(tmp_path, step) for step in (5, 6)]
+    assert retain(tmp_path, 2, besides={3}) == []
+    assert find_checkpoints(tmp_path) == [paths[2], *paths[4:]]
 
 
 def test_what_is_removed_never_counts_and_leftovers_go(tmp_path, monkeypatch):

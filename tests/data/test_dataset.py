@@ -242,3 +242,18 @@ def test_shards_of_another_column(path: Path) -> None:
     shutil.rmtree(path / "train")
     with pytest.raises(UserError, match="index.json: cannot be read"):
         TokenDataset.open(path)
+
+
+def test_words_are_no_part_of_what_a_dataset_is(path: Path) -> None:
+    """Runs on a dataset whose words nobody counted go on when it is made again, with them."""
+    old = DatasetInfo.load(path)
+    assert "words" not in old.model_dump_json()
+    train = old.splits["train"]
+    new = old.model_copy(
+        update={"splits": {**old.splits, "train": train.model_copy(update={"words": 7})}}
+    )
+    other = train.model_copy(update={"bytes": train.bytes + 1})
+    (path / "dataset.json").write_text(new.model_dump_json())
+    assert DatasetInfo.load(path) == new != old
+    assert new.fingerprint == old.fingerprint
+    assert old.model_copy(update={"splits": {"train": other}}).fingerprint != old.fingerprint

@@ -64,6 +64,7 @@ def test_every_document_is_in_one_split_and_readable_by_streaming(
         split = info.splits[name]
         assert split.documents == len(texts)
         assert split.bytes == sum(len(text.encode()) for text in texts)
+        assert split.words == sum(len(text.split()) for text in texts)
         lengths = np.load(out / name / "lengths.npy")
         assert split.tokens == lengths.sum()
         assert lengths.tolist() == [len(tokens) for tokens in tokens_of(out, name)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ import zstandard
 from helpers.tasks import SPEC, load_one, question, write_lines, write_task
 
 from dualtrain.common.errors import UserError
+from dualtrain.evaluate.command import EvalOptions
+from dualtrain.evaluate.evaluate import choose_tasks
 from dualtrain.evaluate.task_data import read_hub
 from dualtrain.evaluate.tasks import load_tasks
 from dualtrain.evaluate.templates import (
@@ -31,6 +34,8 @@ SHIPPED = {
         "choices": {"label": ["A", "B"], "text": ["a", "b"]},
         "answerKey": "B",
     },
+    "blimp_supplement": {"sentence_good": "A b.", "sentence_bad": "A c."},
+    "ewok": {"Context1": "Q", "Target1": "a", "Target2": "b", "Domain": "agents"},
     "hellaswag": {"query": "Q", "choices": [" a", "b"], "gold": 1},
     "mmlu": {"question": " Q? ", "choices": ["a", "b "], "answer": 1, "subject": "law"},
     "openbookqa": {"query": "Q", "choices": ["a", "b"], "gold": 1},
@@ -46,6 +51,8 @@ SHIPPED = {
 }
 PROMPTS = {
     "blimp": "",
+    "blimp_supplement": "",
+    "ewok": "Q",
     "hellaswag": "Q",
     "openbookqa": "Q",
     "social_iqa": "Q: C. Q?\nA:",
@@ -76,21 +83,34 @@ def test_each_shipped_task_asks_what_its_file_says(name, tmp_path):
     write_lines(tmp_path / f"{name}.jsonl", [SHIPPED[name]])
     (item,) = load_one(tmp_path, name).items()
     assert item.prompt == PROMPTS.get(name, "Question: Q?\nAnswer:")
-    answers = {"blimp": ("A b.", "A c."), "social_iqa": (" a", " b", " c")}
+    answers = dict.fromkeys(("blimp", "blimp_supplement"), ("A b.", "A c."))
+    answers["social_iqa"] = (" a", " b", " c")
     assert item.choices == answers.get(name, (" a", " b"))
-    assert item.gold == (0 if name == "blimp" else 1)
+    assert item.gold == (0 if name in ("blimp", "blimp_supplement", "ewok") else 1)
     assert item.characters == tuple(len(answer.strip()) for answer in item.choices)
-    assert item.group == {"blimp": "island", "mmlu": "law"}.get(name)
+    groups = {"blimp": "island", "mmlu": "law", "ewok": "agents", "blimp_supplement": "supplement"}
+    assert item.group == groups.get(name)
 
 
-def test_all_nine_are_shipped_and_say_where_they_come_from():
+def test_of_all_tasks_those_are_scored_whose_data_can_be_had(tmp_path):
+    write_lines(tmp_path / "ewok.jsonl", [SHIPPED["ewok"]])
+    options = EvalOptions(path=tmp_path, tasks="all", tasks_dir=tmp_path)
+    found = {task.name for task in choose_tasks(options, [])}
+    assert found == SHIPPED.keys() - {"blimp_supplement"}
+    named = choose_tasks(replace(options, tasks="blimp_supplement"), [])
+    with pytest.raises(UserError, match="blimp_supplement.jsonl is not there in"):
+        named[0].read()
+
+
+def test_all_are_shipped_and_say_where_they_come_from():
     tasks = load_tasks()
     assert [task.name for task in tasks] == sorted(SHIPPED)
     for task in tasks:
-        assert task.spec.description and task.spec.source and task.spec.licence and task.spec.hub
+        assert task.spec.description and task.spec.source and task.spec.licence
+        assert task.spec.hub or task.name in ("blimp_supplement", "ewok")
         assert task.data_file() is None
     plain = [task.name for task in tasks if task.spec.metric == "accuracy"]
-    assert plain == ["blimp", "commonsense_qa"]
+    assert plain == ["blimp", "blimp_supplement", "commonsense_qa", "ewok"]
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ def cases(tiny_dataset, published, tmp_path_factory) -> dict[str, Case]:
             "model.head=linear",
             "objective.target=in_place",
             "engine.deepspeed=zero3",
+            "checkpoint.at.words=[1]",
             name="linear-run",
         ),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dualtrain.data.corpus import CorpusFacts
 from dualtrain.derived.derive import derive
 from dualtrain.recipe import shipped
 from dualtrain.recipe.load import load_recipe
@@ -39,6 +40,11 @@ ABLATIONS = {
     "ablations/span-masking": {"name", "objective.corruption"},
     "ablations/in-place": {"name", "objective.target"},
     "ablations/alpha-curriculum": {"name", "alpha"},
+}
+# About as many words and tokens as the challenge's texts have, and milestones.
+BABYLM = {
+    "babylm/strict-small": (CorpusFacts(13 * 10**6, 10**6, 16384, words=9_970_000), 19),
+    "babylm/strict": (CorpusFacts(130 * 10**6, 10**7, 16384, words=99_700_000), 28),
 }
 # Configurations of what they import, which are not shipped, and their parameters, as published.
 IMPORTED = {
@@ -73,19 +79,21 @@ def differences(one: str, other: str) -> set[str]:
 
 
 def test_the_recipes_of_the_issue_are_there():
-    assert set(NAMES) == {"quickstart", *PAPER, *ABLATIONS, *IMPORTED}
+    assert set(NAMES) == {"quickstart", *PAPER, *ABLATIONS, *IMPORTED, *BABYLM}
     assert NAMES[0] == "quickstart"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_derives_without_warnings(name, tmp_path):
     overrides, parameters = [], None
+    corpus, milestones = BABYLM.get(name, (None, 0))
     if name in IMPORTED:
         config, parameters = IMPORTED[name]
         (tmp_path / "config.json").write_text(json.dumps(config))
         overrides = [f"model.hf={tmp_path}"]
-    derived = derive(load_recipe(name, overrides).recipe, corpus=None)
+    derived = derive(load_recipe(name, overrides).recipe, corpus=corpus)
     assert derived.warnings == ()
+    assert len(derived.words) == milestones
     assert derived.cost is not None
     assert parameters in (None, derived.cost.parameters)
 

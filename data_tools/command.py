@@ -32,12 +32,12 @@ _UNSET = "perhaps a variable of the shell is not set"
 def _of_recipe(name: str, *flags: str, **about: Any) -> Any:
     """An option that sets a field of the recipe; None says that it was not given."""
     field = BuildSection.model_fields[name]
-    help = _help(name)
+    settings: dict[str, Any] = {"help": _help(name)}
     if field.default and not field.is_required():
-        help += f" Default: {field.default}."
+        settings["help"] += f" Default: {field.default}."
     if get_origin(field.annotation) is Literal:
-        about = {"metavar": "|".join(get_args(field.annotation))} | about
-    return typer.Option(*flags, **{"help": help} | about)
+        settings["metavar"] = "|".join(get_args(field.annotation))
+    return typer.Option(*flags, **settings | about)
 
 
 def _help(name: str) -> str:

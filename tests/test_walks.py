@@ -91,7 +91,7 @@ def watch(folder: str) -> tuple[Visits, Visits]:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    return watcher.recipe, watcher.made | watcher.batch
+    return watcher.recipe, {**watcher.made, **(watcher.batch | watcher.made)}
 
 
 class Watcher:

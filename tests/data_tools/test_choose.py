@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -121,7 +123,9 @@ def test_any_choice_fills_both_splits_or_says_why_not(
 def test_too_small_a_fraction_says_which_one_would_do() -> None:
     with pytest.raises(UserError, match="none of its 3 documents") as caught:
         choose(np.ones(3), HASHES[:3], val_fraction=1e-9)
-    fraction = float(caught.value.hint.rpartition(" ")[2])
+    said = re.search(r"hold out a share of (\S+)", caught.value.hint)
+    assert said is not None
+    fraction = float(said[1])
     assert len(choose(np.ones(3), HASHES[:3], val_fraction=fraction).order["val"]) == 1
 
 

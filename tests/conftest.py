@@ -16,7 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.processes import HangWatcher, ending_processes, hear_signals, mark_children
+from helpers.processes import (
+    HangWatcher,
+    ending_processes,
+    hear_signals,
+    mark_children,
+    restoring_environment,
+)
 
 hear_signals()
 mark_children()
@@ -30,14 +36,14 @@ def hang_watcher() -> HangWatcher:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def module_ends_its_processes(hang_watcher: HangWatcher) -> Iterator[None]:
-    with ending_processes(hang_watcher):
+def module_leaves_nothing_behind(hang_watcher: HangWatcher) -> Iterator[None]:
+    with ending_processes(hang_watcher), restoring_environment():
         yield
 
 
 @pytest.fixture(autouse=True)
-def test_ends_its_processes(hang_watcher: HangWatcher) -> Iterator[None]:
-    with ending_processes(hang_watcher):
+def test_leaves_nothing_behind(hang_watcher: HangWatcher) -> Iterator[None]:
+    with ending_processes(hang_watcher), restoring_environment():
         yield
 
 

@@ -1,8 +1,8 @@
 """Processes that tests start: they hear signals, fail the test when they hang, and end with it.
 
-``conftest`` sees to all three for every test, so that a test needs no limits of its own. What a
-test has started is known by a mark in its environment, which is inherited by whatever it starts in
-turn, whoever its parent is by then.
+``conftest`` sees to all three for every test, and to the environment that they inherit, so that a
+test needs no limits of its own. What a test has started is known by a mark in its environment,
+which is inherited by whatever it starts in turn, whoever its parent is by then.
 """
 
 from __future__ import annotations
@@ -86,6 +86,22 @@ def ending_processes(watcher: HangWatcher) -> Iterator[None]:
                 _kill(left)
     if watcher.hung:
         pytest.fail(watcher.hung)
+
+
+@contextmanager
+def restoring_environment() -> Iterator[None]:
+    """Undo what is done to the environment: a command in this process sets ``RANK``, for one."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        # pytest itself sets its own anew before each part of a test.
+        changed = (os.environ.keys() | before.keys()) - {"PYTEST_CURRENT_TEST"}
+        for name in changed:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 class HangWatcher(threading.Thread):

@@ -13,6 +13,7 @@ import numpy as np
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_json
 from dualtrain.common.formatting import counted
+from dualtrain.progress.trackers.writer import send_figures
 from dualtrain.sweep import figures
 from dualtrain.sweep.figures import Curves, Line, MeanBar, as_share
 from dualtrain.sweep.fit_file import (
@@ -98,9 +99,19 @@ def fit_sweep(options: FitOptions) -> Fit:
     drawn = [] if options.no_figures else _draw(out, fit, results, surface, curve)
     # Last: who finds it finds the figures that belong to it.
     write_json(out / "fit.json", fit.model_dump())
+    if drawn:
+        _track(results, out, drawn, fit)
     _print(fit)
     print("\nwritten:", out / "fit.json", *drawn, sep="\n  ")
     return fit
+
+
+def _track(results: Sequence[RunResult], out: Path, drawn: Sequence[Path], fit: Fit) -> None:
+    """Give the figures to the trackers that the runs had."""
+    trackers = [*dict.fromkeys(name for run in results for name in run.trackers)]
+    name = f"{Path(fit.sweep).resolve().name} {fit.metric}"
+    config = {"sweep": fit.sweep, "metric": fit.metric, "where": fit.where}
+    fit.notes.extend(send_figures(trackers, name, out, drawn, config))
 
 
 def _check_alike(runs: list[RunResult], keys: list[str]) -> None:

@@ -85,6 +85,11 @@ class RunResult:
         )
 
     @property
+    def trackers(self) -> list[str]:
+        """Where its records went, and figures of it go."""
+        return self.recipe.progress.trackers
+
+    @property
     def repetitions(self) -> float:
         """Passes over the unique subset at the end of the run, as asked for if that is known."""
         if self.recipe.repetitions is not None:
@@ -109,6 +114,10 @@ class RunResult:
 
 class ModelResult(RunResult):
     """A model of which only scores are known, and alpha and repetitions of its recipe."""
+
+    @property
+    def trackers(self) -> list[str]:
+        return []
 
     @cached_property
     def is_finished(self) -> bool:

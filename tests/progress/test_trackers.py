@@ -20,7 +20,7 @@ from dualtrain.progress.progress import Progress
 from dualtrain.progress.report import RunFacts, Sample, Summary
 from dualtrain.progress.trackers import registry, writer
 from dualtrain.progress.trackers.tracker import TrackedRun, Tracker
-from dualtrain.progress.trackers.writer import TrackerView, run_id
+from dualtrain.progress.trackers.writer import TrackerView, run_id, send_figures
 from dualtrain.recipe.load import dump_recipe, load_recipe
 from dualtrain.recipe.schema import Recipe
 from dualtrain.recipe.yaml_source import load
@@ -57,6 +57,8 @@ class Broken(Tracker):
             raise ConnectionError("unreachable")
 
     def log_text(self, name: str, text: str, step: int) -> None: ...
+
+    def log_figure(self, name: str, file: Path) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -200,6 +202,14 @@ def test_every_tracker_has_its_extra():
     assert set(registry.REGISTRY) <= set(extras)
 
 
+def figure(directory: Path) -> Path:
+    from PIL import Image
+
+    (directory / "fit").mkdir()
+    Image.new("RGB", (3, 2)).save(directory / "dot.png")
+    return directory / "dot.png"
+
+
 def test_mlflow(tmp_path: Path, monkeypatch, capsys):
     mlflow = pytest.importorskip("mlflow")
     # Without a server; MLflow itself asks for the second.
@@ -212,6 +222,11 @@ def test_mlflow(tmp_path: Path, monkeypatch, capsys):
     experiment = client.get_experiment_by_name("dualtrain")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.tags["dualtrain.run"] == id_ and run.info.status == "FINISHED"
+    assert send_figures(["mlflow"], "fit", tmp_path / "fit", [figure(tmp_path)], {}) == []
+    (other,) = client.search_runs([experiment.experiment_id], "run_name = 'fit'")
+    assert [file.path for file in client.list_artifacts(other.info.run_id, "figures")] == [
+        "figures/dot.png"
+    ]
     points = client.get_metric_history(run.info.run_id, "eval/ar_nll")
     assert [(point.step, point.value) for point in points] == [(s, s) for s in (10, 20, 30, 40)]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == [
@@ -228,4 +243,6 @@ def test_trackio(tmp_path: Path, monkeypatch, capsys):
     assert "lacks" not in capsys.readouterr().err
     run = trackio.Api().runs("dualtrain")[0]
     assert run.name == f"run-{id_}"
+    assert send_figures(["trackio"], "fit", tmp_path / "fit", [figure(tmp_path)], {}) == []
+    assert list((tmp_path / "trackio").rglob("*.png"))
     assert os.listdir(tmp_path / "trackio")

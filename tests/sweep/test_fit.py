@@ -1,4 +1,4 @@
-"""Tests of: dualtrain.sweep.fit, figures: on sweeps of known results."""
+"""Tests of: dualtrain.sweep.fit, figures, progress.trackers.writer: on sweeps of known results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from helpers.sweeps import FILE, loss, make_sweep
 
 from dualtrain.common.errors import UserError
+from dualtrain.progress.trackers import registry, writer
 from dualtrain.sweep.advice import by_fit
 from dualtrain.sweep.command import FitOptions
 from dualtrain.sweep.directory import Outcome, write_outcome
@@ -214,3 +215,35 @@ def test_runs_of_different_budgets_are_no_surface(tmp_path):
         fit(made)
     expected = "different numbers of tokens: 10,240 (53 points), 20,480 (1 point)"
     assert expected in str(error.value)
+
+
+def test_figures_go_to_the_trackers_of_the_runs(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(writer, "LONGEST_END_S", 600)
+    trackers = "progress: {trackers: [tensorboard, wandb, mlflow]}\n"
+    made = make_sweep(tmp_path, text=trackers + FILE)
+    is_there = registry.find_spec
+    monkeypatch.setattr(
+        registry, "find_spec", lambda name: None if name == "mlflow" else is_there(name)
+    )
+    wandb = pytest.importorskip("wandb")
+    try:
+        fit_sweep(FitOptions(directory=made))
+    finally:
+        wandb.teardown()
+    out = made / "fit" / "ar_nll"
+    drawn = {file.stem: file for file in out.glob("*.png")}
+    assert {"surface", "objectives"} <= drawn.keys()
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {f"figures/{name}" for name in drawn}
+    (shown,) = events.Images("figures/surface")
+    with Image.open(drawn["surface"]) as image:
+        assert (shown.width, shown.height) == image.size
+    sent = out.glob("wandb/offline-run-*/files/media/images/figures/*.png")
+    assert {file.read_bytes() for file in sent} == {file.read_bytes() for file in drawn.values()}
+    assert (
+        "mlflow gets no figures: the package `mlflow` is not installed" in capsys.readouterr().out
+    )

@@ -44,5 +44,9 @@ class Tracker(ABC):
         """Keep a text."""
 
     @abstractmethod
+    def log_figure(self, name: str, file: Path) -> None:
+        """Keep a figure, a PNG file, that belongs to no step."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Send what is not sent yet, and end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from dualtrain.progress.trackers.tracker import PROJECT, TrackedRun, Tracker
 
@@ -37,6 +38,9 @@ class MlflowTracker(Tracker):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._client.log_text(self._id, text, f"{name}/step-{step}.txt")
+
+    def log_figure(self, name: str, file: Path) -> None:
+        self._client.log_artifact(self._id, str(file), "figures")
 
     def finish(self) -> None:
         self._client.set_terminated(self._id)

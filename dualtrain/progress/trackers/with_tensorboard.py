@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from dualtrain.progress.trackers.tracker import TrackedRun, Tracker
 
@@ -28,6 +29,14 @@ class TensorBoardTracker(Tracker):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._writer.add_text(name, text, step)
+
+    def log_figure(self, name: str, file: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, dataformats="HWC")
 
     def finish(self) -> None:
         self._writer.close()

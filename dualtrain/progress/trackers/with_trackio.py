@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from dualtrain.progress.trackers.tracker import PROJECT, TrackedRun, Tracker
 
@@ -28,6 +29,11 @@ class TrackioTracker(Tracker):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         self._run.log({name: text}, step=step)
+
+    def log_figure(self, name: str, file: Path) -> None:
+        import trackio
+
+        self._run.log({name: trackio.Image(str(file))})
 
     def finish(self) -> None:
         self._run.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from dualtrain.progress.trackers.tracker import PROJECT, TrackedRun, Tracker
 
@@ -47,6 +48,11 @@ class WandbTracker(Tracker):
 
         table = wandb.Table(columns=["step", "text"], data=[[step, text]])
         self._run.log({name: table, "step": step})
+
+    def log_figure(self, name: str, file: Path) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(file))})
 
     def finish(self) -> None:
         self._run.finish()

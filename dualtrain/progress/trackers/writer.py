@@ -10,14 +10,16 @@ import json
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from dualtrain.common.errors import UserError
 from dualtrain.common.files import write_text
 from dualtrain.progress.metrics import Record
 from dualtrain.progress.report import RunFacts, RunView, Summary
+from dualtrain.progress.trackers.registry import check_trackers, make_tracker
 from dualtrain.progress.trackers.tracker import TrackedRun, Tracker
 
 RUN_ID = "tracker-id.json"
@@ -53,12 +55,15 @@ class TrackerView(RunView):
         return self._failure
 
     def start(self, facts: RunFacts, history: Sequence[Record]) -> None:
-        directory = Path(facts.run_dir)
+        self.begin(facts.name, Path(facts.run_dir), first_step=facts.first_step)
+
+    def begin(self, name: str, directory: Path, *, first_step: int = 0) -> None:
+        """Begin a run, or go on with the one whose id is in the directory."""
         run = TrackedRun(
             id=run_id(directory),
-            name=facts.name,
+            name=name,
             directory=directory,
-            first_step=facts.first_step,
+            first_step=first_step,
             config=self._config,
         )
         self._thread.start()
@@ -79,6 +84,10 @@ class TrackerView(RunView):
     def _text(self, title: str, text: str, step: int) -> None:
         name = f"samples/{title.replace(' ', '_')}"
         self._put(partial(self._tracker.log_text, name, text, step))
+
+    def figure(self, name: str, file: Path) -> None:
+        """Keep a figure, a PNG file."""
+        self._put(partial(self._tracker.log_figure, name, file))
 
     def close(self) -> None:
         if not self._thread.ident or self._is_over:
@@ -107,6 +116,36 @@ class TrackerView(RunView):
 
     def _fail(self, why: str) -> None:
         self._failure, self._is_over = self._failure or why, True
+
+
+def send_figures(
+    trackers: Sequence[str],
+    name: str,
+    directory: Path,
+    files: Iterable[Path],
+    config: Mapping[str, object],
+) -> list[str]:
+    """Give trackers the figures of a directory, as a run of their own.
+
+    Returns:
+        What went wrong, a sentence for each tracker that has not got them.
+    """
+    figures = {file.stem: file for file in files if file.suffix == ".png"}
+    problems = []
+    for tracker in trackers:
+        try:
+            check_trackers([tracker])
+        except UserError as error:
+            problems.append(f"{tracker} gets no figures: {error.what}")
+            continue
+        view = TrackerView(tracker, make_tracker(tracker), config)
+        view.begin(name, directory)
+        for title, file in figures.items():
+            view.figure(f"figures/{title}", file)
+        view.close()
+        if why := view.failure():
+            problems.append(f"{tracker} gets no figures: {why}")
+    return problems
 
 
 def run_id(directory: Path) -> str:

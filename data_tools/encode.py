@@ -16,7 +16,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -96,7 +96,7 @@ class Encoder:
         parts: list[bytes] = []
         problems: list[BadInput] = []
         filtered: Counter[str] = Counter()
-        for document in block.documents():
+        for document in map(self._with_text, block.documents()):
             if isinstance(document, BadInput):
                 problems.append(document)
             elif reason := reason_to_leave_out(document, self.build):
@@ -110,6 +110,25 @@ class Encoder:
                 parts.append(tokens.tobytes())
         table = np.array(rows, dtype=DOCUMENT_ROW)
         return EncodedBlock(b"".join(parts), table, filtered, problems, block.position)
+
+    def _with_text(self, document: Document | BadInput) -> Document | BadInput:
+        """The text of a document that comes as token ids."""
+        if isinstance(document, BadInput) or document.ids is None:
+            return document
+        ids = document.ids
+        text_ids = self._tokenizer.vocab_size
+        wrong = ids[(ids < 0) | (ids >= text_ids)]
+        if not len(wrong):
+            wrong = ids[self._reserved[ids]]
+        if len(wrong):
+            return BadInput.at(
+                "ids that are no text",
+                document.where,
+                f"holds the id {wrong[0]}, which is no text in this tokenizer",
+                f"ids of text, below {text_ids:,}",
+                "name the tokenizer that made them; --separator is the id between documents",
+            )
+        return replace(document, text=self._tokenizer.decode(ids.tolist()))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -130,7 +149,9 @@ class Encoder:
 
     def _tokens(self, document: Document) -> np.ndarray | BadInput:
         try:
-            tokens = self._tokenizer.encode_array(document.text)
+            tokens = document.ids
+            if tokens is None:
+                tokens = self._tokenizer.encode_array(document.text)
         except UserError as error:
             error = UserError(document.where, error.what, error.expected, error.hint)
             return BadInput("cannot be tokenized", error)

@@ -120,6 +120,13 @@ def _texts(source: Corpus, build: BuildSection, report: Report, stage: str) -> I
             if isinstance(document, BadInput):
                 if build.on_error == "stop":
                     raise document.error
+            elif document.ids is not None:
+                raise UserError(
+                    document.where,
+                    "holds token ids, from which no tokenizer can be trained",
+                    "the tokenizer that made them",
+                    "name it with --tokenizer",
+                )
             elif reason_to_leave_out(document, build) is None:
                 yield document.text
         if number % _SHOWN_EVERY == 0:

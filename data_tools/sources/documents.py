@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from dualtrain.common.compression import BrokenFile
 from dualtrain.common.errors import UserError
 from dualtrain.common.file_kinds import LARGEST_POINTER, pointer_problem
@@ -43,8 +45,11 @@ class Document:
     """A text and the place where it stands, for messages."""
 
     text: str
+    """Empty where `ids` are given: only who knows their tokenizer can read them."""
     where: str
     """``path:line``, ``path``, ``path: row 7``, ``builtin:python-docs: name``, from 1 on."""
+    ids: np.ndarray | None = None
+    """(tokens,) of whole numbers, of a document that is tokenized already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,17 @@ from data_tools.sources.formats import FORMATS, find_format, format_of, known_su
 from data_tools.sources.json_files import JSON_LINES
 from data_tools.sources.mds_files import MdsReader
 from data_tools.sources.splits import training_paths
-from data_tools.sources.tables import ARROW
+from data_tools.sources.tables import ARROW, PARQUET
 from data_tools.sources.text_files import TEXT
+from data_tools.sources.token_files import TOKENS, separator_id
 from data_tools.sources.walk import entries, is_cache
 from dualtrain.common.errors import UserError
 from dualtrain.common.files import in_utf8, user_path
 from dualtrain.data.dataset import DATASET_FILE
 
 STANDARD_INPUT = "-"
+_DIVIDED = {format.name for format in (TEXT, TOKENS, PARQUET, ARROW)}
+"""What a separator may divide; of tables, lists of ids."""
 
 
 def open_sources(
@@ -146,11 +149,13 @@ class _Search:
                 "files whose names do not say it",
                 "leave it out, or rename the files",
             )
-        if self.options.separator.text is not None and TEXT.name not in self.kinds:
+        if TOKENS.name in self.kinds:
+            separator_id(self.options)
+        elif self.options.separator.text is not None and not self.kinds & _DIVIDED:
             raise UserError(
                 "--separator",
                 f"{self.options.separator.text!r} has no effect: there are no text files to divide",
-                ".txt or .md files",
+                ".txt or .md files, or files or tables of tokens",
                 "leave it out",
             )
         plain = {BUILTIN, *(format.name for format in FORMATS if not format.has_fields)}

@@ -12,10 +12,11 @@ from data_tools.sources.files import Format
 from data_tools.sources.json_files import JSON, JSON_LINES
 from data_tools.sources.tables import ARROW, PARQUET
 from data_tools.sources.text_files import TEXT
+from data_tools.sources.token_files import TOKENS
 from dualtrain.common.compression import SUFFIXES
 from dualtrain.common.errors import UserError, nearest
 
-FORMATS = [TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET, ARROW]
+FORMATS = [TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET, ARROW, TOKENS]
 
 
 def find_format(name: str, *, where: str = "--format") -> Format:

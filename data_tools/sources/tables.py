@@ -1,12 +1,14 @@
-"""Tables with a column of text: ``.parquet`` and ``.arrow`` files."""
+"""Tables with a column of text, or of lists of token ids: ``.parquet`` and ``.arrow`` files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from data_tools.sources.documents import (
     BadInput,
@@ -18,6 +20,7 @@ from data_tools.sources.documents import (
 )
 from data_tools.sources.fields import EACH, ITEMS, no_field, steps
 from data_tools.sources.files import Format, ReadingOptions
+from data_tools.sources.token_files import divided, separator_id
 from dualtrain.common.compression import BrokenFile
 
 _PARQUET_MAGIC = b"PAR1"
@@ -32,15 +35,22 @@ _TEXT_TYPES = {
 _MOST_ROWS = 1 << 16
 
 
+_ID = np.dtype("<i8")
+"""In which lists of ids become bytes, for the time in which they are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rows(BlockPart):
-    """Texts of consecutive rows, in UTF-8."""
+    """Texts of consecutive rows, in UTF-8; or lists of ids."""
 
     name: str
     rows: Sequence[int]
     """The number of each value's row, from 1 on."""
     values: list[bytes | None]
     field: str
+    holds_ids: bool = False
+    separator: int | None = None
+    """Of ids: what divides a row into several documents."""
 
     @property
     def content_bytes(self) -> int:
@@ -48,12 +58,18 @@ class Rows(BlockPart):
 
     def documents(self) -> Iterator[Document | BadInput]:
         for row, value in zip(self.rows, self.values, strict=True):
-            yield self._document(value, f"{self.name}: row {row}")
+            where = f"{self.name}: row {row}"
+            if self.holds_ids and value is not None:
+                for _, ids in divided(np.frombuffer(value, _ID), self.separator):
+                    yield Document("", where, ids)
+            else:
+                yield self._document(value, where)
 
     def _document(self, value: bytes | None, where: str) -> Document | BadInput:
         if value is None:
             what = f"column '{self.field}' is null"
-            return BadInput.at("text is not a string", where, what, "a string")
+            expected = "a list of ids" if self.holds_ids else "a string"
+            return BadInput.at("text is not a string", where, what, expected)
         try:
             return Document(value.decode(), where)
         except UnicodeDecodeError as error:
@@ -73,18 +89,22 @@ class TableReader(Reader):
         self._is_parquet = is_parquet
         self._field = options.text_field
         self._steps: list[str] = []
-        self._block_bytes = options.block_bytes
+        self._options = options
+        self._holds_ids = False
 
     def _read(self) -> Iterator[tuple[BlockPart, int]]:
-        before = 1
+        before, separator = 1, None
         for found, share in self._columns():
             used = round(self.file.bytes * share)
-            for start, values in _in_parts(found.values, self._block_bytes):
+            if self._holds_ids and self._options.separator.text is not None:
+                separator = separator_id(self._options)
+            for start, values in _in_parts(found.values, self._options.block_bytes):
                 end = start + len(values)
                 rows: Sequence[int] = range(before + start, before + end)
                 if found.parents is not None:
                     rows = [before + row for row in found.parents[start:end].to_pylist()]
-                yield Rows(self.file.name, rows, values, self._field), used
+                ids = {"holds_ids": self._holds_ids, "separator": separator}
+                yield Rows(self.file.name, rows, values, self._field, **ids), used
             before += found.rows
 
     def _columns(self) -> Iterator[tuple[_Texts, float]]:
@@ -102,7 +122,7 @@ class TableReader(Reader):
             try:
                 columns = self._parquet(handle) if self._is_parquet else self._arrow(handle)
                 for column, share in columns:
-                    yield _texts(column, self._steps[1:]), share
+                    yield _texts(column, self._steps[1:], self._convert), share
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 # A ValueError is a damaged name that pyarrow fails to decode.
                 if isinstance(error, OSError) and error.errno is not None:
@@ -123,7 +143,7 @@ class TableReader(Reader):
         )
         self._check(table.schema_arrow)
         name = self._steps[0]
-        rows = _rows_in(self._block_bytes, table.metadata, name)
+        rows = _rows_in(self._options.block_bytes, table.metadata, name)
         read = 0
         for batch in table.iter_batches(batch_size=rows, columns=[name], use_threads=False):
             read += batch.num_rows
@@ -169,7 +189,7 @@ class TableReader(Reader):
         return IpcReadOptions(included_fields=[schema.names.index(self._steps[0])])
 
     def _check(self, schema: Any) -> None:
-        from pyarrow.types import is_dictionary
+        from pyarrow.types import is_dictionary, is_integer
 
         name, field = self.file.name, self._field
         self._steps = steps(field, schema.names)
@@ -182,11 +202,22 @@ class TableReader(Reader):
             held, path = children[step], _joined(path, step)
             children = _children(held)
         text = held.value_type if is_dictionary(held) else held
-        if str(text) not in _TEXT_TYPES:
+        self._holds_ids = is_integer(_children(held).get(ITEMS, held)) and not is_integer(held)
+        if str(text) not in _TEXT_TYPES and not self._holds_ids:
             strings = str(children.get(ITEMS)) in _TEXT_TYPES
             hint = EACH.format(field + ITEMS) if strings else ""
             what = f"column '{field}' holds {held}"
             raise Unusable(BadInput.at("text is not a string", name, what, "strings", hint))
+
+    def _convert(self, column: Any) -> Any:
+        """What a column holds as bytes."""
+        if not self._holds_ids:
+            return _as_bytes(column)
+        separator = self._options.separator
+        id_ = None if separator.text is None else separator_id(self._options)
+        rows, is_found = _ids_as_bytes(column, id_)
+        separator.is_found = separator.is_found or is_found
+        return rows
 
 
 def _children(held: Any) -> dict[str, Any]:
@@ -240,8 +271,8 @@ class _Texts:
     rows: int
 
 
-def _texts(column: Any, left: list[str]) -> _Texts:
-    """Follow the steps from a column to its texts."""
+def _texts(column: Any, left: list[str], convert: Callable[[Any], Any]) -> _Texts:
+    """Follow the steps from a column to its texts, and convert them."""
     import pyarrow.compute
 
     compute: Any = pyarrow.compute  # its functions are made when it is imported
@@ -254,7 +285,7 @@ def _texts(column: Any, left: list[str]) -> _Texts:
             column = compute.list_flatten(column)
         else:
             column = compute.struct_field(column, [step])
-    return _Texts(_as_bytes(column), parents, rows)
+    return _Texts(convert(column), parents, rows)
 
 
 def _as_bytes(column: Any) -> Any:
@@ -272,6 +303,27 @@ def _as_bytes(column: Any) -> Any:
     column = column.cast(pyarrow.large_binary())
     column.validate(full=True)
     return column
+
+
+def _ids_as_bytes(column: Any, separator: int | None) -> tuple[Any, bool]:
+    """Lists of ids as arrays of bytes; and whether the separator is among them.
+
+    Raises:
+        ArrowInvalid: The array is damaged.
+    """
+    import pyarrow
+
+    column.validate(full=True)
+    lists = column.cast(pyarrow.large_list(pyarrow.int64()))
+    # No id is negative: where one is missing, it is refused with its row.
+    ids = lists.flatten().fill_null(-1).to_numpy(zero_copy_only=False).astype(_ID, copy=False)
+    lengths = [-1 if n is None else n for n in lists.value_lengths().to_pylist()]
+    rows, start = [], 0
+    for length in lengths:
+        rows.append(None if length < 0 else ids[start : start + length].tobytes())
+        start += max(0, length)
+    is_found = separator is not None and bool((ids == separator).any())
+    return pyarrow.array(rows, pyarrow.large_binary()), is_found
 
 
 def _in_parts(column: Any, block_bytes: int) -> Iterator[tuple[int, list[bytes | None]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from data_tools.choose import VAL_FRACTION
 from data_tools.sources import BUILTIN, CorpusFile
-from data_tools.sources.build_source import open_source
+from data_tools.sources.build_source import open_source, open_val_source
 from data_tools.sources.find import STANDARD_INPUT
 from data_tools.tokenizers.ranks import find_tokenizer
 from dualtrain.common.errors import UserError
@@ -49,7 +49,7 @@ def effective_arguments(
     arguments = build.model_dump()
     sources = build.sources
     arguments["source"] = sources[0] if len(sources) == 1 else sources
-    if build.val_tokens is None:
+    if build.val_tokens is None and not build.val_sources:
         arguments["val_fraction"] = build.val_fraction or VAL_FRACTION
     return arguments
 
@@ -67,7 +67,7 @@ def _with_defaults(arguments: dict) -> dict:
 def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     """What changed in the source since; what is no longer there need not be the same."""
     names = build.sources
-    if STANDARD_INPUT in names:
+    if STANDARD_INPUT in names + build.val_sources:
         return ["standard input cannot be compared with what was read then"]
     differences = []
     given = build.tokenizer
@@ -83,7 +83,9 @@ def _changed_files(info: DatasetInfo, build: BuildSection) -> list[str]:
     if any(name.startswith(BUILTIN) for name in names):
         return differences  # changes with Python, which must not stop an old run
     try:
-        now = {file.name: file for file in open_source(build, None).files}
+        held_out = open_val_source(build)
+        files = open_source(build, None).files + (held_out.files if held_out else ())
+        now = {file.name: file for file in files}
     except UserError:
         return differences
     then = {file.path: file for file in info.sources}

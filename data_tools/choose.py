@@ -38,24 +38,34 @@ def below_fraction(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def choose_documents(
-    lengths: np.ndarray, hashes: np.ndarray, options: BuildSection, *, where: str
+    lengths: np.ndarray,
+    hashes: np.ndarray,
+    options: BuildSection,
+    *,
+    where: str,
+    is_val: np.ndarray | None = None,
 ) -> Choice:
     """Divide documents into splits and put each split in order.
 
     Args:
         lengths: (documents,) int64, tokens of each, in the order of the source.
         hashes: (documents,) uint64, of their texts.
+        is_val: (documents,) bool, whose source is held out; None: the hashes decide.
 
     Returns:
-        The choice. With `val_fraction` alone, documents added to the source never move another to
-        the other split. With `val_tokens` they can move one from val to train, when their hashes
-        are lower, and never one from train to val; with both, what moves out of val is left out.
+        The choice. What `is_val` holds out is left out of train. With `val_fraction` alone,
+        documents added to the source never move another to the other split. With `val_tokens` they
+        can move one from val to train, when their hashes are lower, and never one from train to
+        val; with both, what moves out of val is left out.
 
     Raises:
         UserError: Nothing is left, or nothing for one of the splits.
     """
     left_out: Counter[str] = Counter()
     kept = _drop(lengths > 0, "without tokens", np.arange(len(lengths)), left_out)
+    if is_val is not None:
+        is_also_held_out = ~is_val[kept] & np.isin(hashes[kept], hashes[kept][is_val[kept]])
+        kept = _drop(~is_also_held_out, "held out by val_source", kept, left_out)
     if options.drop_duplicates:
         _, first = np.unique(hashes[kept], return_index=True)
         is_first = np.zeros(len(kept), dtype=bool)
@@ -63,7 +73,11 @@ def choose_documents(
         kept = _drop(is_first, "duplicate", kept, left_out)
     if not len(kept):
         raise no_documents(where, left_out)
-    held_out, unused = _held_out(lengths[kept], hashes[kept], options, where)
+    if is_val is None:
+        held_out, unused = _held_out(lengths[kept], hashes[kept], options, where)
+    else:
+        held_out, unused = is_val[kept], np.zeros(len(kept), dtype=bool)
+        _check_sides(held_out, where)
     if unused.any():
         left_out["held out beyond val_tokens"] += int(unused.sum())
     chosen = {"train": kept[~held_out & ~unused], "val": kept[held_out]}
@@ -91,6 +105,8 @@ def may_be_held_out(sizes: np.ndarray, hashes: np.ndarray, options: BuildSection
         sizes: (documents,) int64, bytes of text of each.
         hashes: (documents,) uint64.
     """
+    if options.val_sources:
+        return np.zeros(len(sizes), dtype=bool)
     if options.val_tokens is None:
         return below_fraction(hashes, options.val_fraction or VAL_FRACTION)
     if options.val_fraction is not None:
@@ -107,6 +123,14 @@ def _drop(keep: np.ndarray, reason: str, numbers: np.ndarray, left_out: Counter[
     if dropped := int((~keep).sum()):
         left_out[reason] += dropped
     return numbers[keep]
+
+
+def _check_sides(held_out: np.ndarray, where: str) -> None:
+    """Refuse a split without documents where the sources decide."""
+    if held_out.all() or not held_out.any():
+        side = "train" if held_out.all() else "val"
+        what = f"there are no documents for {side}"
+        raise UserError(where, what, "text in source and in val_source", "see what was left out")
 
 
 def _held_out(

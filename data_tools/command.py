@@ -152,6 +152,9 @@ class ConvertOptions(OrderOptions, TextOptions):
     tokenizer: Annotated[str | None, _of_recipe("tokenizer")] = None
     tokenizer_pattern: Annotated[str | None, _of_recipe("tokenizer_pattern")] = None
     vocab_size: Annotated[int | None, _of_recipe("vocab_size")] = None
+    val_source: Annotated[
+        list[str] | None, _of_recipe("val_source", metavar="PATH", show_default=False)
+    ] = None
     val_fraction: Annotated[float | None, _of_recipe("val_fraction")] = None
     val_tokens: Annotated[int | None, _of_recipe("val_tokens")] = None
     max_tokens: Annotated[int | None, _of_recipe("max_tokens")] = None

@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -29,8 +31,14 @@ from data_tools.choose import choose_documents, no_documents
 from data_tools.encode import DOCUMENT_ROW, Encoder, WorkerDiedError, Workers
 from data_tools.reporting import Report, StageProgress
 from data_tools.shards import SHARD_BYTES, SplitDocuments, import_ahead, write_dataset
-from data_tools.sources import PYTHON_DOCS, Corpus, CorpusFile
-from data_tools.sources.build_source import open_source, repeatable, say_what_is_left, source_name
+from data_tools.sources import PYTHON_DOCS, Block, Corpus, CorpusFile
+from data_tools.sources.build_source import (
+    open_source,
+    open_val_source,
+    repeatable,
+    say_what_is_left,
+    source_name,
+)
 from data_tools.sources.formats import find_format
 from data_tools.spool import Spool, SpoolState
 from data_tools.tokenizers.ranks import find_tokenizer
@@ -131,6 +139,7 @@ def check_build(build: BuildSection, path: str | Path) -> None:
         find_format(build.format, where="data.build.format")
     if build.sources != [PYTHON_DOCS]:  # always there, and slow to look at
         open_source(build, None)
+    open_val_source(build)
     if build.tokenizer is not None:
         find_tokenizer(build.tokenizer, pattern=build.tokenizer_pattern)
 
@@ -158,6 +167,9 @@ class _Conversion:
         self._where = source_name(build)
         self._source = open_source(build, stdin)
         say_what_is_left(self._source, report)
+        self._val_source = open_val_source(build)
+        if self._val_source is not None:
+            say_what_is_left(self._val_source, report)
         self._given = None
         if build.tokenizer is not None:
             self._given = find_tokenizer(build.tokenizer, pattern=build.tokenizer_pattern)
@@ -171,7 +183,10 @@ class _Conversion:
             spool = self._encode(tokenizer, dtype, encoders)
         table = spool.table()
         lengths = table["length"].astype(np.int64)
-        choice = choose_documents(lengths, table["hash"], self._build, where=self._where)
+        is_val = table["is_val"] if self._build.val_sources else None
+        choice = choose_documents(
+            lengths, table["hash"], self._build, where=self._where, is_val=is_val
+        )
         shutil.rmtree(self.dataset, ignore_errors=True)  # of a conversion killed while it wrote
         self.dataset.mkdir()
         spool.copy_left_out(self.dataset / LEFT_OUT_FILE)
@@ -236,7 +251,7 @@ class _Conversion:
     def _stamps(self) -> list[tuple[str, int, int]]:
         """(path, bytes, time of change) of each file of the source."""
         stamps = []
-        for file in self._source.files:
+        for file in self._source.files + (self._val_source.files if self._val_source else ()):
             path = Path(file.path)
             status = path.stat() if path.is_file() else None  # not of a pipe
             size = status.st_size if status else file.bytes
@@ -286,7 +301,7 @@ class _Conversion:
             encoder = Encoder(
                 self._build, tokenizer.json, tokenizer.special_tokens, tokenizer.backend, dtype
             )
-            blocks = islice(self._source.blocks(), spool.state.blocks, None)
+            blocks = islice(self._blocks(), spool.state.blocks, None)
             self._show_encoding(spool.state)
             try:
                 for number, result in enumerate(encoders.encode(blocks, encoder)):
@@ -312,12 +327,19 @@ class _Conversion:
             raise no_documents(self._where, spool.state.left_out)
         return spool
 
+    def _blocks(self) -> Iterator[Block]:
+        yield from self._source.blocks()
+        if self._val_source is not None:
+            for block in self._val_source.blocks():
+                position = self._source.bytes + block.position
+                yield replace(block, position=position, is_val=True)
+
     def _show_encoding(self, state: SpoolState) -> None:
         self._report.show(
             StageProgress(
                 "encoding",
                 state.position,
-                self._source.bytes,
+                self._source.bytes + (self._val_source.bytes if self._val_source else 0),
                 "bytes",
                 documents=state.documents,
                 tokens=state.tokens,

@@ -42,9 +42,11 @@ class WorkerDiedError(UserError):
     """Not a fault of the input: the same command can go on."""
 
 
-DOCUMENT_ROW = np.dtype([("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8"), ("words", "<i8")])
+DOCUMENT_ROW = np.dtype(
+    [("length", "<i8"), ("hash", "<u8"), ("bytes", "<i8"), ("words", "<i8"), ("is_val", "?")]
+)
 """What is known of an encoded document: tokens, :func:`text_hash`, and of its text UTF-8 bytes and
-words, which white space divides."""
+words, which white space divides; and whether its source is held out."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Encoder:
 
     def encode(self, block: Block) -> EncodedBlock:
         """Encode a block; what is wrong with the input is in its result, never raised."""
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, bool]] = []
         parts: list[bytes] = []
         problems: list[BadInput] = []
         filtered: Counter[str] = Counter()
@@ -106,7 +108,7 @@ class Encoder:
             else:
                 text = document.text.encode()
                 words = len(document.text.split())
-                rows.append((len(tokens), text_hash(text), len(text), words))
+                rows.append((len(tokens), text_hash(text), len(text), words, block.is_val))
                 parts.append(tokens.tobytes())
         table = np.array(rows, dtype=DOCUMENT_ROW)
         return EncodedBlock(b"".join(parts), table, filtered, problems, block.position)
@@ -116,7 +118,7 @@ class Encoder:
         if isinstance(document, BadInput) or document.ids is None:
             return document
         ids = document.ids
-        text_ids = self._tokenizer.vocab_size
+        text_ids = len(self._reserved)
         wrong = ids[(ids < 0) | (ids >= text_ids)]
         if not len(wrong):
             wrong = ids[self._reserved[ids]]
@@ -128,7 +130,7 @@ class Encoder:
                 f"ids of text, below {text_ids:,}",
                 "name the tokenizer that made them; --separator is the id between documents",
             )
-        return replace(document, text=self._tokenizer.decode(ids.tolist()))
+        return replace(document, text=self._tokenizer.decode_array(ids))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

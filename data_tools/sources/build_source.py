@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,35 @@ def open_source(build: BuildSection, stdin: IO[bytes] | None) -> Corpus:
         separator=build.separator,
         stdin=stdin,
     )
+
+
+def open_val_source(build: BuildSection) -> Corpus | None:
+    """Open what a conversion holds out as a whole, if anything.
+
+    Raises:
+        UserError: As :func:`open_source`; it is read for training, too, or can be read only once;
+            another option chooses what is held out.
+    """
+    if not build.val_sources:
+        return None
+    for name, value in (("val_fraction", build.val_fraction), ("val_tokens", build.val_tokens)):
+        if value is not None:
+            what = f"{value} has no effect: what val_source names is held out, all of it"
+            raise UserError(name, what, "one of the two", "leave it out")
+    held_out = open_source(build.model_copy(update={"source": build.val_sources}), None)
+    if not held_out.repeatable:
+        what = "standard input or a pipe cannot be held out"
+        raise UserError("val_source", what, "files", "save it to a file first")
+    of_training = {os.path.realpath(file.path) for file in open_source(build, None).files}
+    for file in held_out.files:
+        if os.path.realpath(file.path) in of_training:
+            raise UserError(
+                file.name,
+                "is both trained on and held out",
+                "each text on one side",
+                "name the files of each side, or patterns that only they match",
+            )
+    return held_out
 
 
 def say_what_is_left(source: Corpus, report: Report) -> None:

@@ -156,6 +156,8 @@ class Block:
     position: int
     """Bytes of the corpus, as it is on disk, that are used up when this block ends."""
     parts: tuple[BlockPart, ...]
+    is_val: bool = False
+    """Whether its documents are held out, as their source says."""
 
     def documents(self) -> Iterator[Document | BadInput]:
         """Parse the block; bad content is delivered as :class:`BadInput` in its place."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import array
 import itertools
 import json
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,18 @@ class FastEncoder:
         """Ids of a text, (tokens,) uint32; special-token text is ordinary text."""
         parts = [self._encode_segment(part) for part in self._prepared(text)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def decode(self, ids: np.ndarray) -> str | None:
+        """Text of (tokens,) ids, what is no UTF-8 replaced; None if one of them is no rank's."""
+        try:
+            data = b"".join(map(self._bytes.__getitem__, ids.tolist()))
+        except KeyError:
+            return None
+        return data.decode(errors="replace")
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {int(self._ids[rank]): token for token, rank in self._ranks.items()}
 
     def _prepared(self, text: str) -> list[str]:
         if self._normalizer is not None and not text.isascii():

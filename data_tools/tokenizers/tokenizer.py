@@ -195,6 +195,11 @@ class Tokenizer:
         """Text of token ids; special tokens appear by name."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def decode_array(self, ids: np.ndarray) -> str:
+        """Text as :meth:`decode` of (tokens,) ids, by the fastest exact way."""
+        text = None if self._fast is None else self._fast.decode(ids)
+        return self.decode(ids.tolist()) if text is None else text
+
     def _encode_undivided(self, text: str) -> np.ndarray:
         (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoded.ids, dtype=np.uint32)

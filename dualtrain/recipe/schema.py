@@ -186,10 +186,16 @@ class BuildSection(Section):
         description="`builtin:python-docs`, a file, a directory, a glob pattern, `-` for standard "
         "input, or a list of these.",
     )
+    val_source: PathText | list[PathText] | None = Field(
+        default=None,
+        description="What is held out, all of it, such as a corpus's own validation split; named "
+        "and read as `source` is. null: a part of `source`, by val_fraction or val_tokens.",
+    )
     format: str | None = Field(
         default=None,
         description="Kind of standard input and of files whose name does not say it, as the usual "
-        "suffix: `txt`, `jsonl`, …; null: JSON lines for standard input, an error for files.",
+        "suffix: `txt`, `jsonl`, …, or `tokens`; null: JSON lines for standard input, an error for "
+        "files.",
     )
     text_field: str = Field(
         default="text",
@@ -199,8 +205,8 @@ class BuildSection(Section):
     separator: str | None = Field(
         default=None,
         min_length=1,
-        description="What divides documents in text files: `blank-line` or any text; null: a file "
-        "is one document.",
+        description="What divides documents in text files: `blank-line` or any text; in token ids: "
+        "an id. null: a file of text, or a row of ids, is one document.",
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop",
@@ -253,6 +259,12 @@ class BuildSection(Section):
     def sources(self) -> list[str]:
         """The sources, one or several."""
         return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def val_sources(self) -> list[str]:
+        """What is held out as a whole; none, one or several."""
+        given = self.val_source or []
+        return [given] if isinstance(given, str) else given
 
 
 REMOVED: dict[tuple[str, ...], str] = {

@@ -77,7 +77,9 @@ def test_is_converted_like_any_other(fasta, tmp_path: Path, monkeypatch, capsys)
 
 def test_name_of_no_format_is_refused_with_the_nearest(fasta, tmp_path: Path) -> None:
     (tmp_path / "all").write_text(CONTENT)
-    with pytest.raises(UserError, match=r"--format: 'fast' .* parquet, arrow, tokens, fasta .*mean fasta"):
+    with pytest.raises(
+        UserError, match=r"--format: 'fast' .* parquet, arrow, tokens, fasta .*mean fasta"
+    ):
         texts(tmp_path / "all", format="fast")
     for source in (f"{tmp_path}/all", "builtin:python-docs"):
         build = f"data.build={{source: '{source}', format: jsnl}}"

@@ -103,6 +103,17 @@ def test_any_text_has_the_same_ids_cut_or_not(kind: str, text: str) -> None:
     assert [i for part in parts for i in tokenizer.encode(part)] == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32), length=st.integers(0, 40))
+def test_any_ids_have_the_same_text(kind: str, seed: int, length: int) -> None:
+    """Also where bytes are no UTF-8, as at the end of a document that was cut."""
+    tokenizer = of_kind(kind)
+    of_text = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special_ids))
+    ids = np.random.default_rng(seed).choice(of_text, length)
+    assert tokenizer.decode_array(ids) == tokenizer.decode(ids.tolist())
+
+
 @pytest.mark.parametrize("backend", ["tiktoken", "tokenizers"])
 @pytest.mark.parametrize("kind", ["prefix_space", "llama3"])
 def test_documents_longer_than_a_segment(

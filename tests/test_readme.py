@@ -30,7 +30,7 @@ DOORS = sorted(
 LONGEST_README = 250
 OTHERS = {
     "data_tools": "corpora to datasets: readers, tokenizers, conversion, verification",
-    "recipes": "shipped recipes: quickstart, paper/, ablations/, babylm/, imported/; replication/",
+    "recipes": "shipped: quickstart, slowrun, paper, ablations, babylm, imported; replication",
     "ds_configs": "DeepSpeed JSON: the ZeRO stages, with and without offload",
     "tests": "mirror the rooms; helpers/, experiments/, benchmarks/",
 }

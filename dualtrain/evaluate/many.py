@@ -67,19 +67,24 @@ def _is_done(evaluation: Evaluation, options: EvalOptions) -> bool:
         },
     }
     files = evaluation.source.run_dir.glob(f"eval/*/{RESULTS}")
-    file = max(files, key=lambda f: f.stat().st_mtime, default=None)
-    if file is None or _described(file, options) != wanted:
-        return False
-    print(f"there already: {file.parent}", flush=True)
-    return True
+    step = evaluation.source.facts.get("step")
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        found = _described(file, options)
+        # The checkpoints of a run have their results in one place.
+        if found is not None and found.pop("step") == step:
+            if found == wanted:
+                print(f"there already: {file.parent}", flush=True)
+            return found == wanted
+    return False
 
 
 def _described(file: Path, options: EvalOptions) -> dict[str, Any] | None:
-    """What results are of; None where they cannot be read, so that they are made anew."""
+    """What results are of, and the step of their model; None where they cannot be read."""
     try:
         found = json.loads(file.read_bytes())
         settings, held_out = found["settings"], found["held_out"]
         return {
+            "step": found["model"].get("step"),
             "settings": {key: settings.get(key) for key in _DECIDING},
             "precision": None if options.precision is None else settings["precision"],
             "held_out": None if held_out is None else held_out["dataset"],

@@ -413,3 +413,16 @@ def test_numbers_beyond_reason_are_refused_at_once(option, values):
         outcome = CliRunner().invoke(app, ["eval", "nowhere", option, value])
         assert outcome.exit_code == 2
         assert f"Invalid value for '{option}'" in outcome.output
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_once(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(run / "eval", ignore_errors=True)
+    steps = {int(path.name[5:]) for path in run.glob("step-*")}
+    assert len(steps) > 1
+    for already in (0, len(steps)):
+        done = CliRunner().invoke(app, ["eval", str(run), "--all", "--sequences", "2"])
+        assert done.exit_code == 0 and done.output.count("there already:") == already
+    found = [json.loads(file.read_text()) for file in run.glob("eval/*/results.json")]
+    assert {result["model"]["step"] for result in found} == steps and len(found) == len(steps)
+    assert len({result["held_out"]["ar_nll"] for result in found}) == len(steps)

@@ -105,10 +105,11 @@ class TextOptions:
 
 def _check_text(name: str, text: object) -> None:
     where = "SOURCES" if name == "source" else _flag(name)
+    names_files = name in ("source", "val_source")
     if isinstance(text, str) and text != in_utf8(text):
-        hint = "give the directory that holds it, or rename it" if name == "source" else ""
+        hint = "give the directory that holds it, or rename it" if names_files else ""
         raise UserError(where, f"'{in_utf8(text)}' is not UTF-8", "text in UTF-8", hint)
-    if name == "source" and not text:
+    if names_files and not text:
         what, expected = "an empty name is given", "a file, a directory or a pattern"
         raise UserError(where, what, expected, _UNSET)
 

@@ -96,6 +96,8 @@ def test_options_that_do_not_go_together(corpus: Path, monkeypatch, capsys) -> N
     assert code == 2 and "val_tokens: 100 has no effect: what val_source names" in error
     code, error = said(monkeypatch, capsys, *options[:-1], "-")
     assert code == 2 and "val_source: standard input or a pipe cannot be held out" in error
+    code, error = said(monkeypatch, capsys, *options[:-1], "")
+    assert code == 2 and "--val-source: an empty name is given" in error
     code, error = said(monkeypatch, capsys, *options)
     assert code == 0, error
     change = [f"data.build.source={corpus}/a.jsonl", f"data.build.val_source={corpus}/b.jsonl"]

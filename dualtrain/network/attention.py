@@ -323,6 +323,11 @@ def _visible_blocks(
         of_first = prefixes & (documents == np.repeat(first, end - begin, axis=1))
         some = some | np.logical_or.reduceat(of_first, begin, axis=1)[:, None, :]
         all_ = all_ | np.logical_and.reduceat(prefixes, begin, axis=1)[:, None, :]
+        # On the diagonal every query is behind the first key, or is there, too.
+        behind = prefixes.copy()
+        behind[:, begin] = True
+        diagonal = np.logical_and.reduceat(behind, begin, axis=1)[:, None, :]
+        all_ = all_ | diagonal & np.eye(len(begin), dtype=bool)
     return visible & some, full & all_
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,7 +290,11 @@ def packed_rows(draw):
     return ids, prefixes
 
 
+ALL_BUT_THE_FIRST = (torch.zeros(1, 128, dtype=torch.int32), (torch.arange(128) > 0)[None])
+
+
 @given(packed_rows(), st.sampled_from(KINDS))
+@example(ALL_BUT_THE_FIRST, "prefix")
 @settings(max_examples=40, deadline=None)
 def test_flex_blocks_are_those_torch_finds_by_looking_at_every_pair(rows, kind):
     ids, prefixes = rows

@@ -185,14 +185,17 @@ def test_wandb_offline(tmp_path: Path, monkeypatch, capsys):
 
 
 def test_wandb_without_login_is_said_once(tmp_path: Path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     view = TrackerView("wandb", registry.make_tracker("wandb"), {})
-    view.start(facts(tmp_path), [])
-    view.close()
+    try:
+        view.start(facts(tmp_path), [])
+        view.close()
+    finally:
+        wandb.teardown()  # or it would be online for the tests behind this one
     assert "not logged in" in (view.failure() or "")
 
 
